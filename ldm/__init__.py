@@ -1,0 +1,3 @@
+"""Stable Diffusion: the reference toolkit."""
+
+__version__ = "0.1.0"

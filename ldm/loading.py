@@ -1,0 +1,111 @@
+"""Which model to run, and how to build it: a YAML file and a checkpoint become a LatentDiffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+ROOT = Path(__file__).resolve().parents[1]
+V1_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
+V1_WEIGHTS = ("models/ldm/stable-diffusion-v1/model.ckpt", "models/ldm/stable-diffusion-v1/model.safetensors")
+BUNDLED_CONFIG = "configs/scenes/scenes-64.yaml"
+BUNDLED_WEIGHTS = "models/scenes-64/model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    config: Path
+    weights: Path
+    notice: str | None = None  # what to tell the user about the choice
+
+
+def find(path: str) -> Path:
+    """A path of this repository, from whatever folder a script is run; the working folder comes first."""
+    return Path(path) if Path(path).exists() else ROOT / path
+
+
+def choose_model(config: str | None, ckpt: str | None) -> ModelFiles:
+    """The files to load for `--config` and `--ckpt`: the linked v1 weights, or the bundled model without any."""
+    if ckpt is None and config is not None and find(config).resolve() == (ROOT / BUNDLED_CONFIG):
+        ckpt = BUNDLED_WEIGHTS
+    if ckpt is not None:
+        is_bundled = find(ckpt).resolve() == ROOT / BUNDLED_WEIGHTS
+        return ModelFiles(find(config or (BUNDLED_CONFIG if is_bundled else V1_CONFIG)), find(ckpt))
+    linked = next((path for path in map(find, V1_WEIGHTS) if path.exists()), None)
+    if linked or config is not None:
+        return ModelFiles(find(config or V1_CONFIG), linked or find(V1_WEIGHTS[0]))
+    notice = (
+        f"No weights are linked at {V1_WEIGHTS[0]}: using the bundled 64x64 model of coloured solids. "
+        f"For Stable Diffusion, ln -s /path/to/sd-v1-4.ckpt {V1_WEIGHTS[0]}"
+    )
+    return ModelFiles(ROOT / BUNDLED_CONFIG, ROOT / BUNDLED_WEIGHTS, notice)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The `model:` section of a YAML file; InputError if it is missing, malformed or without that section."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict) or "target" not in model:
+        raise InputError(f"--config {path} has no model: section with a target")
+    return model
+
+
+def load_model(
+    config: dict[str, Any],
+    weights: Path,
+    which: str | None = None,
+    allow_target: Iterable[str] = (),
+    dtype: torch.dtype | None = None,
+) -> LatentDiffusion:
+    """A LatentDiffusion in eval mode on the CPU, built without values and filled from the mapped checkpoint.
+
+    `config` is a `model:` section; `which` is "raw" or "ema", by default what the section's `use_ema` says.
+    Floating-point weights become `dtype`, by default float32; those of that type in the file are not copied.
+    """
+    import torch
+
+    from ldm.checkpoint import load_weights, pick_weights, read_state_dict
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.util import instantiate_from_config
+
+    params = dict(config.get("params") or {})
+    which = which or ("ema" if params.get("use_ema", True) else "raw")
+    with torch.device("meta"):
+        # the weights are chosen when they are read; a second set of averages would only take memory
+        model = instantiate_from_config(
+            {"target": config["target"], "params": {**params, "use_ema": False}}, allow_target
+        )
+    if not isinstance(model, LatentDiffusion):
+        raise InputError(f"the config's model is {type(model).__name__}, not a LatentDiffusion")
+    model.register_schedule()  # now with values
+    state = pick_weights(
+        read_state_dict(weights), which, path=weights, names=[name for name, _ in model.named_parameters()]
+    )
+    load_weights(model, state, path=weights, dtype=dtype or torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def native_size(config: dict[str, Any]) -> int:
+    """The side in pixels of the images that a `model:` section's model was made for."""
+    params = config.get("params") or {}
+    first_stage = (params.get("first_stage_config") or {}).get("params") or {}
+    levels = len((first_stage.get("ddconfig") or {}).get("ch_mult", (1, 2, 4, 4)))
+    return params.get("image_size", 64) * 2 ** (levels - 1)

@@ -1,0 +1,111 @@
+"""CLIP's text transformer (Radford et al. 2021, https://arxiv.org/abs/2103.00020), in the checkpoints' key layout."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from ldm.errors import InputError
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """The approximation that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head attention, [b, n, width] -> [b, n, width]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in projections)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(rearrange(h, "b h n d -> b n (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, heads: int, activation: str):
+        super().__init__()
+        self.self_attn = SelfAttention(width, heads)
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.mlp = MLP(width, activation)
+        self.layer_norm2 = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Embeddings(nn.Module):
+    """A vector for each token plus one for its position."""
+
+    def __init__(self, vocab_size: int, width: int, context_length: int):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.position_embedding = nn.Embedding(context_length, width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.01)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class Encoder(nn.Module):
+    def __init__(self, width: int, layers: int, heads: int, activation: str):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width, heads, activation) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class CLIPTextTransformer(nn.Module):
+    """Token ids int64 [b, n] -> the last layer's states after the final normalisation, [b, n, width].
+
+    No padding mask: padding is attended to, as Stable Diffusion was trained. Defaults are ViT-L/14's.
+    """
+
+    def __init__(
+        self,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        vocab_size: int = 49408,
+        context_length: int = 77,
+        activation: str = "quick_gelu",
+    ):
+        super().__init__()
+        if width % heads:
+            raise InputError(f"a text encoder's width {width} is not a multiple of its {heads} heads")
+        if activation not in ACTIVATIONS:
+            raise InputError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        self.embeddings = Embeddings(vocab_size, width, context_length)
+        self.encoder = Encoder(width, layers, heads, activation)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))

@@ -1,0 +1,62 @@
+"""Text encoders as a config names them."""
+
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from ldm.errors import InputError
+from ldm.modules.encoders.clip import CLIPTextTransformer
+from ldm.modules.encoders.tokenizer import CLIPTokenizer
+
+VIT_L_14 = "openai/clip-vit-large-patch14"
+
+
+class CLIPTextModel(nn.Module):
+    """Holds the transformer under the name that checkpoints know it by."""
+
+    def __init__(self, text_model: CLIPTextTransformer):
+        super().__init__()
+        self.text_model = text_model
+
+
+class FrozenCLIPEmbedder(nn.Module):
+    """The text encoder of Stable Diffusion v1: prompts -> [b, 77, width], the last hidden states of CLIP ViT-L/14.
+
+    Its weights come from the checkpoint, nothing is downloaded. `device` is accepted and ignored: the model is
+    moved as a whole. `width`, `layers` and `heads` make a miniature.
+    """
+
+    def __init__(
+        self,
+        version: str = VIT_L_14,
+        device: str = "cpu",
+        max_length: int = 77,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+    ):
+        super().__init__()
+        if version != VIT_L_14:
+            raise InputError(f"FrozenCLIPEmbedder version {version!r} is not known; known: {VIT_L_14}")
+        self.max_length = max_length
+        self.transformer = CLIPTextModel(CLIPTextTransformer(width, layers, heads, context_length=max_length))
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        return CLIPTokenizer(self.max_length)
+
+    def freeze(self) -> None:
+        self.eval().requires_grad_(False)
+
+    def forward_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [b, 77, width] of token ids int64 [b, 77]."""
+        return self.transformer.text_model(ids)
+
+    def forward(self, prompts: str | list[str]) -> torch.Tensor:
+        """Embeddings [b, 77, width]; what exceeds 77 tokens is cut off (see `tokenizer.cut_off`)."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        device = self.transformer.text_model.final_layer_norm.weight.device
+        return self.forward_tokens(self.tokenizer(prompts).to(device))
+
+    encode = forward

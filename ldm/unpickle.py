@@ -1,0 +1,129 @@
+"""Read what a pickle of torch.save describes, without running it.
+
+A `.ckpt` is a pickle, and unpickling runs whatever program the file holds. Here no global of a pickle is
+imported or called. The few that describe tensors are known by name, plain containers are kept, and everything
+else (a Lightning callback, omegaconf, numpy, a function) becomes an inert stand-in. A pickle that names a
+known means of running code is refused besides: it has no business in a checkpoint.
+"""
+
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.errors import InputError
+
+# fmt: off
+CODE_MODULES = {
+    "asyncio", "bdb", "cProfile", "code", "codeop", "commands", "ctypes", "imp", "importlib", "marshal", "nt",
+    "os", "_pickle", "pdb", "pickle", "pip", "popen2", "posix", "profile", "pty", "pydoc", "runpy", "shutil",
+    "socket", "subprocess", "sys", "timeit", "webbrowser",
+}
+CODE_BUILTINS = {"__import__", "apply", "breakpoint", "compile", "eval", "exec", "execfile", "input", "open"}
+# fmt: on
+
+
+class Inert:
+    """Stands in for an object of an unknown class: takes whatever a pickle gives it and keeps nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    __init__ = __setstate__ = __setitem__ = append = extend = add = lambda self, *args, **kwargs: None
+
+
+class StoredValues(Inert):
+    """`numel` values under `key`, a zip record's name or the old format's number. A view has a `start`."""
+
+    def __init__(self, dtype: torch.dtype, key: str, numel: int, start: int = 0):
+        self.dtype, self.key, self.numel, self.start = dtype, key, numel, start
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class StoredTensor(Inert):
+    """A tensor, by the arguments of `torch._utils._rebuild_tensor_v2` or `_v3`, which adds the dtype."""
+
+    def __init__(self, values: StoredValues, offset, size, stride, _requires_grad, _hooks, dtype=None, *_):
+        self.values, self.offset, self.size, self.stride = values, offset, size, stride
+        self.dtype = dtype if isinstance(dtype, torch.dtype) else values.dtype
+
+    def map(self, buffer, position: int) -> torch.Tensor:
+        """The tensor whose values begin at byte `position` of `buffer`, in the same memory; ValueError or
+        RuntimeError where it would reach beyond them."""
+        values = self.values
+        if values.numel == 0:  # which frombuffer refuses
+            flat = torch.empty(0, dtype=values.dtype)
+        else:
+            flat = torch.frombuffer(buffer, dtype=values.dtype, count=values.numel, offset=position)
+        if position % values.dtype.itemsize:  # the old format aligns nothing
+            flat = flat.clone()
+        return flat.view(self.dtype).as_strided(self.size, self.stride, values.start + self.offset)
+
+
+class StoredParameter(Inert):
+    """`torch._utils._rebuild_parameter(tensor, …)`: just the tensor."""
+
+    def __new__(cls, tensor, *args):
+        return tensor
+
+
+KNOWN_GLOBALS = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor_v2"): StoredTensor,
+    ("torch._utils", "_rebuild_tensor_v3"): StoredTensor,
+    ("torch._utils", "_rebuild_parameter"): StoredParameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): StoredParameter,
+    ("torch.storage", "UntypedStorage"): torch.uint8,
+    ("torch", "DoubleStorage"): torch.float64,
+    ("torch", "FloatStorage"): torch.float32,
+    ("torch", "HalfStorage"): torch.float16,
+    ("torch", "BFloat16Storage"): torch.bfloat16,
+    ("torch", "LongStorage"): torch.int64,
+    ("torch", "IntStorage"): torch.int32,
+    ("torch", "ShortStorage"): torch.int16,
+    ("torch", "CharStorage"): torch.int8,
+    ("torch", "ByteStorage"): torch.uint8,
+    ("torch", "BoolStorage"): torch.bool,
+}
+
+
+class Unpickler(pickle._Unpickler):
+    """`load()` gives plain containers, numbers, strings, `StoredTensor`s and `Inert` objects.
+
+    It builds on Python's own unpickler, as the one in C allocates 32 GB for a single damaged memo index.
+    """
+
+    def __init__(self, file, path: Path):
+        super().__init__(file)
+        self.path = path
+        self.values: dict[str, StoredValues] = {}  # by key
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a global. InputError for one that runs code."""
+        is_builtin = module in ("builtins", "__builtin__")  # as Python 3 and 2 call it
+        if module.partition(".")[0] in CODE_MODULES or (is_builtin and name in CODE_BUILTINS):
+            raise InputError(
+                f"{self.path} carries code: its pickle calls {module + '.' + name!r}. It was refused and "
+                "nothing in it was run; use a .safetensors file from a source you trust"
+            )
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype  # not by getattr, as torch imports some of its modules when they are asked for
+        return KNOWN_GLOBALS.get((module, name), Inert)
+
+    def persistent_load(self, pid: tuple) -> Any:
+        """The values of ("storage", dtype, key, device, count); before torch 1.6, a view or None follows."""
+        if pid[0] == "module":  # before 1.6: a class and its source text
+            return Inert
+        _, dtype, key, _, numel, *view = pid
+        self.values.setdefault(key, StoredValues(dtype, key, numel))
+        start = view[0][1] if view and view[0] else 0  # view: (key, start, count)
+        return StoredValues(dtype, key, self.values[key].numel, start)

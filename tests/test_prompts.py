@@ -1,0 +1,86 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm.errors import InputError
+from ldm.prompts import batched, read_prompts
+
+ROOT = Path(__file__).parent.parent
+
+
+def read(tmp_path: Path, data: bytes) -> list[str]:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(data)
+    return read_prompts(str(path))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", [True, False], ids=["last line ended", "last line open"])
+def test_line_ends_of_every_system(tmp_path, end, last):
+    assert read(tmp_path, ("a cat" + end + "a dog" + end * last).encode()) == ["a cat", "a dog"]
+
+
+def test_byte_order_marks_are_no_part_of_a_prompt(tmp_path):
+    """Also in the middle, where `cat a.txt b.txt` leaves one."""
+    assert read(tmp_path, "\ufeffa cat\r\n\ufeffa dog\r\n\ufeff\r\n".encode()) == ["a cat", "a dog"]
+
+
+def test_blank_lines_are_skipped(tmp_path):
+    """The original made an image of the empty prompt for each."""
+    assert read(tmp_path, b"\na cat\n\n  \t\na dog\n\n") == ["a cat", "a dog"]
+
+
+def test_lines_stay_as_they_are(tmp_path):
+    assert read(tmp_path, b'  a  "cat", 8k # really\t\n') == ['  a  "cat", 8k # really\t']
+
+
+def test_utf8_in_any_locale(tmp_path):
+    """The original decoded the file in the encoding of the user's locale: garbage or a crash beyond ASCII."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("café 夜 🎸\n", encoding="utf-8")
+    script = "import sys; from ldm.prompts import read_prompts; print(ascii(read_prompts(sys.argv[1])))"
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", script, path], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == ascii(["café 夜 🎸"])
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "byte"),
+    [
+        (b"a cat\r\ncaf\xe9\r\n", 2, "0xe9"),
+        (b"\xef\xbb\xbfa cat\n\n\ncaf\xe9", 4, "0xe9"),
+        ("a cat\n".encode("utf-16"), 1, "0xff"),
+        ("a cat\na dog\n".encode("utf-16-be"), 1, "0x00"),
+        (b"a cat\n\0\n", 2, "0x00"),
+        (b"PK\x03\x04\0\0", 1, "0x00"),
+    ],
+)
+def test_other_encodings_and_binary_files_are_refused(tmp_path, data, line, byte):
+    with pytest.raises(InputError, match=rf"prompts\.txt: line {line} holds the byte {byte}, .* UTF-8"):
+        read(tmp_path, data)
+
+
+@pytest.mark.parametrize("data", [b"", b"\n\r\n  \n", b"\xef\xbb\xbf"])
+def test_a_file_without_prompts_is_refused(tmp_path, data):
+    with pytest.raises(InputError, match=r"prompts\.txt: no prompt in it"):
+        read(tmp_path, data)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--from-file .*nowhere\.txt: No such file"):
+        read_prompts(str(tmp_path / "nowhere.txt"))
+    with pytest.raises(InputError, match=r"--from-file .*: Is a directory"):
+        read_prompts(str(tmp_path))
+
+
+def test_the_last_batch_may_be_smaller():
+    """The original paired it with a full batch of empty prompts and crashed, losing the grid."""
+    assert batched(["a", "b", "c", "d", "e"], 2) == [["a", "b"], ["c", "d"], ["e"]]
+    assert batched(["a", "b"], 2) == [["a", "b"]]
+    assert batched(["a"], 3) == [["a"]]
+    assert batched([], 3) == []
