@@ -50,11 +50,16 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 def txt2img_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="txt2img.py", description="Text to image.")
     parser.add_argument(
-        "--prompt", nargs="?", default="a painting of a virus monster playing guitar", help="the text to render"
+        "--prompt",
+        nargs="?",
+        default="a painting of a virus monster playing guitar",
+        help="the text to render",
     )
     parser.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--from-file", metavar="FILE", help="read prompts from this UTF-8 file, one per line")
-    parser.add_argument("--outdir", nargs="?", default="outputs/txt2img-samples", help="folder for the results")
+    parser.add_argument(
+        "--outdir", nargs="?", default="outputs/txt2img-samples", help="folder for the results"
+    )
     add_sampling_arguments(parser, scale=7.5, n_iter=2, n_samples=3)
     parser.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
     parser.add_argument("--H", type=number(int, 8), help="height in pixels, a multiple of 8")
@@ -65,16 +70,30 @@ def txt2img_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, scale: float, n_iter: int, n_samples: int) -> None:
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, scale: float, n_iter: int, n_samples: int
+) -> None:
     group = parser.add_argument_group("sampling")
     add = group.add_argument
-    add("--ddim_steps", type=number(int, 1, 1000), default=50, metavar="N", help="sampling steps, 1 … 1000 (50)")
+    add(
+        "--ddim_steps",
+        type=number(int, 1, 1000),
+        default=50,
+        metavar="N",
+        help="sampling steps, 1 … 1000 (50)",
+    )
     add("--plms", action="store_true", help="use the PLMS sampler")
     add("--dpm_solver", action="store_true", help="use the DPM-Solver++ (2M) sampler")
     add("--sampler", choices=SAMPLER_NAMES, help="sampler by name (ddim)")
     add("--ddim_eta", type=number(float, 0, 1), default=0.0, metavar="ETA", help="DDIM's noise, 0 … 1 (0)")
     add("--scale", type=number(float, -1e4, 1e4), default=scale, help=f"guidance scale; 1 is none ({scale})")
-    add("--n_iter", type=number(int, 1), default=n_iter, metavar="N", help=f"repeat all of it N times ({n_iter})")
+    add(
+        "--n_iter",
+        type=number(int, 1),
+        default=n_iter,
+        metavar="N",
+        help=f"repeat all of it N times ({n_iter})",
+    )
     add(
         "--n_samples",
         type=number(int, 1),
@@ -101,10 +120,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--config", metavar="YAML", help="model configuration")
     add("--ckpt", metavar="FILE", help="weights, .ckpt or .safetensors")
-    add("--weights", choices=("raw", "ema"), help="which weights of the checkpoint (default: the config's use_ema)")
+    add(
+        "--weights",
+        choices=("raw", "ema"),
+        help="which weights of the checkpoint (default: the config's use_ema)",
+    )
     add("--C", type=number(int, 1), help="latent channels (default: the model's)")
     add("--f", type=number(int, 1), help="downsampling factor (default: the model's)")
-    add("--precision", choices=("full", "autocast"), default="autocast", help="autocast is full precision on a CPU")
+    add(
+        "--precision",
+        choices=("full", "autocast"),
+        default="autocast",
+        help="autocast is full precision on a CPU",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add(
         "--allow_target",
@@ -129,7 +157,9 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything about arguments that concerns more than one of them; sets `args.sampler`. InputError."""
     if args.laion400m:
-        raise InputError("--laion400m: its text encoder (BERT) is not available yet; use a Stable Diffusion v1 model")
+        raise InputError(
+            "--laion400m: its text encoder (BERT) is not available yet; use a Stable Diffusion v1 model"
+        )
     for name in ("prompt", "outdir"):
         if getattr(args, name) is None:
             raise InputError(f"--{name} needs a value")
@@ -247,7 +277,7 @@ def notice(message: str) -> None:
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
-    """main's exit code; errors of the user's making are one line and exit code 2, a traceback only with --debug."""
+    """main's exit code. The user's errors are one line and exit code 2; --debug shows the traceback."""
     arguments = sys.argv[1:] if argv is None else argv
     prog = Path(sys.argv[0]).name
     try:

@@ -37,15 +37,17 @@ def generate(
     settings: Settings,
     on_step: Callable[[int], None] = lambda images: None,
 ) -> Iterator[tuple[Batch, list[np.ndarray | None]]]:
-    """Each batch with its pictures, uint8 [H, W, 3] in the prompts' order; None stands for one with NaN latents.
+    """Each batch with its pictures, uint8 [H, W, 3] in the prompts' order; None is one that came out as NaN.
 
-    `on_step` is told after every step how many images took it. A prompt is encoded once, not once a batch: the
-    last 2,048 embeddings are kept (0.2 MB each for v1).
+    `on_step` is told after every step how many images took it. A prompt is encoded once, not once a batch:
+    the last 2,048 embeddings are kept (0.2 MB each for v1).
     """
     factor = model.first_stage_model.factor
     shape = (model.channels, settings.height // factor, settings.width // factor)
     # --fixed_code draws the start of a full batch, however few prompts there are
-    noise_of = noise_source(settings.rng, settings.seed, shape, settings.fixed_code, model.device, len(batches[0]))
+    noise_of = noise_source(
+        settings.rng, settings.seed, shape, settings.fixed_code, model.device, len(batches[0])
+    )
     embed = lru_cache(maxsize=2048)(lambda prompt: model.get_learned_conditioning([prompt]))
 
     autocast = torch.autocast(model.device.type, enabled=settings.autocast and model.device.type != "cpu")
@@ -59,7 +61,7 @@ def generate(
                 settings.steps,
                 noise_of(batch),
                 eta=settings.eta,
-                callback=lambda step, x0, images=len(batch): on_step(images),
+                callback=lambda step, x0, batch=batch: on_step(len(batch)),
             )
             decoded = model.decode_first_stage(latents)
             pixels = to_uint8(decoded)

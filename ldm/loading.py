@@ -34,7 +34,7 @@ def find(path: str) -> Path:
 
 
 def choose_model(config: str | None, ckpt: str | None) -> ModelFiles:
-    """The files to load for `--config` and `--ckpt`: the linked v1 weights, or the bundled model without any."""
+    """The files for `--config` and `--ckpt`; without either the linked v1 weights or the bundled model."""
     if ckpt is None and config is not None and find(config).resolve() == (ROOT / BUNDLED_CONFIG):
         ckpt = BUNDLED_WEIGHTS
     if ckpt is not None:
@@ -50,21 +50,29 @@ def choose_model(config: str | None, ckpt: str | None) -> ModelFiles:
     return ModelFiles(ROOT / BUNDLED_CONFIG, ROOT / BUNDLED_WEIGHTS, notice)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The `model:` section of a YAML file; InputError if it is missing, malformed or without that section."""
+def read_section(path: Path, name: str) -> dict[str, Any]:
+    """A top-level section of a YAML file; InputError if the file is missing, malformed or without it."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}") from error
+        raise InputError(f"{path}: {error.strerror}") from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    model = config.get("model") if isinstance(config, dict) else None
-    if not isinstance(model, dict) or "target" not in model:
-        raise InputError(f"--config {path} has no model: section with a target")
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    section = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        raise InputError(f"{path} has no {name}: section")
+    return section
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The `model:` section of a YAML file."""
+    model = read_section(path, "model")
+    if "target" not in model:
+        raise InputError(f"the model: section of {path} has no target")
     return model
 
 

@@ -40,7 +40,9 @@ def encode_png(image: np.ndarray, settings: dict[str, Any] | None) -> bytes:
     `stable-diffusion` holds them all as JSON, `parameters` the ones other tools read (`a1111_parameters`).
     """
     file = io.BytesIO()
-    Image.fromarray(image).save(file, format="PNG", pnginfo=None if settings is None else text_chunks(settings))
+    Image.fromarray(image).save(
+        file, format="PNG", pnginfo=None if settings is None else text_chunks(settings)
+    )
     return file.getvalue()
 
 

@@ -16,6 +16,7 @@ from ldm.errors import InputError
 from ldm.images import make_grid
 from ldm.metadata import encode_png
 
+
 class OutputFolder:
     """`outdir/samples/00000.png` … and `outdir/grid-0000.png` …; the folders are made, and tried, at once.
 

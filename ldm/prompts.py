@@ -53,7 +53,7 @@ class Batch:
 
 
 def plan(prompts: list[str], n_iter: int, n_samples: int) -> list[Batch]:
-    """The batches of a run in the original's order: all prompts, `n_samples` at a time, `n_iter` times over."""
+    """A run's batches in the original's order: all prompts, `n_samples` at a time, `n_iter` times over."""
     return [
         Batch(tuple(prompts[start : start + n_samples]), iteration * len(prompts) + start)
         for iteration in range(n_iter)

@@ -1,11 +1,11 @@
 """Training of both stages with pytorch-lightning, on rendered scenes.
 
-Everything random about step n comes from a generator seeded with (seed, n), so a resumed run continues as if it had
-never stopped.
+Everything random about step n comes from a generator seeded with (seed, n), so a resumed run continues as if
+it had never stopped.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,19 +16,19 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ldm.data.scenes import held_out_scenes, training_scenes
-from ldm.data.scenes import caption as scene_caption
+from ldm.data import scenes
 from ldm.images import make_grid, to_uint8
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.ema import LitEma
 from ldm.sampling import Denoiser, sample
 from ldm.sampling.noise import ImageNoise
+from ldm.util import check_params
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class TrainingConfig:
     sample_every: int = 1000
 
 
+def training_config(section: Mapping[str, Any]) -> TrainingConfig:
+    """The `training:` section of a YAML file, its names checked."""
+    check_params(TrainingConfig, section)
+    return TrainingConfig(**section)
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
@@ -63,8 +69,8 @@ def render_scenes(config: TrainingConfig) -> tuple[torch.Tensor, list[str]]:
     """The training set: uint8 [images, size, size, 3] and a caption for each."""
     images = np.empty((config.images, config.image_size, config.image_size, 3), np.uint8)
     captions = []
-    scenes = islice(training_scenes(config.seed, config.image_size), config.images)
-    for i, (image, caption) in enumerate(tqdm(scenes, "rendering scenes", config.images)):
+    rendered = islice(scenes.training_scenes(config.seed, config.image_size), config.images)
+    for i, (image, caption) in enumerate(tqdm(rendered, "rendering scenes", config.images)):
         images[i] = image
         captions.append(caption)
     return torch.from_numpy(images), captions
@@ -84,7 +90,9 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         weights = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=self.config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(
+            weights, lr=self.config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+        )
         warmup, steps = self.config.warmup, self.config.steps
 
         def factor(step: int) -> float:
@@ -152,7 +160,9 @@ class LatentDiffusionTask(Task):
         data = load_file(cache)
         self.mean, self.std, self.tokens = data["mean"], data["std"], data["tokens"]
         if isinstance(model.scale_factor, torch.Tensor):  # scale_by_std: latents of unit variance
-            model.scale_factor.fill_(1.0 / (self.mean.float().var() + self.std.float().square().mean()).sqrt())
+            model.scale_factor.fill_(
+                1.0 / (self.mean.float().var() + self.std.float().square().mean()).sqrt()
+            )
         self.empty = torch.as_tensor(model.cond_stage_model.tokenizer([""]))
 
     def training_step(self, batch: int, _: int) -> torch.Tensor:
@@ -160,7 +170,9 @@ class LatentDiffusionTask(Task):
         count = self.config.batch_size
         index = torch.randint(len(self.mean), (count,), generator=generator)
         mean, std = self.mean[index].float(), self.std[index].float()
-        x0 = (mean + std * torch.randn(mean.shape, generator=generator)).to(self.device) * self.model.scale_factor
+        x0 = (mean + std * torch.randn(mean.shape, generator=generator)).to(
+            self.device
+        ) * self.model.scale_factor
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
         # one timestep from each of `count` equal parts: less variance than independent draws
         t = (torch.arange(count) + torch.rand(count, generator=generator)) * self.model.num_timesteps / count
@@ -175,8 +187,8 @@ class LatentDiffusionTask(Task):
     def pictures(self) -> np.ndarray:
         """Samples of held-out scenes, from averaged weights."""
         rng = np.random.default_rng(self.config.seed)
-        scenes = held_out_scenes(rng, 8, pairs=False) + held_out_scenes(rng, 24, pairs=True)
-        prompts = [scene_caption(scene) for scene in scenes]
+        unseen = scenes.held_out_scenes(rng, 8, pairs=False) + scenes.held_out_scenes(rng, 24, pairs=True)
+        prompts = [scenes.caption(scene) for scene in unseen]
         size = self.config.image_size // self.model.first_stage_model.factor
         shape = (self.model.channels, size, size)
         self.ema.store(self.model)
@@ -192,7 +204,7 @@ class LatentDiffusionTask(Task):
 
 @torch.no_grad()
 def encode_scenes(model: LatentDiffusion, config: TrainingConfig) -> dict[str, torch.Tensor]:
-    """Mean and deviation of every picture's latents, float16 [n, c, h/8, w/8], and its caption's tokens [n, 77]."""
+    """Mean and deviation of all latents, float16 [n, c, h/8, w/8], and the captions' tokens [n, 77]."""
     images, captions = render_scenes(config)
     posteriors = [
         model.encode_first_stage(to_float(images[i : i + 64]).to(model.device))
@@ -218,28 +230,36 @@ class PictureLog(Callback):
             task.train()
 
 
-def train(task: Task, folder: Path) -> None:
-    """Run a task to its last step, from its last checkpoint in `folder` if there is one."""
+def train(task: Task, folder: Path, stop_at: int) -> None:
+    """Run a task up to a step, from its last checkpoint in `folder` if there is one."""
     config = task.config
     last = folder / "last.ckpt"
-    checkpoints = ModelCheckpoint(
-        folder, save_last=True, save_top_k=0, every_n_train_steps=config.checkpoint_every, enable_version_counter=False
-    )
     trainer = pl.Trainer(
-        max_steps=config.steps,
+        max_steps=stop_at,
         precision="bf16-mixed",
-        accelerator="auto",
         devices=1,
-        logger=CSVLogger(folder, name="", version="", flush_logs_every_n_steps=100),
-        log_every_n_steps=50,
-        callbacks=[checkpoints, PictureLog(folder, config.sample_every)],
-        enable_model_summary=False,
         gradient_clip_val=1.0,
+        logger=CSVLogger(folder, name="", version=""),
+        log_every_n_steps=50,
+        callbacks=[
+            ModelCheckpoint(
+                folder, save_last=True, save_top_k=0, every_n_train_steps=config.checkpoint_every
+            ),
+            PictureLog(folder, config.sample_every),
+            TQDMProgressBar(),
+        ],
+        enable_model_summary=False,
     )
-    trainer.fit(task, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+    trainer.fit(task, ckpt_path=last if last.exists() else None, weights_only=False)
+    trainer.save_checkpoint(last)
 
 
-def half(state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights in half precision; scalars such as the latent scale keep theirs."""
-    for name, tensor in state.items():
-        yield name, (tensor.half() if tensor.ndim and tensor.is_floating_point() else tensor).contiguous()
+def save_weights(task: Task, path: Path) -> Path:
+    """Write the averaged weights: a first stage as it is, the whole model in half precision."""
+    state = task.averaged_state()
+    if isinstance(task, LatentDiffusionTask):
+        # scalars such as the latent scale stay as they are
+        state = {name: t.half() if t.ndim and t.is_floating_point() else t for name, t in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path

@@ -8,7 +8,10 @@ from typing import Any
 
 from ldm.errors import InputError
 
-ALLOWED_TARGETS = ("ldm.", "torch.nn.Identity")  # a config is data from the net: it must not import what it likes
+ALLOWED_TARGETS = (
+    "ldm.",
+    "torch.nn.Identity",
+)  # a config is data from the net: it must not import what it likes
 
 
 def check_params(owner: Callable, params: Iterable[str], ignored: Iterable[str] = ()) -> None:
@@ -24,10 +27,12 @@ def check_params(owner: Callable, params: Iterable[str], ignored: Iterable[str] 
 def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Any:
     """The class or function that a dotted name stands for.
 
-    Only `ldm.*`, `torch.nn.Identity` and names below a prefix in `allow` are imported; others are an InputError.
+    Only `ldm.*`, `torch.nn.Identity` and names below a prefix in `allow` are imported, else an InputError.
     """
     prefixes = (*ALLOWED_TARGETS, *(f"{prefix.rstrip('.')}." for prefix in allow))
-    if not any(target == prefix or (prefix.endswith(".") and target.startswith(prefix)) for prefix in prefixes):
+    if not any(
+        target == prefix or (prefix.endswith(".") and target.startswith(prefix)) for prefix in prefixes
+    ):
         raise InputError(
             f"config target {target!r} is not allowed; allowed: ldm.*, torch.nn.Identity, "
             "and the packages named by --allow_target"
@@ -42,8 +47,8 @@ def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Any:
 def instantiate_from_config(config: Mapping[str, Any], allow_target: Iterable[str] = ()) -> Any:
     """Build what a config section describes.
 
-    Parameters unknown to the target's signature are an InputError, except those that its `training_params` lists:
-    published configs carry settings that only matter to their original training code.
+    Parameters unknown to the target's signature are an InputError, except those that its `training_params`
+    lists: published configs carry settings that only matter to their original training code.
     """
     if not isinstance(config, Mapping) or "target" not in config:
         raise InputError(f"a config section needs a 'target', got {config!r}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.prompts import Batch
 from ldm.sampling import SAMPLERS, Denoiser, Discretization, sample
 from ldm.sampling.denoiser import stack
 from ldm.sampling.noise import MAX_SEED, CompvisNoise, ImageNoise, noise_source
@@ -238,12 +239,12 @@ def test_many_steps_arrive_at_the_exact_solution(sampler):
     start = compvis_noise(0, (2, 3, 4, 5)).draw()
     x = start * math.sqrt(1 + sigmas[0] ** 2)
     expected = NormalData().solution(x, sigmas[0], sigmas[-1], 0.3) / math.sqrt(1 + sigmas[-1] ** 2)
-    torch.testing.assert_close(run(sampler, 500), expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(run(sampler, 500), expected, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2), ("plms", 3)])
 def test_order_of_convergence(sampler, order):
-    """Halving evenly spaced steps divides the error by 2^order; PLMS' order of 4 is its Heun start's 3 in the end."""
+    """Twice as many, evenly spaced steps divide the error by 2^order; PLMS has at least its Heun start's."""
     data = NormalData(std=1.0)
     x = torch.linspace(-2, 2, 8, dtype=torch.float64).reshape(1, 2, 2, 2) * 5
 
@@ -252,12 +253,12 @@ def test_order_of_convergence(sampler, order):
         out = SAMPLERS[sampler](lambda x, sigma: data.x0(x, sigma, 0.3), x, sigmas)
         return (out - data.solution(x, sigmas[0], sigmas[-1], 0.3)).abs().max().item()
 
-    assert math.log2(error(200) / error(400)) == pytest.approx(order, abs=0.2)
+    assert math.log2(error(200) / error(400)) > order - 0.1
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_perfect_denoiser_is_followed_to_the_end(sampler):
-    """With x0 known, every sampler lands on x0 plus what noise the last sigma leaves; at sigma 0 on x0 itself."""
+    """With x0 known, every sampler lands on x0 and the last sigma's share of the noise; at sigma 0 on x0."""
     x0, x = torch.zeros(1, 1, 2, 2, dtype=torch.float64), torch.full((1, 1, 2, 2), 5.0, dtype=torch.float64)
     for end in (0.5, 0.0):
         out = SAMPLERS[sampler](lambda x, sigma: x0, x, [5.0, 3.0, 1.0, end])
@@ -354,7 +355,7 @@ def test_conditioning_is_stacked_unconditional_first():
 
 def test_lists_of_different_lengths_do_not_stack():
     a, b = torch.rand(2, 2, 5, 6)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="zip"):
         stack([a], [a, b])
 
 
@@ -386,12 +387,12 @@ def test_an_image_alone_is_the_image_of_a_batch(mini_v1, sampler, eta):
     """The original's image k depended on the batch size, the sampler and all images before it."""
     conds = torch.randn(3, 77, 768, generator=torch.Generator().manual_seed(0))
     uncond = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(1))
-    batch = sample(Denoiser(mini_v1, conds, uncond, 7.5), sampler, 6, image_noise(42, 43, 44), eta)
+    batch = sample(Denoiser(mini_v1, conds, uncond, 2.0), sampler, 6, image_noise(42, 43, 44), eta)
     for k in range(3):
-        denoiser = Denoiser(mini_v1, conds[k : k + 1], uncond, 7.5)
+        denoiser = Denoiser(mini_v1, conds[k : k + 1], uncond, 2.0)
         alone = sample(denoiser, sampler, 6, image_noise(42 + k), eta)
-        torch.testing.assert_close(alone[0], batch[k], rtol=0, atol=1e-4)
-    assert (batch[0] - batch[1]).abs().max() > 0.1
+        torch.testing.assert_close(alone[0], batch[k], rtol=0, atol=1e-4 * batch[k].std().item())
+    assert (batch[0] - batch[1]).abs().max() > batch.std()
 
 
 def test_seeds_differ_in_their_start_and_in_their_steps():
@@ -436,7 +437,7 @@ def test_small_seeds_are_torchs():
     ],
 )
 def test_one_stream_with_the_originals_unused_draws(sampler, eta, steps, draws, fixed_code):
-    """The original drew in every DDIM and PLMS step, and multiplied by zero: its second batch starts after that."""
+    """The original drew in every DDIM and PLMS step and multiplied by zero; its next batch starts after that."""
     shape = (2, 3, 4, 5)
     code = torch.randn(shape, generator=torch.Generator().manual_seed(9)) if fixed_code else None
     noise, denoiser = (
@@ -459,3 +460,39 @@ def test_one_stream_starts_with_its_first_draw():
 def test_a_fixed_code_is_cut_to_a_smaller_batch():
     code = torch.randn(3, 4, 8, 8)
     assert torch.equal(compvis_noise(0, (2, 4, 8, 8), code).start(), code[:2])
+
+
+# --- the noise of a run's batches
+
+BATCHES = [Batch(("a", "b"), first=0), Batch(("c",), first=2)]
+
+
+def test_image_k_of_a_run_has_seed_plus_k():
+    noise_of = noise_source("image", MAX_SEED, (4, 8, 8), False, CPU, 2)
+    assert torch.equal(noise_of(BATCHES[0]).start(), image_noise(MAX_SEED, 0).start())
+    assert torch.equal(noise_of(BATCHES[1]).start(), image_noise(1).start())
+
+
+def test_compvis_batches_share_a_stream():
+    noise_of = noise_source("compvis", 3, (4, 8, 8), False, CPU, 2)
+    reference = torch.Generator().manual_seed(3)
+    for batch in BATCHES:
+        expected = torch.randn(len(batch), 4, 8, 8, generator=reference)
+        assert torch.equal(noise_of(batch).start(), expected)
+
+
+@pytest.mark.parametrize("rng", ["image", "compvis"])
+def test_a_fixed_code_starts_every_batch(rng):
+    noise_of = noise_source(rng, 3, (4, 8, 8), True, CPU, 2)
+    first, second = (noise_of(batch) for batch in BATCHES)
+    start = first.start()
+    assert torch.equal(second.start(), start[:1])
+    assert not torch.equal(first(2.0, 1.0)[:1], second(2.0, 1.0))
+
+
+@pytest.mark.xfail(strict=True, reason="reported: with start_seeds the image's own stream is not advanced")
+def test_with_a_fixed_code_the_first_step_does_not_draw_the_start_again():
+    """Then eta > 0 only scales the start instead of adding noise to it."""
+    noise = noise_source("image", 3, (4, 8, 8), True, CPU, 2)(BATCHES[0])
+    start = noise.start()
+    assert not torch.equal(noise(2.0, 1.0), start)

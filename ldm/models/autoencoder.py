@@ -1,4 +1,4 @@
-"""The first stage: images to latents and back (Rombach et al. 2022, https://arxiv.org/abs/2112.10752, 3.1)."""
+"""The first stage, images to latents (Rombach et al. 2022, https://arxiv.org/abs/2112.10752, 3.1)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +14,12 @@ from ldm.util import check_params
 class AutoencoderKL(nn.Module):
     """A variational autoencoder with a downsampling factor of 2^(levels - 1); 8 for Stable Diffusion.
 
-    Images are [b, 3, h, w] in [-1, 1] with h and w multiples of the factor; latents are [b, embed_dim, h/8, w/8].
+    Images are [b, 3, h, w] in [-1, 1], h and w multiples of the factor; latents [b, embed_dim, h/8, w/8].
     """
 
-    training_params = frozenset({"lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels"})
+    training_params = frozenset(
+        {"lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels"}
+    )
 
     def __init__(self, embed_dim: int, ddconfig: Mapping[str, Any]):
         super().__init__()
@@ -36,7 +38,9 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.post_quant_conv(z))
 
-    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, DiagonalGaussianDistribution]:
+    def forward(
+        self, x: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, DiagonalGaussianDistribution]:
         """The reconstruction of x from a posterior sample, and the posterior."""
         posterior = self.encode(x)
         return self.decode(posterior.sample(noise)), posterior

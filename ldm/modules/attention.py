@@ -1,4 +1,4 @@
-"""Attention blocks of the UNet (Vaswani et al. 2017; Rombach et al. 2022, https://arxiv.org/abs/2112.10752, 3.3)."""
+"""Attention blocks of the UNet (Rombach et al. 2022, https://arxiv.org/abs/2112.10752, 3.3)."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class GEGLU(nn.Module):
-    """A linear layer gated by the exact (erf) GELU of its other half (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    """A linear layer gated by the exact GELU of its other half (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
@@ -46,7 +46,7 @@ class CrossAttention(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward; each normalised first and added to its input."""
+    """Self-attention, cross-attention, feed-forward; each is normalised first and added to its input."""
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, context_dim: int, dropout: float, disable_self_attn: bool

@@ -7,7 +7,7 @@ from torch import nn
 class LitEma(nn.Module):
     """Averages of a model's trainable weights, kept as float32 buffers named as in original checkpoints.
 
-    A buffer's name is the weight's without dots. The decay warms up as min(decay, (1 + n) / (10 + n)) over n updates.
+    A buffer's name is the weight's without dots. After n updates the decay is min(decay, (1 + n) / (10 + n)).
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999):

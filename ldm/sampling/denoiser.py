@@ -24,7 +24,7 @@ def stack(uncond: "Conditioning", cond: "Conditioning") -> "Conditioning":
 class Denoiser:
     """Predicts clean latents with classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
 
-    `cond` and `uncond` go to `model.apply_model`; a scale of exactly 1 leaves `uncond` out. One model call a call.
+    `cond` and `uncond` go to `model.apply_model`, in one batch; a scale of exactly 1 leaves `uncond` out.
     """
 
     def __init__(

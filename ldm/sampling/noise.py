@@ -25,7 +25,7 @@ def image_generator(seed: int) -> torch.Generator:
 class ImageNoise:
     """Each image's own stream, on the CPU in float32: equal on any device and in any batch.
 
-    `start_seeds` are those of other images to start from (--fixed_code); the steps' noise stays the image's own.
+    `start_seeds` are other images' to start from (--fixed_code); the steps' noise stays the image's own.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ImageNoise:
 
 
 class CompvisNoise:
-    """The original's single generator for the whole run, on the run's device; also the draws it threw away."""
+    """The original's one generator for the whole run, on the run's device; also the draws it threw away."""
 
     def __init__(self, generator: torch.Generator, shape: Sequence[int], start_code: Tensor | None = None):
         self.generator = generator
@@ -82,8 +82,8 @@ def noise_source(
 ) -> Callable[[Batch], ImageNoise | CompvisNoise]:
     """The noise of each batch of a run: `rng` is "image" or "compvis", `shape` is one image's [c, h, w].
 
-    Image k has seed `seed + k`, modulo 2^63. `fixed_code` starts every batch from the first one's noise, drawn
-    for `n_samples` images.
+    Image k has seed `seed + k`, modulo 2^63. `fixed_code` starts every batch from the first one's noise,
+    drawn for `n_samples` images.
     """
     if rng == "compvis":
         generator = torch.Generator(device).manual_seed(seed)

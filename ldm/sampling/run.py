@@ -17,7 +17,9 @@ def sample(
     callback: Callback | None = None,
 ) -> Tensor:
     """Latents [b, c, h, w] from pure noise in `steps` steps, as the original's command computes them."""
-    sigmas = SCHEDULES["uniform" if sampler == "dpmpp_2m" else "leading"](denoiser.discretization, steps).tolist()
+    sigmas = SCHEDULES["uniform" if sampler == "dpmpp_2m" else "leading"](
+        denoiser.discretization, steps
+    ).tolist()
     x = noise.start() * (1.0 + sigmas[0] ** 2) ** 0.5
     match sampler:
         case "ddim":

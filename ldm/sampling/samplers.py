@@ -1,14 +1,14 @@
 """Samplers: plain functions from noise to latents, in the sigma space of `ldm.sampling.schedule`.
 
-Each takes `denoise(x, sigma) -> x0`, the noised latents x [b, c, h, w] at `sigmas[0]`, and the descending `sigmas`
-[steps + 1] of the run, and returns the latents at `sigmas[-1]`. Stochastic ones draw a standard normal tensor like x
-with `noise(sigma, sigma_next)`. `callback(step, x0)` is called after every step with the step's number from 1.
+Each takes `denoise(x, sigma) -> x0`, the noised latents x [b, c, h, w] at `sigmas[0]`, and the descending
+`sigmas` [steps + 1] of the run, and returns the latents at `sigmas[-1]`. Stochastic ones draw a standard
+normal tensor like x with `noise(sigma, sigma_next)`. `callback(step, x0)` comes after every step, from 1.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
-import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -31,8 +31,8 @@ def ddim(
     callback: Callback | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502): Euler's method, with eta > 0 an ancestral one."""
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    """DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502): Euler's method, ancestral for eta > 0."""
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma)
         down, up = ancestral_step(sigma, sigma_next, eta)
         x = x0 + (x - x0) * (down / sigma)
@@ -59,7 +59,7 @@ def plms(
     The first step, which has no history, is Heun's: one model call more than there are steps.
     """
     history: list[Tensor] = []  # eps of the last four steps, newest first
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma)
         history = [(x - x0) / sigma, *history[:3]]
         eps = sum(c * e for c, e in zip(ADAMS_BASHFORTH[len(history) - 1], history, strict=True))
@@ -86,7 +86,7 @@ def dpmpp_2m(
     `lower_order_final` makes the last step first-order; the original does so below 15 steps.
     """
     last_x0, last_h = None, 0.0
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma)
         first_order = last_x0 is None or sigma_next == 0 or (lower_order_final and i == len(sigmas) - 2)
         h = np.log(sigma / sigma_next) if sigma_next > 0 else np.inf  # step in lambda = -log sigma

@@ -1,8 +1,8 @@
 """Noise schedules: betas, alphas, sigmas, and which of them a run visits. All of it float64 on the host.
 
-A latent at timestep t is `sqrt(a_t) x0 + sqrt(1 - a_t) eps` in the variance-preserving form of the model. Samplers
-work on the same latent divided by `sqrt(a_t)`, that is `x0 + sigma eps` with `sigma = sqrt((1 - a) / a)`
-(Karras et al. 2022, https://arxiv.org/abs/2206.00364, C.3.3).
+A latent at timestep t is `sqrt(a_t) x0 + sqrt(1 - a_t) eps` in the variance-preserving form of the model.
+Samplers work on the same latent divided by `sqrt(a_t)`, that is `x0 + sigma eps` with
+`sigma = sqrt((1 - a) / a)` (Karras et al. 2022, https://arxiv.org/abs/2206.00364, C.3.3).
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from ldm.errors import InputError
 def make_beta_schedule(
     schedule: str, timesteps: int, linear_start: float, linear_end: float, cosine_s: float = 8e-3
 ) -> np.ndarray:
-    """Betas, float64 [timesteps], of the original's named schedules ("linear" is linear in the square root)."""
+    """Betas, float64 [timesteps], of the original's named schedules; "linear" is so in the square root."""
     match schedule:
         case "linear":
             return np.linspace(linear_start**0.5, linear_end**0.5, timesteps) ** 2
@@ -60,14 +60,14 @@ def leading_timesteps(steps: int, num_timesteps: int = 1000) -> np.ndarray:
 
 
 def leading_sigmas(discretization: Discretization, steps: int) -> np.ndarray:
-    """The leading grid's sigmas, [steps + 1]; ends at timestep 0, the original's last alpha, not at 0 noise."""
+    """The leading grid's sigmas, [steps + 1]; the last is timestep 0's, as in the original, not 0."""
     timesteps = leading_timesteps(steps, discretization.num_timesteps)
     end = discretization.sigma(0.0) if timesteps[-1] > 0 else 0.0
     return np.append(discretization.sigma(timesteps), end)
 
 
 def uniform_sigmas(discretization: Discretization, steps: int) -> np.ndarray:
-    """DPM-Solver's grid, [steps + 1]: evenly spaced from the last timestep to timestep 0, fractions included."""
+    """DPM-Solver's grid, [steps + 1]: even, fractional timesteps from the last one to timestep 0."""
     return discretization.sigma(np.linspace(discretization.num_timesteps - 1, 0, steps + 1))
 
 

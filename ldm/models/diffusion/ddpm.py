@@ -43,16 +43,41 @@ class DiffusionWrapper(nn.Module):
 class LatentDiffusion(nn.Module):
     """A latent diffusion model as a YAML file describes it.
 
-    Parameter names are the original's. `scale_factor` brings latents to about unit variance; `parameterization` says
-    whether the UNet predicts the noise ("eps") or v (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512).
+    Parameter names are the original's. `scale_factor` brings latents to about unit variance;
+    `parameterization` says whether the UNet predicts the noise ("eps") or v (Salimans & Ho 2022,
+    https://arxiv.org/abs/2202.00512).
     """
 
     training_params = frozenset(
-        """base_learning_rate ckpt_path clip_denoised concat_mode cond_stage_forward finetune_keys first_stage_trainable
-        given_betas ignore_keys image_size_train keep_num_ema_updates l_simple_weight learn_logvar load_only_unet
-        log_every_t logvar_init loss_type make_it_fit monitor num_timesteps_cond original_elbo_weight reset_ema
-        reset_num_ema_updates scheduler_config ucg_training unconditional_guidance_scale use_positional_encodings
-        v_posterior""".split()
+        {
+            "base_learning_rate",
+            "ckpt_path",
+            "clip_denoised",
+            "concat_mode",
+            "cond_stage_forward",
+            "finetune_keys",
+            "first_stage_trainable",
+            "given_betas",
+            "ignore_keys",
+            "keep_num_ema_updates",
+            "l_simple_weight",
+            "learn_logvar",
+            "load_only_unet",
+            "log_every_t",
+            "logvar_init",
+            "loss_type",
+            "make_it_fit",
+            "monitor",
+            "num_timesteps_cond",
+            "original_elbo_weight",
+            "reset_ema",
+            "reset_num_ema_updates",
+            "scheduler_config",
+            "ucg_training",
+            "unconditional_guidance_scale",
+            "use_positional_encodings",
+            "v_posterior",
+        }
     )
 
     def __init__(
@@ -79,7 +104,9 @@ class LatentDiffusion(nn.Module):
     ):
         super().__init__()
         if parameterization not in PARAMETERIZATIONS:
-            raise InputError(f"parameterization {parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}")
+            raise InputError(
+                f"parameterization {parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}"
+            )
         self.parameterization = parameterization
         self.conditioning_key = conditioning_key or "crossattn"
         self.channels = channels
@@ -149,7 +176,7 @@ class LatentDiffusion(nn.Module):
     def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """The UNet's output for latents x [b, c, h, w] at timesteps t [b] (fractions allowed).
 
-        `cond` is the embedding [b, n, d], a list of them, or a dict of lists: `c_crossattn`, `c_concat`, `c_adm`.
+        `cond` is the embedding [b, n, d], a list of them, or a dict of c_crossattn, c_concat (lists), c_adm.
         """
         if not isinstance(cond, Mapping):
             cond = {f"c_{self.conditioning_key}": cond if isinstance(cond, Sequence) else [cond]}
@@ -179,7 +206,9 @@ class LatentDiffusion(nn.Module):
         a, b = (self._at(name, t) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"))
         return a * x0 + b * noise
 
-    def p_losses(self, x0: torch.Tensor, cond: Conditioning, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def p_losses(
+        self, x0: torch.Tensor, cond: Conditioning, t: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
         """The training loss of each sample, [b]: mean squared error of the predicted noise, or v."""
         target = noise
         if self.parameterization == "v":

@@ -13,7 +13,7 @@ from ldm.modules.attention import SpatialTransformer
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000.0) -> torch.Tensor:
-    """Cosines, then sines, of each (possibly fractional) timestep [b] at geometric frequencies -> float32 [b, dim]."""
+    """Cosines, then sines, of timesteps [b] (fractions too) at geometric frequencies -> float32 [b, dim]."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * steps / half)
@@ -93,8 +93,9 @@ class UNetModel(nn.Module):
     """Predicts the noise (or v) in latents x [b, in_channels, h, w] of any h, w at timesteps [b].
 
     `context` [b, n, context_dim] is read by cross-attention; `y` is a class label: int64 [b] for an integer
-    `num_classes`, [b, adm_in_channels] for "sequential", [b, 1] for "continuous". Parameter names are the original's,
-    but for `num_groups` (of every normalisation), which lets a narrow model keep several channels to a group.
+    `num_classes`, [b, adm_in_channels] for "sequential", [b, 1] for "continuous". Parameter names are the
+    original's, but for `num_groups` of every normalisation, which lets a narrow model keep several channels
+    to a group.
     """
 
     training_params = frozenset({"image_size", "legacy", "num_heads_upsample", "use_bf16", "use_fp16"})
@@ -126,7 +127,9 @@ class UNetModel(nn.Module):
         if num_heads == -1 and num_head_channels == -1:
             raise InputError("UNetModel needs num_heads or num_head_channels")
         levels = range(len(channel_mult))
-        blocks_of = [num_res_blocks] * len(levels) if isinstance(num_res_blocks, int) else list(num_res_blocks)
+        blocks_of = (
+            [num_res_blocks] * len(levels) if isinstance(num_res_blocks, int) else list(num_res_blocks)
+        )
         no_self_attn = disable_self_attentions or [False] * len(levels)
         self.model_channels = model_channels
         self.use_checkpoint = use_checkpoint
@@ -212,7 +215,7 @@ class UNetModel(nn.Module):
         return self.out(h)
 
     def run(self, block: Block, *inputs) -> torch.Tensor:
-        """The block's output; in training its activations are recomputed on the way back if the config says so."""
+        """The block's output; with use_checkpoint its activations are computed again for the gradients."""
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -221,7 +224,7 @@ class UNetModel(nn.Module):
 def label_embedding(
     num_classes: int | str | None, adm_in_channels: int | None, emb_channels: int
 ) -> nn.Module | None:
-    """What turns a class label (x4 upscaler: noise level; unCLIP: image embedding) into a time-embedding offset."""
+    """What turns a class label (x4: noise level; unCLIP: image embedding) into a time-embedding offset."""
     match num_classes:
         case None:
             return None

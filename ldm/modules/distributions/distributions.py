@@ -18,9 +18,9 @@ class DiagonalGaussianDistribution:
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean + std * noise, [b, c, h, w]; without `noise` [b, c, h, w] it is drawn from torch's global CPU stream.
+        """Mean + std * noise, both [b, c, h, w].
 
-        The CPU draw is the original's: its first stage samples on the CPU whatever the device.
+        Without `noise` it is drawn from torch's global CPU generator, as the original does on any device.
         """
         if noise is None:
             noise = torch.randn(self.mean.shape)
@@ -30,5 +30,5 @@ class DiagonalGaussianDistribution:
         return self.mean
 
     def kl(self) -> torch.Tensor:
-        """KL divergence to the standard normal in nats, summed over each sample, [b] (Kingma & Welling 2013, B)."""
+        """KL divergence to the standard normal in nats, [b] (Kingma & Welling 2013, appendix B)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))

@@ -1,4 +1,4 @@
-"""CLIP's text transformer (Radford et al. 2021, https://arxiv.org/abs/2103.00020), in the checkpoints' key layout."""
+"""CLIP's text transformer (Radford et al. 2021, arXiv:2103.00020) with the key names of the checkpoints."""
 
 import torch
 import torch.nn.functional as F

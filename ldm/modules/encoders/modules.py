@@ -10,6 +10,7 @@ from ldm.modules.encoders.clip import CLIPTextTransformer
 from ldm.modules.encoders.tokenizer import CLIPTokenizer
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
+CONTEXT_LENGTH = 77  # tokens that the position embedding covers
 
 
 class CLIPTextModel(nn.Module):
@@ -21,17 +22,17 @@ class CLIPTextModel(nn.Module):
 
 
 class FrozenCLIPEmbedder(nn.Module):
-    """The text encoder of Stable Diffusion v1: prompts -> [b, 77, width], the last hidden states of CLIP ViT-L/14.
+    """The text encoder of Stable Diffusion v1: texts -> the last hidden states of CLIP ViT-L/14.
 
-    Its weights come from the checkpoint, nothing is downloaded. `device` is accepted and ignored: the model is
-    moved as a whole. `width`, `layers` and `heads` make a miniature.
+    Its weights come from the checkpoint, nothing is downloaded. `device` is accepted and ignored: the model
+    is moved as a whole. `width`, `layers` and `heads` make a miniature; `freeze` is left to the owner.
     """
 
     def __init__(
         self,
         version: str = VIT_L_14,
-        device: str = "cpu",
-        max_length: int = 77,
+        device: str = "cuda",
+        max_length: int = CONTEXT_LENGTH,
         width: int = 768,
         layers: int = 12,
         heads: int = 12,
@@ -39,8 +40,10 @@ class FrozenCLIPEmbedder(nn.Module):
         super().__init__()
         if version != VIT_L_14:
             raise InputError(f"FrozenCLIPEmbedder version {version!r} is not known; known: {VIT_L_14}")
+        if not 2 <= max_length <= CONTEXT_LENGTH:
+            raise InputError(f"FrozenCLIPEmbedder max_length {max_length} is not in 2 … {CONTEXT_LENGTH}")
         self.max_length = max_length
-        self.transformer = CLIPTextModel(CLIPTextTransformer(width, layers, heads, context_length=max_length))
+        self.transformer = CLIPTextModel(CLIPTextTransformer(width, layers, heads))
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -50,13 +53,13 @@ class FrozenCLIPEmbedder(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward_tokens(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [b, 77, width] of token ids int64 [b, 77]."""
+        """Embeddings [b, n, width] of token ids [b, n], n up to 77."""
         return self.transformer.text_model(ids)
 
-    def forward(self, prompts: str | list[str]) -> torch.Tensor:
-        """Embeddings [b, 77, width]; what exceeds 77 tokens is cut off (see `tokenizer.cut_off`)."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+    def forward(self, texts: str | list[str]) -> torch.Tensor:
+        """Embeddings [b, max_length, width]; longer texts are cut, `tokenizer.cut_off` tells where."""
+        texts = [texts] if isinstance(texts, str) else texts
         device = self.transformer.text_model.final_layer_norm.weight.device
-        return self.forward_tokens(self.tokenizer(prompts).to(device))
+        return self.forward_tokens(self.tokenizer(texts).to(device))
 
     encode = forward

@@ -3,21 +3,18 @@
 import gzip
 import html
 import importlib.util
-import re
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.pre_tokenizers import ByteLevel
 
 from ldm.errors import InputError
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+START, END = "<start_of_text>", "<end_of_text>"
 MERGES = 49152 - 256 - 2  # lines of the vocabulary file that CLIP uses
-WORDS = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # of CLIP's code
-)
+WORDS = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+"  # open_clip's
 
 
 def vocabulary_file() -> Path:
@@ -30,48 +27,59 @@ def vocabulary_file() -> Path:
 
 def byte_symbols() -> list[str]:
     """The printable characters that stand for the 256 bytes, in the order of CLIP's vocabulary (GPT-2)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 def clean(text: str) -> str:
-    """Mend broken encodings, undo HTML entities, fold white space, lower the case (as CLIP's code does)."""
+    """Mend broken encodings, undo HTML entities, fold white space, lower the case (as open_clip)."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip().lower()
+    return " ".join(text.split()).lower()
 
 
 class CLIPTokenizer:
-    """Prompts -> token ids; start and end tokens around at most `max_length - 2` others, then padding."""
+    """Prompts -> token ids, equal to open_clip's SimpleTokenizer.
+
+    Start and end tokens around at most `max_length - 2` others, then `pad_id`: by default the end token,
+    which Stable Diffusion v1 was trained with; v2 pads with 0.
+    """
 
     def __init__(self, max_length: int = 77, pad_id: int | None = None):
+        import regex
+
         lines = gzip.decompress(vocabulary_file().read_bytes()).decode().split("\n")[1 : MERGES + 1]
         merges = [tuple(line.split()) for line in lines]
         symbols = byte_symbols()
-        words = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), START, END]
-        self.ids = {word: i for i, word in enumerate(words)}
-        self.tokenizer = Tokenizer(BPE(self.ids, merges, end_of_word_suffix="</w>"))
-        self.tokenizer.pre_tokenizer = Sequence(
-            [Split(Regex(WORDS), "removed", invert=True), ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
+        vocabulary = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), START, END]
+        ids = {token: i for i, token in enumerate(vocabulary)}
+        self.words = regex.compile(WORDS, regex.IGNORECASE)
+        self.bpe = Tokenizer(BPE(ids, merges, end_of_word_suffix="</w>"))
+        self.bpe.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+        self.bpe.add_special_tokens([START, END])
+        self.start_id, self.end_id = ids[START], ids[END]
         self.max_length = max_length
-        self.pad_id = self.ids[END] if pad_id is None else pad_id
+        self.pad_id = self.end_id if pad_id is None else pad_id
 
     def encode(self, text: str) -> list[int]:
         """The ids of the text alone."""
-        return self.tokenizer.encode(clean(text)).ids
+        return self.bpe.encode(self.words.findall(clean(text)), is_pretokenized=True).ids
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """int64 [b, max_length]; longer texts are cut so that the end token is last."""
         rows = torch.full((len(texts), self.max_length), self.pad_id)
         for row, text in zip(rows, texts, strict=True):
-            ids = [self.ids[START], *self.encode(text)[: self.max_length - 2], self.ids[END]]
+            ids = [self.start_id, *self.encode(text)[: self.max_length - 2], self.end_id]
             row[: len(ids)] = torch.tensor(ids)
         return rows
 
     def cut_off(self, text: str) -> str:
-        """The part of the text that does not fit, cleaned; "" if all of it does."""
+        """The part of the text that does not fit, in its cleaned form; "" if all of it does."""
         text = clean(text)
-        offsets = self.tokenizer.encode(text).offsets[self.max_length - 2 :]
-        return text[offsets[0][0] :] if offsets else ""
+        words = list(self.words.finditer(text))
+        found = self.bpe.encode([word.group() for word in words], is_pretokenized=True)
+        kept = self.max_length - 2
+        if len(found.ids) <= kept:
+            return ""
+        return text[words[found.word_ids[kept]].start() + found.offsets[kept][0] :]

@@ -1,0 +1,22 @@
+# make demo: set up and render a first picture. make test: set up and run every test.
+PYTHON ?= python3
+VENV := .venv/bin/python
+
+.PHONY: demo test
+demo: .venv/installed
+	$(VENV) scripts/txt2img.py --prompt "a red cube on top of a blue sphere" --plms --outdir outputs/demo
+	@echo "images: outputs/demo/samples    grids: outputs/demo/grid-*.png"
+
+test: .venv/installed-test
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) -m pytest
+
+.venv/installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(VENV) -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(VENV) -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@

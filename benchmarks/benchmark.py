@@ -1,0 +1,473 @@
+#!/usr/bin/env python3
+"""Measure the toolkit on this machine: start-up, one image, loading, a UNet step, numbers of model calls."""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from ldm.cli import Parser, notice, number, run
+from ldm.errors import InputError
+from ldm.loading import BUNDLED_CONFIG, V1_CONFIG
+
+RESULTS = ROOT / "benchmarks/results"
+GIB = 2**30
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    what: str
+    target: str
+    measured: str
+    met: bool | None = None  # None: there is nothing to meet, or it could not be measured
+    values: dict[str, Any] = field(default_factory=dict)  # every single reading, in seconds and bytes
+
+
+def in_fresh_process(function: Callable, *args: Any) -> Any:
+    """What the function returns when a new Python runs it: nothing imported, and its peak memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def timed_runs(command: list[str], repeats: int) -> list[float]:
+    """Wall times of whole processes; InputError with its last line if one of them fails."""
+
+    def once() -> None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise InputError((done.stderr.strip() or "no message").splitlines()[-1].replace(f"{ROOT}/", ""))
+
+    return [seconds(once) for _ in range(repeats)]
+
+
+# --help and one picture: whole processes
+
+
+def measure_help(options: argparse.Namespace) -> list[Row]:
+    command = [str(ROOT / "scripts/txt2img.py"), "--help"]
+    # this run, which is not timed, also writes the .pyc files
+    imports = subprocess.run(
+        [sys.executable, "-X", "importtime", *command], capture_output=True, text=True
+    ).stderr
+    has_torch = any(line.rsplit("|")[-1].strip() == "torch" for line in imports.splitlines())
+    times = timed_runs([sys.executable, *command], 5)
+    return [
+        Row(
+            "`txt2img.py --help`, whole process, median of 5",
+            "< 0.5 s, torch not imported",
+            f"{median(times):.2f} s, torch {'' if has_torch else 'not '}imported",
+            median(times) < 0.5 and not has_torch,
+            {"seconds": times, "torch imported": has_torch},
+        )
+    ]
+
+
+def measure_image(options: argparse.Namespace) -> list[Row]:
+    what, target = "one bundled-model image, 50 PLMS steps, whole process, median of 3", "< 8 s"
+    arguments = "--plms --n_samples 1 --n_iter 1 --skip_grid --prompt".split()
+    arguments += ["a red cube on top of a blue sphere", "--config", str(ROOT / BUNDLED_CONFIG)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "scripts/txt2img.py"), *arguments, "--outdir", folder]
+        try:
+            times = timed_runs(command, 3)
+        except InputError as error:
+            return [Row(what, target, f"not measured: {error}")]
+    return [Row(what, target, f"{median(times):.2f} s", median(times) < 8, {"seconds": times})]
+
+
+# the full v1 model, on stand-in weights
+
+
+def stand_in_weights(config: Path, path: Path) -> Path:
+    """`path`, a float32 safetensors file of the config's model; made if it is not there, then read into the page cache."""
+    if not path.exists():
+        notice(f"making stand-in weights, once: {path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            in_fresh_process(write_weights, config, path)
+        except OSError as error:
+            raise InputError(f"--cache {path.parent}: {error.strerror}") from error
+    with path.open("rb", buffering=0) as file:
+        while file.read(2**24):
+            pass
+    return path
+
+
+def write_weights(config: Path, path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "tests/golden"))
+    import torch
+    from pseudo_weights import pseudo_state_dict
+    from safetensors.torch import save_file
+
+    from ldm.loading import read_config
+    from ldm.util import instantiate_from_config
+
+    with torch.device("meta"):
+        wanted = instantiate_from_config(read_config(config)).state_dict()
+    state = pseudo_state_dict({name: ["float32", list(tensor.shape)] for name, tensor in wanted.items()})
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        save_file(state, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def v1_weights(options: argparse.Namespace) -> Path:
+    return stand_in_weights(ROOT / V1_CONFIG, options.cache / "v1-float32.safetensors")
+
+
+def memory() -> dict[str, int]:
+    """This process's memory now and at its peak, in bytes, mapped pages that were touched included (Linux).
+
+    Not `getrusage`'s ru_maxrss: that starts from the peak of the process which started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    return {
+        name: int(re.search(rf"^{key}:\s+(\d+) kB", status, re.M)[1]) * 1024 for name, key in MEMORY.items()
+    }
+
+
+MEMORY = {"now": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}
+
+
+def load_and_use(config: Path, weights: Path, latents: int | None) -> dict[str, Any]:
+    """Seconds of `load_model` after imports and of first touching every weight; memory at each stage.
+
+    With `latents` also memory after a pass through text encoder, UNet (batch 2) and decoder at that latent size.
+    """
+    import torch
+
+    import ldm.generate
+    import ldm.models.autoencoder
+    import ldm.modules.diffusionmodules.openaimodel
+    import ldm.modules.encoders.modules
+    from ldm.loading import load_model, read_config
+
+    section = read_config(config)
+    readings = {"memory": {"imports": memory()}}
+    start = time.perf_counter()
+    model = load_model(section, weights)
+    readings["load"] = time.perf_counter() - start
+    readings["memory"]["load"] = memory()
+    for parameter in model.parameters():
+        parameter.flatten()[::1024].sum()  # one value of each 4 KiB page
+    readings["load and touch"] = time.perf_counter() - start
+    readings["memory"]["touch"] = memory()
+    if latents:
+        with torch.inference_mode():
+            context = model.get_learned_conditioning(["", "a red cube"])
+            x = torch.randn(2, model.channels, latents, latents)
+            eps = model.apply_model(x, torch.full((2,), 500.0), context)
+            readings["memory"]["text and UNet"] = memory()
+            model.decode_first_stage(eps[:1])
+            readings["memory"]["decoder"] = memory()
+    return readings
+
+
+def measure_load(options: argparse.Namespace) -> list[Row]:
+    what = "building and loading the full v1 model, float32, after imports"
+    if not Path("/proc/self/status").exists():
+        return [Row(what, "< 2 s", "not measured: memory is read from Linux's /proc")]
+    weights = v1_weights(options)
+    size = weights.stat().st_size
+    readings = []
+    for i in range(3):
+        notice(f"load: process {i + 1} of 3")
+        # only the last one also computes, which takes longer
+        last = options.latents if i == 2 else None
+        readings.append(in_fresh_process(load_and_use, ROOT / V1_CONFIG, weights, last))
+    load, touch = (median(r[key] for r in readings) for key in ("load", "load and touch"))
+    stages = readings[-1]["memory"]
+    limit = 1.15 * size
+
+    def peak(stage: str) -> str:
+        peak = stages[stage]["peak"]
+        return f"{peak / GIB:.2f} GiB ({(peak / size - 1) * 100:+.0f} %), {stages[stage]['anonymous'] / GIB:.2f} not mapped"
+
+    bound = f"< file ({size / GIB:.2f} GiB) + 15 %"
+    return [
+        Row(what, "< 2 s", f"{load:.2f} s", load < 2, {"readings": readings, "file": size}),
+        Row("the same, and every page of the weights read", "< 2 s", f"{touch:.2f} s", touch < 2),
+        Row("peak memory of the process: loaded", bound, peak("load"), stages["load"]["peak"] < limit),
+        Row("… every weight touched", bound, peak("touch"), stages["touch"]["peak"] < limit),
+        Row(
+            f"… text encoder and UNet run (batch 2, {options.latents}x{options.latents})",
+            "",
+            peak("text and UNet"),
+        ),
+        Row(f"… decoder run ({options.latents}x{options.latents})", "", peak("decoder")),
+    ]
+
+
+# one guided UNet step, ours and diffusers'
+
+
+def unet_steps(
+    config: Path, weights: Path, latents: int, theirs: dict | None, repeats: int
+) -> dict[str, Any]:
+    """Seconds of UNet calls at batch 2, ours and diffusers' in turn, on the same weights; largest difference.
+
+    `theirs` is the configuration for diffusers; without one only ours is timed.
+    """
+    import torch
+
+    from ldm.loading import load_model, read_config
+
+    model = load_model(read_config(config), weights)
+    unet = model.model.diffusion_model
+    torch.manual_seed(0)
+    x, t = torch.randn(2, model.channels, latents, latents), torch.tensor([500.0, 500.0])
+    with torch.inference_mode():
+        context = model.get_learned_conditioning(["", "a red cube on top of a blue sphere"])
+        calls = {"ours": lambda: unet(x, t, context)}
+        if theirs:
+            other = diffusers_twin(unet, theirs)
+            calls["diffusers"] = lambda: other(x, t, context).sample
+        outputs = {name: call() for name, call in calls.items()}  # the warm-up
+        readings = {name: [] for name in calls}
+        for i in range(repeats):
+            notice(f"unet: {i + 1} of {repeats}")
+            for name, call in calls.items():
+                readings[name].append(seconds(call))
+    if theirs:
+        readings["difference"] = (outputs["ours"] - outputs["diffusers"]).abs().max().item()
+        readings["largest output"] = outputs["diffusers"].abs().max().item()
+    return readings | {"threads": torch.get_num_threads()}
+
+
+def diffusers_twin(unet: Any, config: dict) -> Any:
+    """diffusers' UNet with the very tensors of ours."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from diffusers_names import diffusers_name
+
+    with torch.device("meta"):
+        twin = UNet2DConditionModel(**config)
+    state = {diffusers_name(name): tensor for name, tensor in unet.state_dict().items()}
+    twin.load_state_dict(state, assign=True)
+    return twin.eval().requires_grad_(False)
+
+
+def measure_unet(options: argparse.Namespace) -> list[Row]:
+    from diffusers_names import V1_UNET
+
+    size = f"{options.latents}x{options.latents}"
+    has_diffusers = find_spec("diffusers") is not None
+    config = V1_UNET if has_diffusers else None
+    readings = in_fresh_process(unet_steps, ROOT / V1_CONFIG, v1_weights(options), options.latents, config, 5)
+    ours = median(readings["ours"])
+    rows = [
+        Row(
+            f"one guided step of the v1 UNet, {size} latents, float32, {readings['threads']} threads, median of 5",
+            "",
+            f"{ours:.2f} s",
+            values=readings,
+        )
+    ]
+    what, target = "… against diffusers' `UNet2DConditionModel` in the same process", "no slower"
+    if not has_diffusers:
+        return [*rows, Row(what, target, "not measured: diffusers is not installed")]
+    theirs = median(readings["diffusers"])
+    difference = f"{readings['difference']:.1e} of {readings['largest output']:.1f}"
+    return [
+        *rows,
+        Row(what, target, f"{ours / theirs:.3f} of its {theirs:.2f} s", ours <= theirs),
+        Row("… largest difference of the two outputs, same weights", "", difference),
+    ]
+
+
+# numbers of calls
+
+
+class CountingModel:
+    """What `generate` asks of a LatentDiffusion, without weights: counts the calls."""
+
+    parameterization = "eps"
+    channels = 4
+
+    def __init__(self):
+        import torch
+
+        from ldm.sampling.schedule import make_beta_schedule
+
+        self.device = torch.device("cpu")
+        betas = torch.from_numpy(make_beta_schedule("linear", 1000, 0.00085, 0.012))
+        self.alphas_cumprod = (1 - betas).cumprod(0)
+        self.first_stage_model = argparse.Namespace(factor=8)
+        self.unet_calls = 0
+        self.encoded: list[str] = []
+
+    def apply_model(self, x: Any, t: Any, cond: Any) -> Any:
+        self.unet_calls += 1
+        return 0.1 * x
+
+    def get_learned_conditioning(self, prompts: list[str]) -> Any:
+        import torch
+
+        self.encoded += prompts
+        return torch.zeros(len(prompts), 77, 8)
+
+    def decode_first_stage(self, z: Any) -> Any:
+        return z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+def count_calls(sampler: str, steps: int, prompts: list[str], n_iter: int, n_samples: int) -> CountingModel:
+    """The model after a guided run."""
+    from ldm.generate import Settings, generate
+    from ldm.prompts import plan
+
+    model = CountingModel()
+    settings = Settings(height=64, width=64, sampler=sampler, steps=steps)
+    list(generate(model, plan(prompts, n_iter, n_samples), settings))
+    return model
+
+
+def measure_calls(options: argparse.Namespace) -> list[Row]:
+    steps, rows = 20, []
+    for sampler, extra in (("ddim", 0), ("plms", 1), ("dpmpp_2m", 0)):
+        calls = count_calls(sampler, steps, ["a"], 1, 1).unet_calls
+        rows.append(
+            Row(
+                f"model calls, {sampler}, N = {steps}, guided",
+                f"N{' + 1' if extra else ''}",
+                str(calls),
+                calls == steps + extra,
+                {"calls": calls},
+            )
+        )
+    encoded = count_calls("ddim", 1, ["a", "b", "a", "a", "b"], 2, 2).encoded
+    rows.append(
+        Row(
+            "prompts encoded, 10 images of 2 prompts in 6 batches",
+            "3: each prompt once, and the empty one",
+            str(len(encoded)),
+            sorted(encoded) == ["", "a", "b"],
+            {"encoded": encoded},
+        )
+    )
+    return rows
+
+
+# A part measures one thing: a function from the options to its rows.
+PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "help": measure_help,
+    "image": measure_image,
+    "load": measure_load,
+    "unet": measure_unet,
+    "calls": measure_calls,
+}
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on; nothing that tells whose machine it is."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
+    return {
+        "CPU": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        "load average before": round(os.getloadavg()[0], 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+        "torch": package_version("torch"),
+        "diffusers": package_version("diffusers"),
+    }
+
+
+def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
+    """The results as a table under one line of facts about the machine."""
+    lines = [", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), ""]
+    lines += ["| what | target | measured |", "|---|---|---|"]
+    for row in rows:
+        missed = " **(missed)**" if row.met is False else ""
+        lines.append(f"| {row.what} | {row.target} | {row.measured}{missed} |")
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="benchmark.py", description=__doc__)
+    add = parser.add_argument
+    add(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help=f"parts: {', '.join(PARTS)}",
+    )
+    add("--name", default="cpu", help="results go to benchmarks/results/NAME.json and .md (cpu)")
+    add(
+        "--cache",
+        type=Path,
+        default=ROOT / "outputs/benchmark-cache",
+        metavar="DIR",
+        help="keeps 4.3 GB of stand-in weights (outputs/benchmark-cache)",
+    )
+    add(
+        "--latents",
+        type=number(int, 8, 128),
+        default=64,
+        metavar="N",
+        help="side of the latents for the v1 UNet and decoder (64, that is 512 pixels)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    if not re.fullmatch(r"[\w-][\w.-]*", options.name):
+        raise InputError(f"--name {options.name!r} is no file name: use letters, digits, - and _")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    facts, rows, values = machine(), [], {}
+    for part in dict.fromkeys(options.only):
+        notice(f"{part} …")
+        values[part] = PARTS[part](options)
+        rows += values[part]
+    table = markdown(facts, rows)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    record = {
+        "machine": facts,
+        "parts": {part: [asdict(row) for row in found] for part, found in values.items()},
+    }
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    (RESULTS / f"{options.name}.md").write_text(table)
+    print(table, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
