@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -20,15 +21,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.cli import Parser, notice, number, run
 from ldm.errors import InputError
-from ldm.loading import BUNDLED_CONFIG, V1_CONFIG
+from ldm.loading import BUNDLED_CONFIG, ROOT, V1_CONFIG
 
 RESULTS = ROOT / "benchmarks/results"
 GIB = 2**30
+PROMPT = "a red cube on top of a blue sphere"
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Row:
 
 
 def in_fresh_process(function: Callable, *args: Any) -> Any:
-    """What the function returns when a new Python runs it: nothing imported, and its peak memory is its own."""
+    """What the function returns in a new Python: nothing is imported yet, and peak memory is its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -71,11 +72,10 @@ def timed_runs(command: list[str], repeats: int) -> list[float]:
 
 def measure_help(options: argparse.Namespace) -> list[Row]:
     command = [str(ROOT / "scripts/txt2img.py"), "--help"]
+    tracing = [sys.executable, "-X", "importtime", *command]
     # this run, which is not timed, also writes the .pyc files
-    imports = subprocess.run(
-        [sys.executable, "-X", "importtime", *command], capture_output=True, text=True
-    ).stderr
-    has_torch = any(line.rsplit("|")[-1].strip() == "torch" for line in imports.splitlines())
+    imports = subprocess.run(tracing, capture_output=True, text=True).stderr
+    has_torch = bool(re.search(r"\| +torch$", imports, re.M))
     times = timed_runs([sys.executable, *command], 5)
     return [
         Row(
@@ -90,8 +90,8 @@ def measure_help(options: argparse.Namespace) -> list[Row]:
 
 def measure_image(options: argparse.Namespace) -> list[Row]:
     what, target = "one bundled-model image, 50 PLMS steps, whole process, median of 3", "< 8 s"
-    arguments = "--plms --n_samples 1 --n_iter 1 --skip_grid --prompt".split()
-    arguments += ["a red cube on top of a blue sphere", "--config", str(ROOT / BUNDLED_CONFIG)]
+    arguments = ["--plms", "--n_samples", "1", "--n_iter", "1", "--skip_grid"]
+    arguments += ["--prompt", PROMPT, "--config", str(ROOT / BUNDLED_CONFIG)]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "scripts/txt2img.py"), *arguments, "--outdir", folder]
         try:
@@ -105,7 +105,7 @@ def measure_image(options: argparse.Namespace) -> list[Row]:
 
 
 def stand_in_weights(config: Path, path: Path) -> Path:
-    """`path`, a float32 safetensors file of the config's model; made if it is not there, then read into the page cache."""
+    """`path`: the config's model as float32 safetensors, made if need be, and now in the page cache."""
     if not path.exists():
         notice(f"making stand-in weights, once: {path.name}")
         try:
@@ -148,28 +148,23 @@ def memory() -> dict[str, int]:
 
     Not `getrusage`'s ru_maxrss: that starts from the peak of the process which started this one.
     """
-    status = Path("/proc/self/status").read_text()
-    return {
-        name: int(re.search(rf"^{key}:\s+(\d+) kB", status, re.M)[1]) * 1024 for name, key in MEMORY.items()
-    }
-
-
-MEMORY = {"now": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}
+    status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines())
+    kilobytes = {"now": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}
+    return {name: int(status[key].split()[0]) * 1024 for name, key in kilobytes.items()}
 
 
 def load_and_use(config: Path, weights: Path, latents: int | None) -> dict[str, Any]:
     """Seconds of `load_model` after imports and of first touching every weight; memory at each stage.
 
-    With `latents` also memory after a pass through text encoder, UNet (batch 2) and decoder at that latent size.
+    With `latents`, also memory after text encoder, UNet (batch 2) and decoder at that latent size.
     """
     import torch
 
-    import ldm.generate
-    import ldm.models.autoencoder
-    import ldm.modules.diffusionmodules.openaimodel
-    import ldm.modules.encoders.modules
     from ldm.loading import load_model, read_config
 
+    for module in ("checkpoint", "models.autoencoder", "models.diffusion.ddpm", "modules.encoders.modules"):
+        import_module(f"ldm.{module}")
+    import_module("ldm.modules.diffusionmodules.openaimodel")
     section = read_config(config)
     readings = {"memory": {"imports": memory()}}
     start = time.perf_counter()
@@ -182,54 +177,52 @@ def load_and_use(config: Path, weights: Path, latents: int | None) -> dict[str, 
     readings["memory"]["touch"] = memory()
     if latents:
         with torch.inference_mode():
-            context = model.get_learned_conditioning(["", "a red cube"])
+            context = model.get_learned_conditioning(["", PROMPT])
             x = torch.randn(2, model.channels, latents, latents)
             eps = model.apply_model(x, torch.full((2,), 500.0), context)
-            readings["memory"]["text and UNet"] = memory()
+            readings["memory"]["UNet"] = memory()
             model.decode_first_stage(eps[:1])
             readings["memory"]["decoder"] = memory()
     return readings
 
 
 def measure_load(options: argparse.Namespace) -> list[Row]:
-    what = "building and loading the full v1 model, float32, after imports"
+    what = "building and loading the full v1 model, float32, after imports, median of 3"
     if not Path("/proc/self/status").exists():
         return [Row(what, "< 2 s", "not measured: memory is read from Linux's /proc")]
     weights = v1_weights(options)
-    size = weights.stat().st_size
     readings = []
     for i in range(3):
         notice(f"load: process {i + 1} of 3")
-        # only the last one also computes, which takes longer
-        last = options.latents if i == 2 else None
-        readings.append(in_fresh_process(load_and_use, ROOT / V1_CONFIG, weights, last))
-    load, touch = (median(r[key] for r in readings) for key in ("load", "load and touch"))
-    stages = readings[-1]["memory"]
-    limit = 1.15 * size
-
-    def peak(stage: str) -> str:
-        peak = stages[stage]["peak"]
-        return f"{peak / GIB:.2f} GiB ({(peak / size - 1) * 100:+.0f} %), {stages[stage]['anonymous'] / GIB:.2f} not mapped"
-
-    bound = f"< file ({size / GIB:.2f} GiB) + 15 %"
-    return [
-        Row(what, "< 2 s", f"{load:.2f} s", load < 2, {"readings": readings, "file": size}),
-        Row("the same, and every page of the weights read", "< 2 s", f"{touch:.2f} s", touch < 2),
-        Row("peak memory of the process: loaded", bound, peak("load"), stages["load"]["peak"] < limit),
-        Row("… every weight touched", bound, peak("touch"), stages["touch"]["peak"] < limit),
-        Row(
-            f"… text encoder and UNet run (batch 2, {options.latents}x{options.latents})",
-            "",
-            peak("text and UNet"),
-        ),
-        Row(f"… decoder run ({options.latents}x{options.latents})", "", peak("decoder")),
+        use = options.latents if i == 2 else None  # the last one computes, too
+        readings.append(in_fresh_process(load_and_use, ROOT / V1_CONFIG, weights, use))
+    load, touch = (median(reading[key] for reading in readings) for key in ("load", "load and touch"))
+    rows = [
+        Row(what, "< 2 s", f"{load:.2f} s", load < 2, {"readings": readings}),
+        Row("… and every page of the weights read", "", f"{touch:.2f} s"),
     ]
+    size = weights.stat().st_size
+    stages = {
+        "load": "loaded",
+        "touch": "every weight read",
+        "UNet": f"text encoder and UNet run (batch 2, {options.latents}x{options.latents})",
+        "decoder": "decoder run (batch 1)",
+    }
+    for stage, what in stages.items():
+        found = readings[-1]["memory"][stage]
+        share = f"{(found['peak'] / size - 1) * 100:+.0f} %"
+        measured = f"{found['peak'] / GIB:.2f} GiB ({share}), {found['anonymous'] / GIB:.2f} GiB not mapped"
+        row = Row(f"peak memory of that process: {what}", "", measured)
+        if stage in ("load", "touch"):
+            row.target, row.met = f"< file ({size / GIB:.2f} GiB) + 15 %", found["peak"] < 1.15 * size
+        rows.append(row)
+    return rows
 
 
 # one guided UNet step, ours and diffusers'
 
 
-def unet_steps(
+def time_unets(
     config: Path, weights: Path, latents: int, theirs: dict | None, repeats: int
 ) -> dict[str, Any]:
     """Seconds of UNet calls at batch 2, ours and diffusers' in turn, on the same weights; largest difference.
@@ -245,7 +238,7 @@ def unet_steps(
     torch.manual_seed(0)
     x, t = torch.randn(2, model.channels, latents, latents), torch.tensor([500.0, 500.0])
     with torch.inference_mode():
-        context = model.get_learned_conditioning(["", "a red cube on top of a blue sphere"])
+        context = model.get_learned_conditioning(["", PROMPT])
         calls = {"ours": lambda: unet(x, t, context)}
         if theirs:
             other = diffusers_twin(unet, theirs)
@@ -281,16 +274,12 @@ def measure_unet(options: argparse.Namespace) -> list[Row]:
     size = f"{options.latents}x{options.latents}"
     has_diffusers = find_spec("diffusers") is not None
     config = V1_UNET if has_diffusers else None
-    readings = in_fresh_process(unet_steps, ROOT / V1_CONFIG, v1_weights(options), options.latents, config, 5)
+    readings = in_fresh_process(time_unets, ROOT / V1_CONFIG, v1_weights(options), options.latents, config, 5)
     ours = median(readings["ours"])
-    rows = [
-        Row(
-            f"one guided step of the v1 UNet, {size} latents, float32, {readings['threads']} threads, median of 5",
-            "",
-            f"{ours:.2f} s",
-            values=readings,
-        )
-    ]
+    what = (
+        f"one guided step of the v1 UNet, {size} latents, float32, {readings['threads']} threads, median of 5"
+    )
+    rows = [Row(what, "", f"{ours:.2f} s", values=readings)]
     what, target = "… against diffusers' `UNet2DConditionModel` in the same process", "no slower"
     if not has_diffusers:
         return [*rows, Row(what, target, "not measured: diffusers is not installed")]
@@ -418,16 +407,30 @@ def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_results(name: str, facts: dict[str, Any], parts: dict[str, list[Row]]) -> str:
+    """The table of all parts, after writing it and every reading to `benchmarks/results`."""
+    table = markdown(facts, [row for rows in parts.values() for row in rows])
+    record = {
+        "machine": facts,
+        "parts": {part: [asdict(row) for row in rows] for part, rows in parts.items()},
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    (RESULTS / f"{name}.md").write_text(table)
+    return table
+
+
 def parser() -> argparse.ArgumentParser:
     parser = Parser(prog="benchmark.py", description=__doc__)
     add = parser.add_argument
+    parts = ", ".join(PARTS)
     add(
         "--only",
         nargs="+",
         choices=PARTS,
         default=list(PARTS),
         metavar="PART",
-        help=f"parts: {', '.join(PARTS)}",
+        help=f"measure only these: {parts}",
     )
     add("--name", default="cpu", help="results go to benchmarks/results/NAME.json and .md (cpu)")
     add(
@@ -452,19 +455,11 @@ def main(argv: list[str] | None = None) -> int:
     if not re.fullmatch(r"[\w-][\w.-]*", options.name):
         raise InputError(f"--name {options.name!r} is no file name: use letters, digits, - and _")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    facts, rows, values = machine(), [], {}
+    facts, parts = machine(), {}
     for part in dict.fromkeys(options.only):
         notice(f"{part} …")
-        values[part] = PARTS[part](options)
-        rows += values[part]
-    table = markdown(facts, rows)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    record = {
-        "machine": facts,
-        "parts": {part: [asdict(row) for row in found] for part, found in values.items()},
-    }
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    (RESULTS / f"{options.name}.md").write_text(table)
+        parts[part] = PARTS[part](options)
+        table = write_results(options.name, facts, parts)  # every time: an interrupted run keeps what it has
     print(table, end="")
     return 0
 

@@ -1,4 +1,4 @@
-"""The same UNet twice: our parameter names as diffusers spells them, and its configuration of Stable Diffusion v1."""
+"""diffusers' UNet with our weights: its configuration for Stable Diffusion v1, and its names for ours."""
 
 V1_UNET = {  # stable-diffusion-v1-5/unet/config.json, where it differs from UNet2DConditionModel's defaults
     "cross_attention_dim": 768,
@@ -25,7 +25,7 @@ ENDS = {
 
 
 def diffusers_name(name: str) -> str:
-    """`input_blocks.1.0.in_layers.0.weight` -> `down_blocks.0.resnets.0.norm1.weight`, for two blocks a level."""
+    """`input_blocks.1.0.in_layers.0.bias` -> `down_blocks.0.resnets.0.norm1.bias`, for two blocks a level."""
     module, leaf = name.rsplit(".", 1)
     if module in ENDS:
         return f"{ENDS[module]}.{leaf}"

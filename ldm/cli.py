@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -80,12 +80,12 @@ def add_sampling_arguments(
         type=number(int, 1, 1000),
         default=50,
         metavar="N",
-        help="sampling steps, 1 … 1000 (50)",
+        help="sampling steps, 1 to 1000 (50)",
     )
     add("--plms", action="store_true", help="use the PLMS sampler")
     add("--dpm_solver", action="store_true", help="use the DPM-Solver++ (2M) sampler")
     add("--sampler", choices=SAMPLER_NAMES, help="sampler by name (ddim)")
-    add("--ddim_eta", type=number(float, 0, 1), default=0.0, metavar="ETA", help="DDIM's noise, 0 … 1 (0)")
+    add("--ddim_eta", type=number(float, 0, 1), default=0.0, metavar="ETA", help="DDIM's noise, 0 to 1 (0)")
     add("--scale", type=number(float, -1e4, 1e4), default=scale, help=f"guidance scale; 1 is none ({scale})")
     add(
         "--n_iter",
@@ -227,9 +227,13 @@ def model_facts(args: argparse.Namespace, files: ModelFiles) -> dict[str, Any]:
 
 
 def check_prompts(model: LatentDiffusion, prompts: Iterable[str]) -> None:
-    """Warn of every prompt that is longer than the text encoder reads, showing what is cut off."""
+    """Warn of every prompt that is longer than the text encoder reads, showing what is cut off.
+
+    A text encoder of another package (`--allow_target`) need not tell.
+    """
+    cut_off = getattr(getattr(model.cond_stage_model, "tokenizer", None), "cut_off", lambda prompt: "")
     for prompt in dict.fromkeys(prompts):
-        if lost := model.cond_stage_model.tokenizer.cut_off(prompt):
+        if lost := cut_off(prompt):
             notice(f"The prompt {prompt[:30]!r}… is longer than 77 tokens; cut off: {lost!r}")
 
 
@@ -248,6 +252,10 @@ class StepBar:
     def step(self, images: int) -> None:
         """One step of a batch of `images` is done."""
         self.bar.update(images)
+
+    def notice(self, message: str) -> None:
+        """One line above the bar."""
+        self.bar.write(message, file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:
         rate = self.bar.n / self.steps / max(self.bar.format_dict["elapsed"], 1e-9)
@@ -271,6 +279,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def one_line(message: object) -> str:
+    """The message without the line ends that a file name or a library's error may bring along."""
+    return " ".join(str(message).splitlines())
+
+
 def notice(message: str) -> None:
     """One line for the user that is no result."""
     print(message, file=sys.stderr)
@@ -285,7 +298,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     except InputError as error:
         if "--debug" in arguments:
             raise
-        notice(f"{prog}: error: {error}")
+        notice(f"{prog}: error: {one_line(error)}")
         return 2
     except KeyboardInterrupt:
         notice(f"{prog}: interrupted; the images that were finished are saved")
@@ -293,5 +306,5 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     except Exception as error:
         if "--debug" in arguments:
             raise
-        notice(f"{prog}: {type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)")
+        notice(f"{prog}: {type(error).__name__}: {one_line(error)} (--debug shows where)")
         return 1

@@ -44,7 +44,7 @@ def generate(
     """
     factor = model.first_stage_model.factor
     shape = (model.channels, settings.height // factor, settings.width // factor)
-    # --fixed_code draws the start of a full batch, however few prompts there are
+    # --fixed_code draws the start of the first batch: none is larger
     noise_of = noise_source(
         settings.rng, settings.seed, shape, settings.fixed_code, model.device, len(batches[0])
     )

@@ -40,7 +40,8 @@ def choose_model(config: str | None, ckpt: str | None) -> ModelFiles:
     if ckpt is not None:
         is_bundled = find(ckpt).resolve() == ROOT / BUNDLED_WEIGHTS
         return ModelFiles(find(config or (BUNDLED_CONFIG if is_bundled else V1_CONFIG)), find(ckpt))
-    linked = next((path for path in map(find, V1_WEIGHTS) if path.exists()), None)
+    # a link to nowhere is an error to report, not a reason to run another model
+    linked = next((path for path in map(find, V1_WEIGHTS) if path.exists() or path.is_symlink()), None)
     if linked or config is not None:
         return ModelFiles(find(config or V1_CONFIG), linked or find(V1_WEIGHTS[0]))
     notice = (
@@ -59,8 +60,8 @@ def read_section(path: Path, name: str) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     section = content.get(name) if isinstance(content, dict) else None
     if not isinstance(section, dict):
@@ -94,13 +95,17 @@ def load_model(
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.util import instantiate_from_config
 
-    params = dict(config.get("params") or {})
+    params = config.get("params") or {}
     which = which or ("ema" if params.get("use_ema", True) else "raw")
-    with torch.device("meta"):
-        # the weights are chosen when they are read; a second set of averages would only take memory
-        model = instantiate_from_config(
-            {"target": config["target"], "params": {**params, "use_ema": False}}, allow_target
-        )
+    # the weights are chosen when they are read; a second set of averages would only take memory
+    section = {"target": config["target"], "params": {**params, "use_ema": False}}
+    try:
+        with torch.device("meta"):
+            model = instantiate_from_config(section, allow_target)
+    except InputError:
+        raise
+    except Exception as error:  # a value of the wrong kind fails in whatever way the layer it reaches has
+        raise InputError(f"the config's model cannot be built ({type(error).__name__}: {error})") from error
     if not isinstance(model, LatentDiffusion):
         raise InputError(f"the config's model is {type(model).__name__}, not a LatentDiffusion")
     model.register_schedule()  # now with values
@@ -113,7 +118,10 @@ def load_model(
 
 def native_size(config: dict[str, Any]) -> int:
     """The side in pixels of the images that a `model:` section's model was made for."""
-    params = config.get("params") or {}
-    first_stage = (params.get("first_stage_config") or {}).get("params") or {}
-    levels = len((first_stage.get("ddconfig") or {}).get("ch_mult", (1, 2, 4, 4)))
-    return params.get("image_size", 64) * 2 ** (levels - 1)
+    try:
+        params = config.get("params") or {}
+        first_stage = (params.get("first_stage_config") or {}).get("params") or {}
+        levels = len((first_stage.get("ddconfig") or {}).get("ch_mult", (1, 2, 4, 4)))
+        return int(params.get("image_size", 64)) * 2 ** (levels - 1)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"the config does not describe a latent diffusion model: {error}") from error

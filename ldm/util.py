@@ -6,12 +6,9 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ldm.errors import InputError
+from torch import nn
 
-ALLOWED_TARGETS = (
-    "ldm.",
-    "torch.nn.Identity",
-)  # a config is data from the net: it must not import what it likes
+from ldm.errors import InputError
 
 
 def check_params(owner: Callable, params: Iterable[str], ignored: Iterable[str] = ()) -> None:
@@ -25,23 +22,27 @@ def check_params(owner: Callable, params: Iterable[str], ignored: Iterable[str] 
 
 
 def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Any:
-    """The class or function that a dotted name stands for.
+    """The class that a dotted name stands for.
 
-    Only `ldm.*`, `torch.nn.Identity` and names below a prefix in `allow` are imported, else an InputError.
+    Only modules of `ldm.*`, `torch.nn.Identity` and what lies below a prefix in `allow` are imported.
+    Anything else is an InputError, and so is a name in `ldm` that is not a class of layers defined there.
     """
-    prefixes = (*ALLOWED_TARGETS, *(f"{prefix.rstrip('.')}." for prefix in allow))
-    if not any(
-        target == prefix or (prefix.endswith(".") and target.startswith(prefix)) for prefix in prefixes
-    ):
+    allowed = any(target.startswith(f"{prefix.rstrip('.')}.") for prefix in allow)
+    if not (allowed or target == "torch.nn.Identity" or target.startswith("ldm.")):
         raise InputError(
             f"config target {target!r} is not allowed; allowed: ldm.*, torch.nn.Identity, "
             "and the packages named by --allow_target"
         )
     module_name, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), name)
+        found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise InputError(f"config target {target!r} does not exist: {error}") from error
+    # a function or an import of ours, called with parameters of a stranger's choice, could do anything
+    is_layer = isinstance(found, type) and issubclass(found, nn.Module)
+    if target.startswith("ldm.") and not (is_layer and found.__module__ == module_name):
+        raise InputError(f"config target {target!r} is not a class of the model")
+    return found
 
 
 def instantiate_from_config(config: Mapping[str, Any], allow_target: Iterable[str] = ()) -> Any:

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.sampling.noise import image_seed
 
     model = cli.load(args, files, config)
-    cli.check_prompts(model, prompts)
+    cli.check_prompts(model, [*prompts, args.negative_prompt])
     settings = Settings(
         height=height,
         width=width,
@@ -50,10 +50,12 @@ def main(argv: list[str] | None = None) -> int:
         for batch, images in generate(model, batches, settings, bar.step):
             for k, (prompt, image) in enumerate(zip(batch.prompts, images, strict=True), batch.first):
                 if image is None:
-                    cli.notice(f"image {k} ({prompt!r}) came out as NaN and is skipped")
+                    bar.notice(f"image {k} ({prompt!r}) came out as NaN and is skipped")
                     skipped += 1
                     continue
-                own = {"prompt": prompt, "seed": image_seed(settings.seed, k), "image": k}
+                own = {"prompt": prompt, "image": k}
+                if settings.rng == "image":  # the original's one stream has no seed for image k alone
+                    own["seed"] = image_seed(settings.seed, k)
                 writer.add(image, None if args.no_metadata else facts | own)
     prompt = "\n".join(dict.fromkeys(prompts))
     writer.finish(args.n_rows or args.n_samples, None if args.no_metadata else facts | {"prompt": prompt})

@@ -437,7 +437,7 @@ def test_small_seeds_are_torchs():
     ],
 )
 def test_one_stream_with_the_originals_unused_draws(sampler, eta, steps, draws, fixed_code):
-    """The original drew in every DDIM and PLMS step and multiplied by zero; its next batch starts after that."""
+    """The original drew in every DDIM and PLMS step and multiplied by zero; the next batch comes after."""
     shape = (2, 3, 4, 5)
     code = torch.randn(shape, generator=torch.Generator().manual_seed(9)) if fixed_code else None
     noise, denoiser = (
@@ -490,7 +490,6 @@ def test_a_fixed_code_starts_every_batch(rng):
     assert not torch.equal(first(2.0, 1.0)[:1], second(2.0, 1.0))
 
 
-@pytest.mark.xfail(strict=True, reason="reported: with start_seeds the image's own stream is not advanced")
 def test_with_a_fixed_code_the_first_step_does_not_draw_the_start_again():
     """Then eta > 0 only scales the start instead of adding noise to it."""
     noise = noise_source("image", 3, (4, 8, 8), True, CPU, 2)(BATCHES[0])

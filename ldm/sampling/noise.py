@@ -45,7 +45,8 @@ class ImageNoise:
         return torch.stack([torch.randn(self.shape, generator=g) for g in generators]).to(self.device)
 
     def start(self) -> Tensor:
-        return self.draw(self.starts)
+        own = self.draw(self.generators)  # drawn in any case: the steps must not see this noise again
+        return own if self.starts is self.generators else self.draw(self.starts)
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         return self.draw(self.generators)

@@ -117,6 +117,7 @@ class UNetModel(nn.Module):
         transformer_depth: int = 1,
         context_dim: int | None = None,
         disable_self_attentions: Sequence[bool] | None = None,
+        disable_middle_self_attn: bool = False,
         use_linear_in_transformer: bool = False,
         adm_in_channels: int | None = None,
         num_groups: int = 32,
@@ -138,7 +139,7 @@ class UNetModel(nn.Module):
         def res(channels: int, out: int) -> ResBlock:
             return ResBlock(channels, emb_channels, out, dropout, num_groups)
 
-        def attention(channels: int, level: int | None = None) -> SpatialTransformer:
+        def attention(channels: int, disable_self_attn: bool) -> SpatialTransformer:
             heads = num_heads if num_head_channels == -1 else channels // num_head_channels
             return SpatialTransformer(
                 channels,
@@ -149,7 +150,7 @@ class UNetModel(nn.Module):
                 num_groups,
                 dropout,
                 use_linear_in_transformer,
-                disable_self_attn=level is not None and no_self_attn[level],
+                disable_self_attn,
             )
 
         self.time_embed = nn.Sequential(
@@ -165,14 +166,16 @@ class UNetModel(nn.Module):
                 layers = [res(channels, channel_mult[level] * model_channels)]
                 channels = channel_mult[level] * model_channels
                 if 2**level in attention_resolutions:
-                    layers.append(attention(channels, level))
+                    layers.append(attention(channels, no_self_attn[level]))
                 self.input_blocks.append(Block(*layers))
                 skips.append(channels)
             if level != levels[-1]:
                 self.input_blocks.append(Block(Downsample(channels)))
                 skips.append(channels)
 
-        self.middle_block = Block(res(channels, channels), attention(channels), res(channels, channels))
+        self.middle_block = Block(
+            res(channels, channels), attention(channels, disable_middle_self_attn), res(channels, channels)
+        )
 
         self.output_blocks = nn.ModuleList()
         for level in reversed(levels):
@@ -180,7 +183,7 @@ class UNetModel(nn.Module):
                 layers = [res(channels + skips.pop(), channel_mult[level] * model_channels)]
                 channels = channel_mult[level] * model_channels
                 if 2**level in attention_resolutions:
-                    layers.append(attention(channels, level))
+                    layers.append(attention(channels, no_self_attn[level]))
                 if level != 0 and i == blocks_of[level]:
                     layers.append(Upsample(channels))
                 self.output_blocks.append(Block(*layers))
