@@ -11,12 +11,14 @@ setup(
     packages=find_packages(include=["ldm", "ldm.*"]),
     install_requires=[
         "einops",
+        "ftfy",
         "invisible-watermark",
         "numpy",
         "omegaconf",
         "open_clip_torch",  # carries CLIP's vocabulary
         "pillow",
         "pytorch-lightning",
+        "regex",
         "safetensors",
         "tokenizers",
         "torch>=2.11",

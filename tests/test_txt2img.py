@@ -31,8 +31,7 @@ SCRIPT = ROOT / "scripts/txt2img.py"
 BUNDLED = ROOT / loading.BUNDLED_WEIGHTS
 CLIPTokenizer = functools.cache(encoders.CLIPTokenizer)  # it takes longer to make than a tiny picture
 
-# Every flag of the original with its default. None: the original's is a fixed v1 model and its numbers; ours, what
-# the chosen model was made for.
+# Every flag of the original with its default; None is what the chosen model was made for.
 ORIGINAL_FLAGS = {
     "--prompt": "a painting of a virus monster playing guitar",
     "--outdir": "outputs/txt2img-samples",
@@ -93,9 +92,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def lines(stderr: str) -> list[str]:
-    return [
-        line for line in map(str.strip, stderr.splitlines()) if line and not re.match(r"\d+ images:", line)
-    ]
+    stripped = map(str.strip, stderr.splitlines())
+    return [line for line in stripped if line and not re.match(r"\d+ images:", line)]
 
 
 @pytest.fixture(scope="session")
@@ -119,17 +117,8 @@ def txt2img(script, model, tmp_path, monkeypatch, capsys) -> Txt2Img:
     monkeypatch.setattr(encoders, "CLIPTokenizer", CLIPTokenizer)
 
     def call(*argv: object, folder: str = "out") -> Result:
-        base = [
-            "--outdir",
-            tmp_path / folder,
-            "--config",
-            model[0],
-            "--ckpt",
-            model[1],
-            "--watermark",
-            "none",
-        ]
-        base += ["--ddim_steps", 2, "--n_samples", 1, "--n_iter", 1, "--prompt", "a cat"]
+        base = ["--outdir", tmp_path / folder, "--config", model[0], "--ckpt", model[1], "--ddim_steps", 2]
+        base += ["--n_samples", 1, "--n_iter", 1, "--prompt", "a cat", "--watermark", "none"]
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, [*base, *argv])])
         try:
             code = cli.run(script.main)
@@ -204,31 +193,18 @@ def test_every_flag_of_the_original_has_its_default():
 
 
 def test_every_flag_of_the_original_is_taken(txt2img, tmp_path):
-    """All of them in one command, but --laion400m; DPM-Solver wins over PLMS, and --from-file over --prompt."""
+    """All of them in one command, but --laion400m. DPM-Solver wins over PLMS, --from-file over --prompt."""
     (tmp_path / "prompts.txt").write_text("a dog\n")
-    flags = f"""--prompt x --skip_grid --skip_save --ddim_steps 3 --plms --dpm_solver --fixed_code --ddim_eta 0.5
-        --n_iter 1 --H 16 --W 24 --C 4 --f 8 --n_samples 2 --n_rows 1 --scale 3 --from-file {tmp_path}/prompts.txt
-        --seed 7 --precision full""".split()
-    given = {flag for flag in flags if flag.startswith("--")} | {
-        "--outdir",
-        "--config",
-        "--ckpt",
-        "--laion400m",
-    }
-    assert given == set(ORIGINAL_FLAGS)
+    flags = f"""--prompt x --skip_grid --skip_save --ddim_steps 3 --plms --dpm_solver --fixed_code
+        --ddim_eta 0.5 --n_iter 1 --H 16 --W 24 --C 4 --f 8 --n_samples 2 --n_rows 1 --scale 3
+        --from-file {tmp_path}/prompts.txt --seed 7 --precision full""".split()
+    given = {flag for flag in flags if flag.startswith("--")}
+    assert given == set(ORIGINAL_FLAGS) - {"--outdir", "--config", "--ckpt", "--laion400m"}
     result = txt2img(*flags)
     assert (result.code, result.err, result.files) == (0, [], [])
 
     saved = txt2img(*(flag for flag in flags if flag != "--skip_save"))
-    settings = {
-        "prompt": "a dog",
-        "sampler": "dpmpp_2m",
-        "steps": 3,
-        "height": 16,
-        "width": 24,
-        "scale": 3,
-        "seed": 7,
-    }
+    settings = {"prompt": "a dog", "sampler": "dpmpp_2m", "steps": 3, "height": 16, "width": 24, "seed": 7}
     assert saved.settings[0].items() >= settings.items()
 
 
@@ -272,7 +248,7 @@ def test_help_and_argument_errors_do_not_wait_for_torch(tmp_path, argv, code):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--H 500", "--H 500 is not a multiple of 8; the nearest is 504"),
+        ("--H 510", "--H 510 is not a multiple of 8; the nearest is 512"),
         ("--W 99", "--W 99 is not a multiple of 8; the nearest is 96"),
         ("--H 4", "at least 8"),
         ("--H -64", "at least 8"),
@@ -341,11 +317,12 @@ class Evil:
 
 
 def write_v2(path: Path) -> None:
-    names = {
-        "input_blocks.0.0.weight": (8, 4, 3, 3),
-        "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (8, 1024),
+    """What tells a v2 checkpoint from others: its UNet's input channels and the width of its text."""
+    tensors = {
+        "0.0.weight": torch.zeros(8, 4, 3, 3),
+        "1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, 1024),
     }
-    save_file({f"model.diffusion_model.{name}": torch.zeros(shape) for name, shape in names.items()}, path)
+    save_file({f"model.diffusion_model.input_blocks.{name}": t for name, t in tensors.items()}, path)
 
 
 def write_bad_checkpoint(kind: str, path: Path, weights: Path) -> None:
@@ -396,11 +373,8 @@ def test_weights_of_another_family_in_any_folder(txt2img, model, tmp_path, monke
     (tmp_path / "mine.safetensors").symlink_to(model[1])
     monkeypatch.chdir(tmp_path)
     result = txt2img("--config", "configs/stable-diffusion/v1-inference.yaml", "--ckpt", "mine.safetensors")
-    words = (
-        "mine.safetensors looks like a latent diffusion model of an unlisted kind",
-        "the model is Stable Diffusion v1: ",
-    )
-    refused(result, *words)
+    words = "mine.safetensors looks like a latent diffusion model of an unlisted kind"
+    refused(result, words, "the model is Stable Diffusion v1: ")
 
 
 def test_weights_that_the_file_lacks(txt2img):
@@ -415,18 +389,12 @@ def test_weights_that_the_file_lacks(txt2img):
         ("42", "Invalid loaded object type: int"),
         ("model: [", "is not valid YAML"),
         ("\0\1\2", "is not valid YAML"),
-        ("when: 2024-99-99", "is not valid YAML"),
+        ("model: !!int big", "is not valid YAML"),
         ("model: ${nothing}", "is not valid YAML"),
         ("other: {}", "has no model: section"),
         ("model: {params: {}}", "has no target"),
-        (
-            "model: {target: ldm.util.nothing, params: [1]}",
-            "the config does not describe a latent diffusion model",
-        ),
-        (
-            "model: {target: ldm.models.diffusion.ddpm.LatentDiffusion}",
-            "missing 3 required positional arguments",
-        ),
+        ("model: {target: ldm.util.nothing, params: [1]}", "does not describe a latent diffusion model"),
+        ("model: {target: ldm.models.diffusion.ddpm.LatentDiffusion}", "missing 3 required"),
         ("model: {target: [1], params: {}}", "cannot be built"),
         ("model: {target: torch.nn.Identity}", "the config's model is Identity, not a LatentDiffusion"),
     ],
@@ -441,11 +409,9 @@ def test_configs_that_cannot_be_read(txt2img, tmp_path, text, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"unet_config.target": "ldm.modules.nothing.UNetModel"},
-            "'ldm.modules.nothing.UNetModel' does not exist",
-        ),
+        ({"unet_config.target": "ldm.nothing.UNetModel"}, "'ldm.nothing.UNetModel' does not exist"),
         ({"unet_config.target": "ldm.util.UNetModel"}, "'ldm.util.UNetModel' does not exist"),
+        ({"unet_config.target": "ldm.util.get_obj_from_str"}, "is not a class of the model"),
         ({"cond_stage_config.target": "os.system"}, "config target 'os.system' is not allowed"),
         ({"cond_stage_config.target": "ldmx.Encoder"}, "config target 'ldmx.Encoder' is not allowed"),
         ({"unet_config.params.model_chanels": 32}, "'model_chanels'; did you mean 'model_channels'?"),
@@ -579,23 +545,10 @@ def test_later_runs_never_overwrite(txt2img):
 
 
 def test_two_runs_at_once_lose_nothing(model, tmp_path):
-    """Each from a folder of its own: no path depends on it."""
     config, weights = model
-    argv = [
-        "--outdir",
-        tmp_path / "out",
-        "--config",
-        config,
-        "--ckpt",
-        weights,
-        "--ddim_steps",
-        2,
-        "--n_iter",
-        4,
-    ]
-    runs = [
-        process(*argv, "--n_samples", 2, "--prompt", prompt, cwd=tmp_path) for prompt in ("a cat", "a dog")
-    ]
+    argv = ["--outdir", tmp_path / "out", "--config", config, "--ckpt", weights, "--ddim_steps", 2]
+    argv += ["--n_iter", 4, "--n_samples", 2, "--prompt"]
+    runs = [process(*argv, prompt, cwd=tmp_path) for prompt in ("a cat", "a dog")]
     for run in runs:
         out, err = run.communicate()
         assert (run.returncode, out) == (0, f"{tmp_path / 'out'}\n")
@@ -641,7 +594,7 @@ def test_settings_are_in_the_files(txt2img, model):
     assert read_metadata(result.folder / "grid-0000.png").items() >= (settings | {"seed": 5}).items()
     text = Image.open(result.paths[1]).text["parameters"]
     assert text.startswith(
-        "a cat\nNegative prompt: a dog\nSteps: 2, Sampler: DDIM, CFG scale: 4.0, Seed: 6, Size: 16x16"
+        "a cat\nNegative prompt: a dog\nSteps: 2, Sampler: DDIM, CFG scale: 4.0, Seed: 6, "
     )
 
 
@@ -666,17 +619,14 @@ def test_a_prompt_file_whose_last_batch_is_smaller(txt2img, tmp_path):
     result = txt2img("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--n_iter", 2)
     assert (result.code, result.err) == (0, [])
     prompts = ["a cat", "a dog", "a café"] * 2
-    assert [(found["prompt"], found["seed"]) for found in result.settings] == list(
-        zip(prompts, range(42, 48), strict=True)
-    )
+    found = [(settings["prompt"], settings["seed"]) for settings in result.settings]
+    assert found == list(zip(prompts, range(42, 48), strict=True))
     assert pixels(result.folder / "grid-0000.png").shape == (3 * 18 + 2, 2 * 18 + 2, 3)
 
 
-@pytest.mark.parametrize(
-    "sampler", [["--ddim_eta", 0.7], ["--plms"], ["--dpm_solver"]], ids=lambda argv: argv[0]
-)
+@pytest.mark.parametrize("sampler", ["--ddim_eta 0.7", "--plms", "--dpm_solver"])
 def test_image_k_alone_is_image_k_of_a_run(txt2img, sampler):
-    argv = [*sampler, "--ddim_steps", 5]
+    argv = [*sampler.split(), "--ddim_steps", 5]
     run = txt2img(*argv, "--n_samples", 3, "--n_iter", 2, folder="run")
     for k in (1, 5):
         (alone,) = txt2img(*argv, "--seed", 42 + k, folder=f"alone{k}").images
@@ -727,10 +677,8 @@ def test_prompt_scale_and_negative_prompt_matter(txt2img):
 
 
 def test_precision_is_full_on_a_cpu(txt2img):
-    full, autocast = (
-        txt2img("--precision", p, "--device", "cpu", folder=p).images for p in ("full", "autocast")
-    )
-    assert np.array_equal(full, autocast)
+    runs = [txt2img("--precision", name, "--device", "cpu", folder=name) for name in ("full", "autocast")]
+    assert np.array_equal(runs[0].images, runs[1].images)
 
 
 @pytest.mark.parametrize(("height", "width"), [(72, 104), (8, 8), (8, 24)])
@@ -767,7 +715,7 @@ def test_formats_of_a_checkpoint(txt2img, model, tmp_path):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_model_calls(txt2img, monkeypatch, argv, calls, size):
-    """N for N steps, N + 1 for PLMS; with guidance both halves in one call. The original ran 8 for 7 by DDIM."""
+    """N for N steps, N + 1 for PLMS; guidance takes no call more. The original took 8 steps of DDIM for 7."""
     forward, sizes = UNetModel.forward, []
 
     def counted(self, x, *args, **kwargs):

@@ -86,7 +86,6 @@ class SpatialTransformer(nn.Module):
     ):
         super().__init__()
         inner = heads * dim_head
-        self.use_linear = use_linear
         self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner) if use_linear else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -98,18 +97,14 @@ class SpatialTransformer(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-        height = x.shape[2]
-        h = self.norm(x)
-        if not self.use_linear:
-            h = self.proj_in(h)
-        h = rearrange(h, "b c h w -> b (h w) c")
-        if self.use_linear:
-            h = self.proj_in(h)
+        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        h = project(h, self.proj_in)
         for block in self.transformer_blocks:
             h = block(h, context)
-        if self.use_linear:
-            h = self.proj_out(h)
-        h = rearrange(h, "b (h w) c -> b c h w", h=height)
-        if not self.use_linear:
-            h = self.proj_out(h)
-        return x + h
+        h = project(h, self.proj_out)
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+def project(x: torch.Tensor, layer: nn.Linear | nn.Conv2d) -> torch.Tensor:
+    """A linear layer, or a 1x1 convolution as one, over the channels of tokens [b, n, c]."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
