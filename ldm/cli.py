@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SAMPLER_NAMES = ("ddim", "plms", "dpmpp_2m")
 WATERMARK = "StableDiffusionV1"  # the original's
+SCALE = 7.5  # the original's for text to image
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,7 +61,7 @@ def txt2img_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--outdir", nargs="?", default="outputs/txt2img-samples", help="folder for the results"
     )
-    add_sampling_arguments(parser, scale=7.5, n_iter=2, n_samples=3)
+    add_sampling_arguments(parser, scale=SCALE, n_iter=2, n_samples=3)
     parser.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
     parser.add_argument("--H", type=number(int, 8), help="height in pixels, a multiple of 8")
     parser.add_argument("--W", type=number(int, 8), help="width in pixels, a multiple of 8")
@@ -86,7 +87,11 @@ def add_sampling_arguments(
     add("--dpm_solver", action="store_true", help="use the DPM-Solver++ (2M) sampler")
     add("--sampler", choices=SAMPLER_NAMES, help="sampler by name (ddim)")
     add("--ddim_eta", type=number(float, 0, 1), default=0.0, metavar="ETA", help="DDIM's noise, 0 to 1 (0)")
-    add("--scale", type=number(float, -1e4, 1e4), default=scale, help=f"guidance scale; 1 is none ({scale})")
+    add(
+        "--scale",
+        type=number(float, -1e4, 1e4),
+        help=f"guidance scale; 1 is none ({scale}, unless the config's sampling: section says otherwise)",
+    )
     add(
         "--n_iter",
         type=number(int, 1),

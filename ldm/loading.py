@@ -51,8 +51,11 @@ def choose_model(config: str | None, ckpt: str | None) -> ModelFiles:
     return ModelFiles(ROOT / BUNDLED_CONFIG, ROOT / BUNDLED_WEIGHTS, notice)
 
 
-def read_section(path: Path, name: str) -> dict[str, Any]:
-    """A top-level section of a YAML file; InputError if the file is missing, malformed or without it."""
+def read_section(path: Path, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A top-level section of a YAML file; InputError if the file is missing, malformed or without it.
+
+    With a default the section may be missing.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -63,7 +66,7 @@ def read_section(path: Path, name: str) -> dict[str, Any]:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    section = content.get(name) if isinstance(content, dict) else None
+    section = content.get(name, default) if isinstance(content, dict) else None
     if not isinstance(section, dict):
         raise InputError(f"{path} has no {name}: section")
     return section

@@ -247,7 +247,7 @@ def train(task: Task, folder: Path, stop_at: int) -> None:
         devices=1,
         gradient_clip_val=1.0,
         logger=CSVLogger(folder, name="", version=""),
-        log_every_n_steps=50,
+        log_every_n_steps=min(50, stop_at),
         callbacks=[
             ModelCheckpoint(
                 folder, save_last=True, save_top_k=0, every_n_train_steps=config.checkpoint_every

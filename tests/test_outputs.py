@@ -12,7 +12,8 @@ from golden_files import case
 from PIL import Image
 
 from ldm.errors import InputError
-from ldm.outputs import OutputFolder, Watermarker, a1111_parameters, read_metadata
+from ldm.metadata import a1111_parameters, read_metadata
+from ldm.outputs import OutputFolder, Watermarker
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import InputError
-from ldm.prompts import batched, read_prompts
+from ldm.prompts import Batch, plan, read_prompts
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,7 +80,6 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 
 def test_the_last_batch_may_be_smaller():
     """The original paired it with a full batch of empty prompts and crashed, losing the grid."""
-    assert batched(["a", "b", "c", "d", "e"], 2) == [["a", "b"], ["c", "d"], ["e"]]
-    assert batched(["a", "b"], 2) == [["a", "b"]]
-    assert batched(["a"], 3) == [["a"]]
-    assert batched([], 3) == []
+    batches = plan(["a", "b", "c"], n_iter=2, n_samples=2)
+    assert batches == [Batch(("a", "b"), 0), Batch(("c",), 2), Batch(("a", "b"), 3), Batch(("c",), 5)]
+    assert list(map(len, plan(["a"], n_iter=1, n_samples=3))) == [1]

@@ -50,7 +50,7 @@ ORIGINAL_FLAGS = {
     "--f": None,
     "--n_samples": 3,
     "--n_rows": 0,
-    "--scale": 7.5,
+    "--scale": None,
     "--from-file": None,
     "--config": None,
     "--ckpt": None,
@@ -188,8 +188,9 @@ def test_every_flag_of_the_original_has_its_default():
     args = vars(cli.txt2img_parser().parse_args([]))
     found = {flag: args[flag.removeprefix("--").replace("-", "_")] for flag in ORIGINAL_FLAGS}
     assert found == ORIGINAL_FLAGS
-    v1 = loading.read_config(ROOT / loading.V1_CONFIG)
-    assert loading.native_size(v1) == 512
+    v1 = ROOT / loading.V1_CONFIG
+    assert loading.native_size(loading.read_config(v1)) == 512
+    assert loading.read_section(v1, "sampling", {}).get("scale", cli.SCALE) == 7.5
 
 
 def test_every_flag_of_the_original_is_taken(txt2img, tmp_path):
@@ -665,7 +666,6 @@ def test_prompt_scale_and_negative_prompt_matter(txt2img):
     variants = [
         [],
         ["--prompt", "a dog"],
-        ["--prompt", ""],
         ["--scale", 1],
         ["--scale", 0],
         ["--negative_prompt", "a dog"],
@@ -673,7 +673,15 @@ def test_prompt_scale_and_negative_prompt_matter(txt2img):
     ]
     images = [txt2img(*argv, folder=str(i)).images[0].tobytes() for i, argv in enumerate(variants)]
     assert len(set(images)) == len(variants) - 1
-    assert images[3] == images[6]  # without guidance there is nothing to steer away from
+    assert images[2] == images[5]  # without guidance there is nothing to steer away from
+
+
+def test_a_config_may_advise_a_scale(txt2img, model, tmp_path):
+    assert txt2img(folder="default").settings[0]["scale"] == 7.5
+    config = tmp_path / "model.yaml"
+    config.write_text(json.dumps(json.loads(model[0].read_text()) | {"sampling": {"scale": 2}}))
+    assert txt2img("--config", config, folder="advised").settings[0]["scale"] == 2
+    assert txt2img("--config", config, "--scale", 3, folder="given").settings[0]["scale"] == 3
 
 
 def test_precision_is_full_on_a_cpu(txt2img):

@@ -32,6 +32,7 @@ MODEL = {
                 "channel_mult": [1, 2],
                 "num_heads": 2,
                 "context_dim": 32,
+                "num_groups": 8,
             },
         },
         "first_stage_config": {
@@ -49,6 +50,7 @@ MODEL = {
                     "num_res_blocks": 1,
                     "attn_resolutions": [],
                     "dropout": 0.0,
+                    "num_groups": 8,
                 },
             },
         },
