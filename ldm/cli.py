@@ -300,7 +300,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     prog = Path(sys.argv[0]).name
     try:
         return main(arguments)
-    except InputError as error:
+    except (InputError, OSError) as error:  # a path that the system refuses is the user's to mend
         if "--debug" in arguments:
             raise
         notice(f"{prog}: error: {one_line(error)}")

@@ -128,3 +128,11 @@ def native_size(config: dict[str, Any]) -> int:
         return int(params.get("image_size", 64)) * 2 ** (levels - 1)
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the config does not describe a latent diffusion model: {error}") from error
+
+
+def advised_scale(path: Path, default: float) -> float:
+    """The guidance scale that a YAML file's `sampling:` section asks for, if it has one."""
+    scale = read_section(path, "sampling", {}).get("scale", default)
+    if not isinstance(scale, int | float):
+        raise InputError(f"{path}: the scale {scale!r} of its sampling: section is not a number")
+    return scale

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ldm.data import scenes
+from ldm.errors import InputError
 from ldm.images import make_grid, to_uint8
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -46,6 +47,8 @@ class TrainingConfig:
     kl_weight: float = 1e-3  # first stage only: of the KL divergence in nats per pixel value
     prompt_dropout: float = 0.1  # second stage only: share of captions replaced by the empty prompt
     warmup: int = 500  # steps over which the learning rate rises; then it falls along a cosine to 0
+    restart: int | None = None  # step at which it begins a second cosine, from half its height
+    drill: tuple[str, ...] = ()  # second stage: words that half the captions have after the restart
     ema_decay: float = 0.999
     seed: int = 0
     checkpoint_every: int = 500
@@ -96,9 +99,12 @@ class Task(pl.LightningModule):
             weights, lr=self.config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
         )
         warmup, steps = self.config.warmup, self.config.steps
+        restart = self.config.restart or steps
 
         def factor(step: int) -> float:
-            return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1.0)))
+            start, end, height = (0, restart, 1.0) if step < restart else (restart, steps, 0.5)
+            cosine = 0.5 + 0.5 * math.cos(math.pi * (step - start) / max(end - start, 1))
+            return height * min((step - start + 1) / warmup, cosine)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -165,12 +171,19 @@ class LatentDiffusionTask(Task):
             model.scale_factor.fill_(
                 1.0 / (self.mean.float().var() + self.std.float().square().mean()).sqrt()
             )
-        self.empty = model.cond_stage_model.tokenizer([""])
+        tokenizer = model.cond_stage_model.tokenizer
+        self.empty = tokenizer([""])
+        drilled = torch.tensor([tokenizer.encode(word)[0] for word in config.drill], dtype=torch.int32)
+        self.drill = torch.isin(self.tokens, drilled).any(dim=1).nonzero()[:, 0]
+        if config.drill and (config.restart is None or not len(self.drill)):
+            raise InputError(f"drill: {list(config.drill)} needs a restart, and captions with these words")
 
     def training_step(self, batch: int, _: int) -> torch.Tensor:
         generator = step_generator(self.config.seed, self.global_step)
         count = self.config.batch_size
         index = torch.randint(len(self.mean), (count,), generator=generator)
+        if self.config.drill and self.global_step >= self.config.restart:
+            index[::2] = self.drill[index[::2] % len(self.drill)]
         mean, std = self.mean[index].float(), self.std[index].float()
         x0 = (mean + std * torch.randn(mean.shape, generator=generator)).to(
             self.device

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     args = cli.txt2img_parser().parse_args(argv)
     cli.check_arguments(args)
 
-    from ldm.loading import choose_model, native_size, read_config, read_section
+    from ldm.loading import advised_scale, choose_model, native_size, read_config
     from ldm.prompts import plan, read_prompts
 
     prompts = read_prompts(args.from_file) if args.from_file else [args.prompt] * args.n_samples
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     config = read_config(files.config)
     size = native_size(config)
     height, width = args.H or size, args.W or size
-    advised = read_section(files.config, "sampling", {}).get("scale", cli.SCALE)
+    scale = advised_scale(files.config, cli.SCALE) if args.scale is None else args.scale
     writer = cli.picture_writer(args, height, width)  # tries the output folder before anything slow
 
     from ldm.generate import Settings, generate
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         width=width,
         sampler=args.sampler,
         steps=args.ddim_steps,
-        scale=advised if args.scale is None else args.scale,
+        scale=scale,
         eta=args.ddim_eta if args.sampler == "ddim" else 0.0,
         negative_prompt=args.negative_prompt,
         seed=cli.choose_seed(args.seed),

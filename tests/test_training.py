@@ -35,7 +35,7 @@ TRAINING = {
     "steps": 6,
     "batch_size": 4,
     "learning_rate": 1e-3,
-    "images": 16,
+    "images": 64,
     "image_size": 32,
     "warmup": 2,
     "checkpoint_every": 3,
@@ -71,7 +71,7 @@ def second_stage(folder: Path, first_stage: Path) -> list[str]:
         "linear_end": 0.012,
     }
     model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
-    training = TRAINING | {"first_stage": str(first_stage)}
+    training = TRAINING | {"first_stage": str(first_stage), "restart": 4, "drill": ["left", "right"]}
     base = folder / "second.yaml"
     base.write_text(yaml.safe_dump({"model": model, "training": training}))
     return ["--base", str(base), "--logdir", str(folder)]
@@ -121,3 +121,13 @@ def test_bad_training_section_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert re.fullmatch(
         r".*no parameter 'learning_rat'; did you mean 'learning_rate'\?\n", capsys.readouterr().err
     )
+
+
+def test_drill_needs_captions_with_its_words(
+    first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = second_stage(tmp_path, first_stage)
+    base = tmp_path / "second.yaml"
+    base.write_text(base.read_text().replace("- right", "- horse").replace("- left", "- horse"))
+    assert cli.run(train.main, arguments) == 2
+    assert "drill: ['horse', 'horse']" in capsys.readouterr().err

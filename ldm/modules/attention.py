@@ -86,6 +86,7 @@ class SpatialTransformer(nn.Module):
     ):
         super().__init__()
         inner = heads * dim_head
+        self.use_linear = use_linear
         self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner) if use_linear else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -97,14 +98,15 @@ class SpatialTransformer(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        h = project(h, self.proj_in)
+        h = self.norm(x)
+        if not self.use_linear:
+            h = self.proj_in(h)
+        h = rearrange(h, "b c h w -> b (h w) c").contiguous()  # the blocks are slow on a transposed view
+        if self.use_linear:
+            h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = project(h, self.proj_out)
-        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
-
-
-def project(x: torch.Tensor, layer: nn.Linear | nn.Conv2d) -> torch.Tensor:
-    """A linear layer, or a 1x1 convolution as one, over the channels of tokens [b, n, c]."""
-    return F.linear(x, layer.weight.flatten(1), layer.bias)
+        if self.use_linear:
+            h = self.proj_out(h)
+        h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]).contiguous()
+        return x + (h if self.use_linear else self.proj_out(h))

@@ -89,7 +89,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
 
 
 class Level(nn.Module):
