@@ -190,7 +190,7 @@ def test_every_flag_of_the_original_has_its_default():
     assert found == ORIGINAL_FLAGS
     v1 = ROOT / loading.V1_CONFIG
     assert loading.native_size(loading.read_config(v1)) == 512
-    assert loading.read_section(v1, "sampling", {}).get("scale", cli.SCALE) == 7.5
+    assert loading.advised_scale(v1, cli.SCALE) == 7.5
 
 
 def test_every_flag_of_the_original_is_taken(txt2img, tmp_path):
@@ -682,6 +682,8 @@ def test_a_config_may_advise_a_scale(txt2img, model, tmp_path):
     config.write_text(json.dumps(json.loads(model[0].read_text()) | {"sampling": {"scale": 2}}))
     assert txt2img("--config", config, folder="advised").settings[0]["scale"] == 2
     assert txt2img("--config", config, "--scale", 3, folder="given").settings[0]["scale"] == 3
+    config.write_text(json.dumps(json.loads(model[0].read_text()) | {"sampling": {"scale": "high"}}))
+    refused(txt2img("--config", config, folder="bad"), "scale 'high'", "not a number")
 
 
 def test_precision_is_full_on_a_cpu(txt2img):
