@@ -27,7 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--outdir", default="outputs/evaluate_scenes", help="folder for the report, replacing an earlier one")
     add("--detector", default="models/scenes-64/detector.safetensors", metavar="FILE", help="its weights")
     add("--train_detector", action="store_true", help="only train the detector and save it as --detector")
-    add("--detector_steps", type=count, default=2400, metavar="N", help="of 128 renders (2400)")
+    add("--detector_steps", type=count, default=2000, metavar="N", help="of 128 renders (2000)")
     add("--debug", action="store_true", help="show where an error comes from")
     cli.add_model_arguments(parser)
     return parser.parse_args(argv)

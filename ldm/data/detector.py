@@ -1,7 +1,7 @@
 """Reads a scene back from its picture, to measure how often a text-to-image model paints what it is told.
 
 The detector sees pixels only, never the prompt. The bundled weights were trained on renders alone, by
-`scripts/evaluate_scenes.py --train_detector`: 2,400 steps of 128 renders, nine minutes on one CPU core.
+`scripts/evaluate_scenes.py --train_detector`: 2,000 steps of 128 renders, 11 minutes on one shared CPU core.
 """
 
 from collections.abc import Iterator, Sequence
