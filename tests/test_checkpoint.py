@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
@@ -14,6 +13,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import golden_files
 import numpy as np
 import pytest
 import torch
@@ -24,8 +24,6 @@ from torch import nn
 
 from ldm.checkpoint import fingerprint, identify, load_weights, pick_weights, read_state_dict
 from ldm.errors import InputError
-
-MANIFESTS = Path("/work/shared/golden/manifests")
 
 
 def small_state(dtype=torch.float32) -> dict[str, torch.Tensor]:
@@ -677,7 +675,6 @@ def test_identify_unclip():
     assert identify(state) == "Stable unCLIP"
 
 
-@pytest.mark.skipif(not MANIFESTS.exists(), reason="needs the golden manifests")
 @pytest.mark.parametrize(
     ("manifest", "name"),
     [
@@ -692,7 +689,7 @@ def test_identify_unclip():
     ],
 )
 def test_identify_published_layouts(manifest, name):
-    layout = json.loads((MANIFESTS / f"{manifest}.json").read_text())
+    layout = golden_files.manifest(manifest)
     state = {key: torch.empty(shape, device="meta") for key, (_, shape) in layout.items()}
     assert identify(state) == name
     if "ema" in manifest:
