@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from ldm.checkpoint import load_weights, read_state_dict
 from ldm.data import scenes
 from ldm.errors import InputError
-from ldm.images import make_grid, to_uint8
+from ldm.images import make_grid, to_float, to_uint8
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.ema import LitEma
-from ldm.sampling import Denoiser, sample
+from ldm.sampling import Denoiser, default_trajectory, sample
 from ldm.sampling.noise import ImageNoise
 from ldm.util import check_params
 
@@ -43,12 +44,14 @@ class TrainingConfig:
     learning_rate: float
     images: int  # size of the training set: rendered (and for the second stage encoded) once
     image_size: int  # pixels
-    first_stage: str | None = None  # second stage only: safetensors file of the trained first stage
+    init: str | None = None  # checkpoint of the whole model to start from
+    first_stage: str | None = None  # second stage without init: safetensors file of the trained first stage
     kl_weight: float = 1e-3  # first stage only: of the KL divergence in nats per pixel value
     prompt_dropout: float = 0.1  # second stage only: share of captions replaced by the empty prompt
     warmup: int = 500  # steps over which the learning rate rises; then it falls along a cosine to 0
-    restart: int | None = None  # step at which it begins a second cosine, from half its height
-    drill: tuple[str, ...] = ()  # second stage: words that half the captions have after the restart
+    drill: tuple[str, ...] = ()  # second stage: words, one of which `drill_share` of the captions have
+    drill_share: float = 0.7
+    drill_timesteps: tuple[int, int] = (0, 1000)  # at which these are trained; the others at all of them
     ema_decay: float = 0.999
     seed: int = 0
     checkpoint_every: int = 500
@@ -65,9 +68,9 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [b, h, w, 3] -> float32 [b, 3, h, w] in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+def stratified(count: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    """A random number from each of `count` equal parts of low … high: less variance than independent ones."""
+    return low + (torch.arange(count) + torch.rand(count, generator=generator)) * (high - low) / count
 
 
 def render_scenes(config: TrainingConfig) -> tuple[torch.Tensor, list[str]]:
@@ -99,12 +102,9 @@ class Task(pl.LightningModule):
             weights, lr=self.config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
         )
         warmup, steps = self.config.warmup, self.config.steps
-        restart = self.config.restart or steps
 
         def factor(step: int) -> float:
-            start, end, height = (0, restart, 1.0) if step < restart else (restart, steps, 0.5)
-            cosine = 0.5 + 0.5 * math.cos(math.pi * (step - start) / max(end - start, 1))
-            return height * min((step - start + 1) / warmup, cosine)
+            return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -161,13 +161,18 @@ class LatentDiffusionTask(Task):
     model: LatentDiffusion
 
     def __init__(self, model: LatentDiffusion, config: TrainingConfig, cache: Path):
+        if config.init:
+            # copies: training must not write into the mapped file
+            state = {name: tensor.clone() for name, tensor in read_state_dict(config.init).items()}
+            load_weights(model, state, path=config.init, dtype=torch.float32)
+        else:
+            model.first_stage_model.load_state_dict(load_file(config.first_stage))
         super().__init__(model, config)
-        model.first_stage_model.load_state_dict(load_file(config.first_stage))
         if not cache.exists():
             save_file(encode_scenes(model, config), cache)
         data = load_file(cache)
         self.mean, self.std, self.tokens = data["mean"], data["std"], data["tokens"]
-        if isinstance(model.scale_factor, torch.Tensor):  # scale_by_std: latents of unit variance
+        if isinstance(model.scale_factor, torch.Tensor) and not config.init:  # latents of unit variance
             model.scale_factor.fill_(
                 1.0 / (self.mean.float().var() + self.std.float().square().mean()).sqrt()
             )
@@ -175,22 +180,27 @@ class LatentDiffusionTask(Task):
         self.empty = tokenizer([""])
         drilled = torch.tensor([tokenizer.encode(word)[0] for word in config.drill], dtype=torch.int32)
         self.drill = torch.isin(self.tokens, drilled).any(dim=1).nonzero()[:, 0]
-        if config.drill and (config.restart is None or not len(self.drill)):
-            raise InputError(f"drill: {list(config.drill)} needs a restart, and captions with these words")
+        if config.drill and not len(self.drill):
+            raise InputError(f"drill: no caption has one of the words {', '.join(config.drill)}")
 
     def training_step(self, batch: int, _: int) -> torch.Tensor:
         generator = step_generator(self.config.seed, self.global_step)
         count = self.config.batch_size
         index = torch.randint(len(self.mean), (count,), generator=generator)
-        if self.config.drill and self.global_step >= self.config.restart:
-            index[::2] = self.drill[index[::2] % len(self.drill)]
+        drilled = round(self.config.drill_share * count) if self.config.drill else 0
+        if drilled:
+            index[:drilled] = self.drill[index[:drilled] % len(self.drill)]
         mean, std = self.mean[index].float(), self.std[index].float()
         x0 = (mean + std * torch.randn(mean.shape, generator=generator)).to(
             self.device
         ) * self.model.scale_factor
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
-        # one timestep from each of `count` equal parts: less variance than independent draws
-        t = (torch.arange(count) + torch.rand(count, generator=generator)) * self.model.num_timesteps / count
+        t = torch.cat(
+            [
+                stratified(drilled, *self.config.drill_timesteps, generator),
+                stratified(count - drilled, 0, self.model.num_timesteps, generator),
+            ]
+        )
         dropped = torch.rand(count, 1, generator=generator) < self.config.prompt_dropout
         tokens = torch.where(dropped, self.empty, self.tokens[index].long()).to(self.device)
         # the gradient of fused attention over so few tokens is slow on a CPU: half of the step
@@ -213,7 +223,7 @@ class LatentDiffusionTask(Task):
         cond, uncond = (self.model.get_learned_conditioning(p) for p in (prompts, [""] * len(prompts)))
         denoiser = Denoiser(self.model, cond, uncond, scale=4.0)
         noise = ImageNoise(list(range(len(prompts))), shape, self.device)
-        latents = sample(denoiser, "dpmpp_2m", 20, noise)
+        latents = sample(denoiser, "dpmpp_2m", default_trajectory(denoiser, "dpmpp_2m", 20), noise)
         images = self.model.decode_first_stage(latents)
         self.ema.restore(self.model)
         return make_grid(list(to_uint8(images)), 8)

@@ -15,10 +15,14 @@ from ldm import cli
 def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="train.py", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--base", required=True, metavar="YAML", help="file with a model: and a training: section"
+        "--base",
+        required=True,
+        nargs="+",
+        metavar="YAML",
+        help="file with a model: and a training: section, and files whose training: goes over it",
     )
     parser.add_argument(
-        "--logdir", default="logs", help="everything goes to LOGDIR/<name of the YAML> (logs)"
+        "--logdir", default="logs", help="everything goes to LOGDIR/<name of the last YAML> (logs)"
     )
     parser.add_argument("--output", metavar="FILE", help="averaged weights (LOGDIR/<name>/model.safetensors)")
     parser.add_argument(
@@ -34,12 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.training import FirstStageTask, LatentDiffusionTask, save_weights, train, training_config
     from ldm.util import instantiate_from_config
 
-    base = Path(args.base)
-    config = training_config(read_section(base, "training"))
-    folder = Path(args.logdir, base.stem)
+    bases = [Path(base) for base in args.base]
+    sections = [read_section(base, "training") for base in bases]
+    config = training_config({name: value for section in sections for name, value in section.items()})
+    folder = Path(args.logdir, bases[-1].stem)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)  # of the initial weights
-    model = instantiate_from_config(read_config(base))
+    model = instantiate_from_config(read_config(bases[0]))
     if isinstance(model, LatentDiffusion):
         task = LatentDiffusionTask(model, config, folder / "latents.safetensors")
     else:

@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 
 from ldm import cli
 from ldm.loading import load_model, read_config
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.encoders.tokenizer import CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import train
@@ -71,7 +74,7 @@ def second_stage(folder: Path, first_stage: Path) -> list[str]:
         "linear_end": 0.012,
     }
     model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
-    training = TRAINING | {"first_stage": str(first_stage), "restart": 4, "drill": ["left", "right"]}
+    training = TRAINING | {"first_stage": str(first_stage), "drill": ["left", "right"]}
     base = folder / "second.yaml"
     base.write_text(yaml.safe_dump({"model": model, "training": training}))
     return ["--base", str(base), "--logdir", str(folder)]
@@ -130,4 +133,45 @@ def test_drill_needs_captions_with_its_words(
     base = tmp_path / "second.yaml"
     base.write_text(base.read_text().replace("- right", "- horse").replace("- left", "- horse"))
     assert cli.run(train.main, arguments) == 2
-    assert "drill: ['horse', 'horse']" in capsys.readouterr().err
+    assert "drill: no caption has one of the words horse, horse" in capsys.readouterr().err
+
+
+def test_a_second_sitting_starts_from_weights(first_stage: Path, tmp_path: Path) -> None:
+    """Its YAML goes over the first one's: other captions, timesteps and steps, no first stage of its own."""
+    assert cli.run(train.main, second_stage(tmp_path, first_stage)) == 0
+    init = tmp_path / "second" / "model.safetensors"
+    drill = tmp_path / "drill.yaml"
+    changes = {"init": str(init), "first_stage": None, "steps": 2, "learning_rate": 0.0}
+    drill.write_text(
+        yaml.safe_dump({"training": changes | {"drill": ["left"], "drill_timesteps": [200, 950]}})
+    )
+    arguments = ["--base", str(tmp_path / "second.yaml"), str(drill), "--logdir", str(tmp_path)]
+    assert cli.run(train.main, arguments) == 0
+    before, after = load_file(init), load_file(tmp_path / "drill" / "model.safetensors")
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_drilled_captions_and_timesteps(first_stage: Path, tmp_path: Path, monkeypatch) -> None:
+    """A share of each batch has one of the words, at timesteps in the range; the rest is as ever."""
+    arguments = second_stage(tmp_path, first_stage)
+    base = tmp_path / "second.yaml"
+    changes = {"drill_share": 0.75, "drill_timesteps": [400, 500], "prompt_dropout": 0.0, "batch_size": 8}
+    content = yaml.safe_load(base.read_text())
+    base.write_text(yaml.safe_dump(content | {"training": content["training"] | changes}))
+    seen = []
+    p_losses = LatentDiffusion.p_losses
+    monkeypatch.setattr(
+        LatentDiffusion, "p_losses", lambda self, x, c, t, n: (seen.append(t), p_losses(self, x, c, t, n))[1]
+    )
+    tokens = []
+    embed = FrozenCLIPEmbedder.forward_tokens
+    monkeypatch.setattr(
+        FrozenCLIPEmbedder, "forward_tokens", lambda self, x: (tokens.append(x), embed(self, x))[1]
+    )
+    assert cli.run(train.main, [*arguments, "--stop_at", "2"]) == 0
+    words = torch.tensor([CLIPTokenizer().encode(word)[0] for word in ("left", "right")])
+    for t, captions in zip(seen[:2], tokens[:2], strict=True):
+        assert ((t[:6] >= 400) & (t[:6] < 500)).all()
+        assert t[6] < 500 <= t[7]
+        assert torch.isin(captions[:6], words).any(dim=1).all()
