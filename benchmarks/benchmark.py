@@ -364,6 +364,78 @@ def measure_calls(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+# the samplers' own arithmetic, and a sheet of them
+
+
+class ConstantModel(CountingModel):
+    """Answers every call with the same tensor at once: what is left of a run is the sampler's own work."""
+
+    def __init__(self, latents: int):
+        import torch
+
+        super().__init__()
+        self.answer = torch.randn(2, 4, latents, latents, generator=torch.Generator().manual_seed(0))
+
+    def apply_model(self, x: Any, t: Any, cond: Any) -> Any:
+        return self.answer
+
+
+def sampler_overheads(latents: int, steps: int) -> dict[str, float]:
+    """Seconds per step of each sampler, guidance and noise included, model calls excluded; best of 3 runs."""
+    import torch
+
+    from ldm import catalogue
+    from ldm.sampling import SAMPLERS, Denoiser, default_trajectory, sample
+    from ldm.sampling.noise import ImageNoise
+
+    model = ConstantModel(latents)
+    cond = torch.zeros(1, 77, 8)
+    denoiser, shape = Denoiser(model, cond, cond, 7.5), (4, latents, latents)
+
+    def once(name: str) -> None:
+        noise = ImageNoise([42], shape, model.device, brownian=catalogue.SAMPLERS[name].noise == "brownian")
+        sample(denoiser, name, default_trajectory(denoiser, name, steps), noise)
+
+    names = [name for name in SAMPLERS if name != "dpm_adaptive"]  # its steps are its own choice
+    with torch.inference_mode():
+        return {name: min(seconds(lambda name=name: once(name)) for _ in range(3)) / steps for name in names}
+
+
+def measure_samplers(options: argparse.Namespace) -> list[Row]:
+    step = time_unets_alone(options)
+    times = in_fresh_process(sampler_overheads, options.latents, 20)
+    slowest = max(times, key=times.get)
+    return [
+        Row(
+            f"a sampler's own work in a step of 20, of a guided v1 step of {step:.2f} s, slowest sampler",
+            "< 1 %",
+            f"{times[slowest] / step:.2%} ({slowest}, {1e3 * times[slowest]:.1f} ms); "
+            f"median {median(times.values()) / step:.2%}",
+            times[slowest] < 0.01 * step,
+            {"seconds per step": times, "guided v1 step": step},
+        )
+    ]
+
+
+def time_unets_alone(options: argparse.Namespace) -> float:
+    weights = v1_weights(options)
+    return median(in_fresh_process(time_unets, ROOT / V1_CONFIG, weights, options.latents, None, 2)["ours"])
+
+
+def measure_sheet(options: argparse.Namespace) -> list[Row]:
+    what, target = "`compare.py`, bundled model, 8 samplers x 6 step counts, whole process", "< 60 s"
+    samplers = ["ddim", "plms", "euler_ancestral", "heun", "lms", "dpmpp_2m", "dpmpp_sde", "unipc"]
+    arguments = ["--x", "sampler", *samplers, "--y", "steps", *map(str, (5, 10, 15, 20, 30, 50))]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "scripts/compare.py"), *arguments, "--prompt", PROMPT]
+        command += ["--config", str(ROOT / BUNDLED_CONFIG), "--outdir", folder]
+        try:
+            (time,) = timed_runs(command, 1)
+        except InputError as error:
+            return [Row(what, target, f"not measured: {error}")]
+    return [Row(what, target, f"{time:.1f} s", time < 60, {"seconds": time})]
+
+
 # A part measures one thing: a function from the options to its rows.
 PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "help": measure_help,
@@ -371,6 +443,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "load": measure_load,
     "unet": measure_unet,
     "calls": measure_calls,
+    "samplers": measure_samplers,
+    "sheet": measure_sheet,
 }
 
 

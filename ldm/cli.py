@@ -1,27 +1,22 @@
-"""The command line: arguments and their checks, exit codes, devices. torch is not imported here."""
+"""The command line: arguments and their checks, exit codes. torch is not imported here."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import secrets
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ldm import catalogue
 from ldm.errors import InputError
 
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.loading import ModelFiles
-    from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.outputs import PictureWriter
-
-SAMPLER_NAMES = ("ddim", "plms", "dpmpp_2m")
 WATERMARK = "StableDiffusionV1"  # the original's
-SCALE = 7.5  # the original's for text to image
+SCALE, IMG2IMG_SCALE = 7.5, 5.0  # the original's
+MAX_SEED = 2**63 - 1
+SAMPLER_OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,21 +43,10 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return parse
 
 
-def txt2img_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="txt2img.py", description="Text to image.")
-    parser.add_argument(
-        "--prompt",
-        nargs="?",
-        default="a painting of a virus monster playing guitar",
-        help="the text to render",
-    )
-    parser.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to steer away from")
-    parser.add_argument("--from-file", metavar="FILE", help="read prompts from this UTF-8 file, one per line")
-    parser.add_argument(
-        "--outdir", nargs="?", default="outputs/txt2img-samples", help="folder for the results"
-    )
+def txt2img_parser(prog: str = "txt2img.py", description: str = "Text to image.") -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description=description)
+    add_prompt_arguments(parser, outdir="outputs/txt2img-samples")
     add_sampling_arguments(parser, scale=SCALE, n_iter=2, n_samples=3)
-    parser.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
     parser.add_argument("--H", type=number(int, 8), help="height in pixels, a multiple of 8")
     parser.add_argument("--W", type=number(int, 8), help="width in pixels, a multiple of 8")
     add_model_arguments(parser)
@@ -71,27 +55,116 @@ def txt2img_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def img2img_parser(prog: str = "img2img.py", description: str = "Image to image.") -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description=description)
+    add_prompt_arguments(parser, outdir="outputs/img2img-samples")
+    parser.add_argument("--init-img", nargs="?", metavar="FILE", help="the picture to start from")
+    parser.add_argument(
+        "--strength",
+        type=number(float, 0, 1),
+        default=0.75,
+        help="share of the steps that run: 0 gives the picture back, 1 ignores it (0.75)",
+    )
+    add_sampling_arguments(parser, scale=IMG2IMG_SCALE, n_iter=1, n_samples=2)
+    add_size_arguments(parser)
+    add_model_arguments(parser)
+    add_output_arguments(parser)
+    return parser
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser, outdir: str) -> None:
+    parser.add_argument(
+        "--prompt",
+        nargs="?",
+        default="a painting of a virus monster playing guitar",
+        help="the text to render",
+    )
+    parser.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--from-file", metavar="FILE", help="read prompts from this UTF-8 file, one per line")
+    parser.add_argument("--outdir", nargs="?", default=outdir, help=f"folder for the results ({outdir})")
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """How an init image becomes as large as the pictures."""
+    add = parser.add_argument_group("init image").add_argument
+    add(
+        "--H",
+        type=number(int, 8),
+        help="height in pixels, a multiple of 8 (the picture's, floored to 64s)",
+    )
+    add(
+        "--W",
+        type=number(int, 8),
+        help="width in pixels, a multiple of 8 (the picture's, floored to 64s)",
+    )
+    add("--resize", choices=("stretch", "crop", "pad"), default="stretch", help="how it is fitted (stretch)")
+    add(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="behind transparency, and the padding (white)",
+    )
+    add(
+        "--max_pixels",
+        type=number(int, 1),
+        default=64_000_000,
+        metavar="N",
+        help="refuse larger pictures before they are decoded (64 million)",
+    )
+
+
+class ListSamplers(argparse.Action):
+    """Prints the table of samplers and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(catalogue.table())
+        parser.exit()
+
+
 def add_sampling_arguments(
     parser: argparse.ArgumentParser, scale: float, n_iter: int, n_samples: int
 ) -> None:
-    group = parser.add_argument_group("sampling")
-    add = group.add_argument
+    add = parser.add_argument_group("sampling").add_argument
     add(
         "--ddim_steps",
+        "--steps",
         type=number(int, 1, 1000),
         default=50,
         metavar="N",
-        help="sampling steps, 1 to 1000 (50)",
+        help="sampling steps of any sampler, 1 to 1000 (50)",
     )
     add("--plms", action="store_true", help="use the PLMS sampler")
-    add("--dpm_solver", action="store_true", help="use the DPM-Solver++ (2M) sampler")
-    add("--sampler", choices=SAMPLER_NAMES, help="sampler by name (ddim)")
+    add("--dpm_solver", "--dpm", action="store_true", help="use the DPM-Solver++ (2M) sampler")
+    add("--sampler", metavar="NAME", help='sampler by any of its names, such as "Euler a" (ddim)')
+    add("--list_samplers", action=ListSamplers, nargs=0, help="show all samplers and schedules, and end")
+    add("--schedule", metavar="NAME", help="which noise levels the steps visit (the sampler's own)")
+    add(
+        "--rho",
+        type=number(float, 0.1, 100),
+        help="of the karras (7) and polyexponential (1) schedules",
+    )
+    add("--timesteps", metavar="LIST", help="own timesteps instead of a schedule: 999,700,400,100")
+    add("--sigmas", metavar="LIST", help="own noise levels instead of a schedule, the last too: 14.6,3,0.5,0")
+    add("--zero_snr", action="store_true", help="rescale a v-model's noise schedule to zero terminal SNR")
     add("--ddim_eta", type=number(float, 0, 1), default=0.0, metavar="ETA", help="DDIM's noise, 0 to 1 (0)")
+    add("--eta", type=number(float, 0, 1), help="noise of any sampler that has it, 0 to 1 (the sampler's)")
+    add("--s_churn", type=number(float, 0), help="noise that euler, heun and dpm_2 add over the run (0)")
+    add("--s_tmin", type=number(float, 0), help="churn at sigmas from this one (0)")
+    add("--s_tmax", type=number(float, 0), help="churn at sigmas up to this one")
+    add("--s_noise", type=number(float, 0, 10), help="factor on the noise of the steps (1)")
     add(
         "--scale",
         type=number(float, -1e4, 1e4),
         help=f"guidance scale; 1 is none ({scale}, unless the config's sampling: section says otherwise)",
     )
+    add("--cfg_rescale", type=number(float, 0, 1), default=0.0, metavar="PHI", help="tames large scales (0)")
+    add(
+        "--guidance_start",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="guide from this share of the steps",
+    )
+    add("--guidance_end", type=number(float, 0, 1), default=1.0, help="guide up to this share of the steps")
     add(
         "--n_iter",
         type=number(int, 1),
@@ -108,10 +181,18 @@ def add_sampling_arguments(
     )
     add(
         "--seed",
-        type=number(int, -1, 2**63 - 1),
+        type=number(int, -1, MAX_SEED),
         default=42,
         help="image k has seed SEED + k; -1 picks a seed and prints it (42)",
     )
+    add(
+        "--variation_seed",
+        type=number(int, 0, MAX_SEED),
+        metavar="SEED",
+        help="vary towards this seed's noise",
+    )
+    add("--variation_strength", type=number(float, 0, 1), metavar="T", help="how far, 0 to 1")
+    add("--fixed_code", action="store_true", help="start every batch from the same noise")
     add(
         "--rng",
         choices=("image", "compvis"),
@@ -160,21 +241,33 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Everything about arguments that concerns more than one of them; sets `args.sampler`. InputError."""
-    if args.laion400m:
+    """Everything about arguments that concerns more than one of them. InputError.
+
+    Sets `sampler`, `schedule`, `timesteps`, `sigmas` and `options`, the sampler's own.
+    """
+    if getattr(args, "laion400m", False):
         raise InputError(
             "--laion400m: its text encoder (BERT) is not available yet; use a Stable Diffusion v1 model"
         )
-    for name in ("prompt", "outdir"):
-        if getattr(args, name) is None:
-            raise InputError(f"--{name} needs a value")
-    implied = "dpmpp_2m" if args.dpm_solver else "plms" if args.plms else None
-    if implied and args.sampler not in (None, implied):
-        flag = "--dpm_solver" if args.dpm_solver else "--plms"
-        raise InputError(f"--sampler {args.sampler} and {flag} name different samplers; give one of them")
-    args.sampler = args.sampler or implied or "ddim"
-    if args.ddim_eta and args.sampler == "plms":
-        raise InputError(f"--ddim_eta {args.ddim_eta:g} with PLMS: its eta is always 0; use --sampler ddim")
+    for name in ("prompt", "outdir", "init_img"):
+        if getattr(args, name, "") is None:
+            raise InputError(f"--{name.replace('_', '-')} needs a value")
+    _check_sampler(args)
+    _check_schedule(args)
+    if args.guidance_start >= args.guidance_end:
+        raise InputError(
+            f"--guidance_start {args.guidance_start:g} is not below --guidance_end {args.guidance_end:g}; "
+            "--scale 1 samples without guidance"
+        )
+    if (args.variation_seed is None) != (args.variation_strength is None):
+        given, lacking = "strength", "seed"
+        if args.variation_strength is None:
+            given, lacking = lacking, given
+        raise InputError(f"--variation_{given} needs a --variation_{lacking}, too")
+    if args.variation_seed is not None and args.rng == "compvis":
+        raise InputError(
+            "--variation_seed is for --rng image: in the original's one stream no image has a seed"
+        )
     for name in ("H", "W"):
         size = getattr(args, name)
         if size is not None and size % (args.f or 8):
@@ -183,105 +276,72 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {size} is not a multiple of {step}; the nearest is {nearest}")
 
 
-def choose_seed(seed: int) -> int:
-    """The seed itself, or for -1 a random one, which is printed."""
-    if seed == -1:
-        seed = secrets.randbelow(2**32)
-        notice(f"seed {seed}")
-    return seed
+def _check_sampler(args: argparse.Namespace) -> None:
+    implied = "dpmpp_2m" if args.dpm_solver else "plms" if args.plms else None
+    named, args.implied_schedule = catalogue.resolve(args.sampler) if args.sampler else (None, None)
+    if implied and named not in (None, implied):
+        flag = "--dpm_solver" if args.dpm_solver else "--plms"
+        raise InputError(f"--sampler {args.sampler} and {flag} name different samplers; give one of them")
+    args.sampler = named or implied or "ddim"
+    if args.ddim_eta and args.sampler == "plms":
+        raise InputError(f"--ddim_eta {args.ddim_eta:g} with PLMS: its eta is always 0; use --sampler ddim")
+    if args.ddim_eta and args.dpm_solver:
+        notice(f"--ddim_eta {args.ddim_eta:g} does nothing with --dpm_solver, as in the original")
+    elif args.ddim_eta and args.sampler != "ddim":
+        raise InputError(f"--ddim_eta {args.ddim_eta:g} with {args.sampler}: it is DDIM's; there is --eta")
+    if args.ddim_eta and args.eta is not None:
+        raise InputError("--ddim_eta and --eta are one; give one of them")
+    given = {name: getattr(args, name) for name in SAMPLER_OPTIONS if getattr(args, name) is not None}
+    for name, value in given.items():
+        if name not in catalogue.SAMPLERS[args.sampler].options:
+            having = ", ".join(n for n, facts in catalogue.SAMPLERS.items() if name in facts.options)
+            raise InputError(f"--{name} {value:g}: {args.sampler} has no such option; it is one of {having}")
+    args.options = {"eta": args.ddim_eta} | given if args.sampler == "ddim" else given
 
 
-def picture_writer(args: argparse.Namespace, height: int, width: int) -> PictureWriter:
-    """What saves the pictures; InputError if `--outdir` cannot be written."""
-    from ldm.outputs import OutputFolder, PictureWriter, Watermarker
-
-    folder = OutputFolder(args.outdir)
-    watermark = None
-    if args.watermark != "none" and Watermarker.fits(height, width):
-        watermark = Watermarker(args.watermark)
-    elif args.watermark != "none":
-        notice(f"No watermark: it needs 256x256 pixels and these pictures have {width}x{height}")
-    return PictureWriter(folder, watermark, images=not args.skip_save, grid=not args.skip_grid)
-
-
-def load(args: argparse.Namespace, files: ModelFiles, config: dict[str, Any]) -> LatentDiffusion:
-    """The model on its device; InputError if it is not what `--C` and `--f` say."""
-    from ldm.loading import load_model
-
-    device = choose_device(args.device)
-    model = load_model(config, files.weights, args.weights, args.allow_target)
-    for flag, given, true in (("C", args.C, model.channels), ("f", args.f, model.first_stage_model.factor)):
-        if given not in (None, true):
-            raise InputError(f"--{flag} {given} does not fit this model: its value is {true}")
-    return model.to(device)
-
-
-def model_facts(args: argparse.Namespace, files: ModelFiles) -> dict[str, Any]:
-    """What an image's settings say about the model."""
-    from ldm import __version__
-    from ldm.checkpoint import fingerprint
-
-    return {
-        "config": str(files.config),
-        "checkpoint": str(files.weights),
-        "model_hash": fingerprint(files.weights),
-        "weights": args.weights,
-        "precision": args.precision,
-        "version": __version__,
-    }
+def _check_schedule(args: argparse.Namespace) -> None:
+    if args.schedule is not None:
+        args.schedule = catalogue.resolve_schedule(args.schedule)
+    if args.implied_schedule and args.schedule not in (None, args.implied_schedule):
+        raise InputError(
+            f"--sampler implies the {args.implied_schedule} schedule and --schedule is {args.schedule}; "
+            "give one of them"
+        )
+    args.schedule = args.schedule or args.implied_schedule
+    lists = [name for name in ("timesteps", "sigmas") if getattr(args, name) is not None]
+    if len(lists) + (args.schedule is not None) > 1:
+        names = " and ".join(f"--{name}" for name in [*(["schedule"] if args.schedule else []), *lists])
+        raise InputError(f"{names} all say which noise levels to visit; give one of them")
+    args.timesteps = falling_list("--timesteps", args.timesteps, 999, 1)
+    args.sigmas = falling_list("--sigmas", args.sigmas, 1e5, 2)
+    if args.zero_snr and not args.schedule and not lists:
+        args.schedule = "trailing"  # visits the last timestep, which the rescaling is for
+    if args.rho is not None and args.schedule not in catalogue.RHO:
+        raise InputError(f"--rho {args.rho:g} is for --schedule {' or '.join(catalogue.RHO)}")
+    if lists:
+        steps = len(args.timesteps) if args.timesteps else len(args.sigmas) - 1
+        if args.ddim_steps not in (50, steps):  # 50: not given
+            raise InputError(
+                f"--ddim_steps {args.ddim_steps}, but --{lists[0]} makes {steps} steps; give one"
+            )
+        args.ddim_steps = steps
 
 
-def check_prompts(model: LatentDiffusion, prompts: Iterable[str]) -> None:
-    """Warn of every prompt that is longer than the text encoder reads, showing what is cut off.
-
-    A text encoder of another package (`--allow_target`) need not tell.
-    """
-    cut_off = getattr(getattr(model.cond_stage_model, "tokenizer", None), "cut_off", lambda prompt: "")
-    for prompt in dict.fromkeys(prompts):
-        if lost := cut_off(prompt):
-            notice(f"The prompt {prompt[:30]!r}… is longer than 77 tokens; cut off: {lost!r}")
-
-
-class StepBar:
-    """A progress bar over the sampling steps of a run, and images/s at its end."""
-
-    def __init__(self, images: int, steps: int):
-        from tqdm import tqdm
-
-        self.images, self.steps = images, steps
-        self.bar = tqdm(total=images * steps, unit="step", desc=f"{images} images")
-
-    def __enter__(self) -> StepBar:
-        return self
-
-    def step(self, images: int) -> None:
-        """One step of a batch of `images` is done."""
-        self.bar.update(images)
-
-    def notice(self, message: str) -> None:
-        """One line above the bar."""
-        self.bar.write(message, file=sys.stderr)
-
-    def __exit__(self, *_: object) -> None:
-        rate = self.bar.n / self.steps / max(self.bar.format_dict["elapsed"], 1e-9)
-        self.bar.set_postfix_str(f"{rate:.2f} images/s")
-        self.bar.close()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device for `--device`; InputError if this machine has no such device."""
-    import torch
-
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name == "auto":
-        return torch.device(available[0])
-    if name not in available:
-        raise InputError(f"--device {name} is not there; this machine has {', '.join(available)}")
-    return torch.device(name)
+def falling_list(flag: str, text: str | None, highest: float, least: int) -> tuple[float, ...] | None:
+    """Numbers in 0 … highest, each below the one before; None stays None."""
+    if text is None:
+        return None
+    parse = number(float, 0, highest)
+    try:
+        values = tuple(parse(word) for word in text.replace(",", " ").split())
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{flag}: {error}") from error
+    for value, following in pairwise(values):
+        if following >= value:
+            raise InputError(f"{flag}: the list must fall, but {following:g} comes after {value:g}")
+    if len(values) < least:
+        raise InputError(f"{flag} {text!r}: at least {least} numbers are needed, separated by commas")
+    return values
 
 
 def one_line(message: object) -> str:

@@ -1,34 +1,76 @@
 """From prompts to pictures, batch by batch: what every sampling script does between loading and saving."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from ldm.images import finite_images, to_uint8
+from ldm import catalogue
+from ldm.errors import InputError
+from ldm.images import finite_images, to_float, to_uint8
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.prompts import Batch
-from ldm.sampling import Denoiser, sample
+from ldm.sampling import SCHEDULES, Denoiser, Discretization, Trajectory, sample, trajectory
 from ldm.sampling.noise import noise_source
+from ldm.sampling.schedule import to_first_alpha, zero_terminal_snr
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run samples with, the same for all its batches."""
+    """What a run samples with, the same for all its batches; None is left to the sampler or not used."""
 
     height: int  # pixels
     width: int
     sampler: str = "ddim"
     steps: int = 50
     scale: float = 7.5
-    eta: float = 0.0
+    schedule: str | None = None
+    rho: float | None = None  # of the schedule
+    timesteps: tuple[float, ...] | None = None  # instead of a schedule, descending
+    sigmas: tuple[float, ...] | None = None  # instead of a schedule, descending, the final one included
+    options: Mapping[str, float] = field(default_factory=dict)  # the sampler's own
+    strength: float | None = None  # image to image, 0 … 1
+    cfg_rescale: float = 0.0
+    guidance_start: float = 0.0  # guidance from this part of the steps on …
+    guidance_end: float = 1.0  # … and up to this one
+    zero_snr: bool = False
     negative_prompt: str = ""
     seed: int = 42
+    variation_seed: int | None = None
+    variation_strength: float | None = None
     rng: str = "image"
     fixed_code: bool = False
     autocast: bool = False  # half precision on a GPU; a CPU always computes in the weights' precision
+
+    @property
+    def steps_to_run(self) -> int:
+        """All steps of text to image; of image to image strength x steps, rounded down: 29 for 0.29 x 100."""
+        return self.steps if self.strength is None else int(round(self.strength * self.steps, 6))
+
+
+def plan_trajectory(discretization: Discretization, settings: Settings) -> Trajectory:
+    """The noise levels that the settings ask for."""
+    if settings.sigmas:
+        grid, original = np.array(settings.sigmas, dtype=np.float64), False
+    elif settings.timesteps:
+        grid, original = to_first_alpha(discretization, settings.timesteps), True
+    else:
+        name = settings.schedule or catalogue.SAMPLERS[settings.sampler].schedule
+        rho = {} if settings.rho is None else {"rho": settings.rho}
+        grid, original = SCHEDULES[name](discretization, settings.steps, **rho), name == "leading"
+    return trajectory(grid, settings.steps_to_run, original)
+
+
+def guidance_interval(run: Trajectory, start: float, end: float) -> tuple[float, float]:
+    """The sigmas (above, up to) of the steps from part `start` to part `end` of a run, of 0 … 1.
+
+    Step i of n is within if start <= i / n < end. The run's own ends are open: a sampler may go beyond them.
+    """
+    first, last = (int(np.ceil(round(part * run.steps, 6))) for part in (start, end))
+    low = run.sigmas[last] if last < run.steps else -np.inf
+    return low, run.sigmas[first] if first else np.inf
 
 
 def generate(
@@ -36,31 +78,67 @@ def generate(
     batches: Sequence[Batch],
     settings: Settings,
     on_step: Callable[[int], None] = lambda images: None,
+    init_image: np.ndarray | None = None,
 ) -> Iterator[tuple[Batch, list[np.ndarray | None]]]:
     """Each batch with its pictures, uint8 [H, W, 3] in the prompts' order; None is one that came out as NaN.
 
-    `on_step` is told after every step how many images took it. A prompt is encoded once, not once a batch:
-    the last 2,048 embeddings are kept (0.2 MB each for v1).
+    Starts from pure noise, or from `init_image`, uint8 [H, W, 3], where the strength is below 1. `on_step` is
+    told after every step how many images took it. A prompt is encoded once, not once a batch: the last 2,048
+    embeddings are kept (0.2 MB each for v1).
     """
     factor = model.first_stage_model.factor
     shape = (model.channels, settings.height // factor, settings.width // factor)
-    # --fixed_code draws the start of the first batch: none is larger
+    alphas = model.alphas_cumprod.cpu().numpy()
+    if settings.zero_snr and model.parameterization == "eps":
+        raise InputError(
+            "--zero_snr: this model predicts the noise (eps), which tells nothing of the picture where there "
+            "is only noise; rescaling to zero terminal SNR is for v-prediction models"
+        )
+    discretization = Discretization(zero_terminal_snr(alphas) if settings.zero_snr else alphas)
+    run = plan_trajectory(discretization, settings)
+    varied = settings.variation_seed is not None
+    posterior = None
+    # at full strength the picture would have no say
+    if init_image is not None and settings.strength < 1:
+        with torch.inference_mode():
+            posterior = model.encode_first_stage(to_float([init_image]).to(model.device))
     noise_of = noise_source(
-        settings.rng, settings.seed, shape, settings.fixed_code, model.device, len(batches[0])
+        settings.rng,
+        settings.seed,
+        shape,
+        settings.fixed_code,
+        model.device,
+        len(batches[0]),  # --fixed_code draws the start of the first batch: none is larger
+        init_image=posterior is not None,
+        brownian=catalogue.SAMPLERS[settings.sampler].noise == "brownian",
+        variation=(settings.variation_seed, settings.variation_strength) if varied else None,
     )
     embed = lru_cache(maxsize=2048)(lambda prompt: model.get_learned_conditioning([prompt]))
 
     autocast = torch.autocast(model.device.type, enabled=settings.autocast and model.device.type != "cpu")
     for batch in batches:
         with torch.inference_mode(), autocast:
+            noise = noise_of(batch)
+            init = None
+            if posterior is not None:
+                init = model.get_first_stage_encoding(posterior, noise.posterior())
             cond = torch.cat([embed(prompt) for prompt in batch.prompts])
             uncond = embed(settings.negative_prompt) if settings.scale != 1.0 else None
             latents = sample(
-                Denoiser(model, cond, uncond, settings.scale),
+                Denoiser(
+                    model,
+                    cond,
+                    uncond,
+                    settings.scale,
+                    rescale=settings.cfg_rescale,
+                    interval=guidance_interval(run, settings.guidance_start, settings.guidance_end),
+                    discretization=discretization,
+                ),
                 settings.sampler,
-                settings.steps,
-                noise_of(batch),
-                eta=settings.eta,
+                run,
+                noise,
+                init=init,
+                options=settings.options,
                 callback=lambda step, x0, batch=batch: on_step(len(batch)),
             )
             decoded = model.decode_first_stage(latents)

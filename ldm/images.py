@@ -19,6 +19,14 @@ def finite_images(x: Tensor) -> list[bool]:
     return x.isfinite().flatten(1).all(dim=1).tolist()
 
 
+def to_float(images: Sequence[np.ndarray] | Tensor) -> Tensor:
+    """Images uint8 [H, W, 3], or all in one tensor -> float32 [b, 3, H, W] in [-1, 1]."""
+    import torch
+
+    x = images if isinstance(images, torch.Tensor) else torch.from_numpy(np.stack(images))
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
 def to_uint8(x: Tensor) -> np.ndarray:
     """Decoded images [b, 3, H, W] in [-1, 1], any float dtype and device -> uint8 [b, H, W, 3], rounded.
 

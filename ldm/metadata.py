@@ -31,6 +31,17 @@ A1111_SAMPLERS = {
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "dpm_fast": "DPM fast",
+    "dpm_adaptive": "DPM adaptive",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
+A1111_SCHEDULES = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "polyexponential": "Polyexponential",
+    "sgm_uniform": "SGM Uniform",
+    "ays": "Align Your Steps",
 }
 
 
@@ -78,12 +89,14 @@ def a1111_parameters(settings: dict[str, Any]) -> str:
     fields = {
         "Steps": settings.get("steps"),
         "Sampler": A1111_SAMPLERS.get(sampler, sampler),
-        "Schedule type": schedule.title() if schedule in ("karras", "exponential") else None,
+        "Schedule type": A1111_SCHEDULES.get(schedule),
         "CFG scale": settings.get("scale"),
         "Seed": settings.get("seed"),
         "Size": f"{settings['width']}x{settings['height']}",
         "Model hash": settings.get("model_hash"),
         "Model": model,
+        "Variation seed": settings.get("variation_seed"),
+        "Variation seed strength": settings.get("variation_strength"),
         "Denoising strength": settings.get("strength"),
         "Eta": settings.get("eta"),
         "Version": settings.get("version"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
+from ldm import catalogue, cli
 from ldm.errors import InputError
 from ldm.loading import BUNDLED_CONFIG, choose_model, find, native_size, read_config
 
@@ -20,7 +20,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     count, scale, seed = cli.number(int, 1), cli.number(float, -1e4, 1e4), cli.number(int, 0, 2**63 - 1)
     add("--prompts", type=count, default=200, metavar="N", help="of one solid, and as many of two (200)")
     add("--scales", type=scale, nargs="+", default=[1, 2, 4, 7.5], help="guidance scales (1 2 4 7.5)")
-    add("--sampler", choices=cli.SAMPLER_NAMES, default="dpmpp_2m", help="sampler by name (dpmpp_2m)")
+    add("--sampler", default="dpmpp_2m", help="sampler by name (dpmpp_2m)")
     add("--ddim_steps", type=cli.number(int, 1, 1000), default=20, metavar="N", help="sampling steps (20)")
     add("--seed", type=seed, default=42, help="picks the prompts; image k has seed SEED + k (42)")
     add("--batch_size", type=count, default=50, metavar="N", help="pictures sampled together (50)")
@@ -30,7 +30,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--detector_steps", type=count, default=2000, metavar="N", help="of 128 renders (2000)")
     add("--debug", action="store_true", help="show where an error comes from")
     cli.add_model_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.sampler, _ = catalogue.resolve(args.sampler)
+    return args
 
 
 def train(args: argparse.Namespace) -> None:
@@ -74,9 +76,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from ldm.data.scenes import caption, render
     from ldm.generate import Settings, generate
     from ldm.prompts import plan
+    from ldm.render import StepBar, load
 
     detector = load_detector(find(args.detector))
-    model = cli.load(args, files, config)
+    model = load(args, files, config)
     n, size, scales = args.prompts, native_size(config), list(dict.fromkeys(args.scales))
     scenes = [*evaluation_scenes(args.seed, n, pairs=False), *evaluation_scenes(args.seed, n, pairs=True)]
     prompts = [caption(scene) for scene in scenes]
@@ -89,11 +92,12 @@ def evaluate(args: argparse.Namespace) -> None:
     }
     autocast = args.precision == "autocast"
     common = {"sampler": args.sampler, "steps": args.ddim_steps, "seed": args.seed, "autocast": autocast}
-    with cli.StepBar(len(prompts) * len(scales), args.ddim_steps) as bar:
+    with StepBar(len(prompts) * len(scales), len(prompts) * len(scales) * args.ddim_steps) as bar:
         for scale in scales:
             settings = Settings(height=size, width=size, scale=scale, **common)
             batches = generate(model, plan(prompts, 1, args.batch_size), settings, bar.step)
             images = [image for _, batch in batches for image in batch]
+            bar.finish(len(images))
             pictures = [np.zeros((size, size, 3), np.uint8) if image is None else image for image in images]
             read = detector.read(pictures)
             told = [image if image is None else scene for image, scene in zip(images, read, strict=True)]

@@ -1,6 +1,56 @@
+import functools
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download anything
 sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny
+from commands import SCRIPTS, Result, lines, script
+from golden_files import manifest, pseudo_state_dict
+from safetensors.torch import save_file
+
+from ldm import cli
+from ldm.modules.encoders import modules as encoders
+
+CLIPTokenizer = functools.cache(encoders.CLIPTokenizer)  # it takes longer to make than a tiny picture
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(config, weights) of the miniature in tiny.py."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return tiny.write_config(folder / "tiny.yaml"), tiny.write_weights(folder / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def mini_v1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The stand-in weights of which the golden pictures were made: half a gigabyte."""
+    path = tmp_path_factory.mktemp("mini-v1") / "mini-v1.safetensors"
+    save_file(pseudo_state_dict(manifest("mini-v1")), path)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
+    """Runs scripts/<name>.py in this process, its results in a folder of `tmp_path`."""
+    monkeypatch.setattr(encoders, "CLIPTokenizer", CLIPTokenizer)
+
+    def call(name: str, *argv: object, folder: str = "out") -> Result:
+        words = [str(SCRIPTS / f"{name}.py"), "--outdir", str(tmp_path / folder), *map(str, argv)]
+        monkeypatch.setattr(sys, "argv", words)
+        try:
+            code = cli.run(script(name).main)
+        except SystemExit as end:  # argparse
+            code = end.code
+        out, err = capsys.readouterr()
+        return Result(code, out.splitlines(), lines(err), tmp_path / folder)
+
+    return call

@@ -241,9 +241,11 @@ def test_training_the_detector(script, tmp_path, capsys):
     "flags", ["--prompts 0", "--scales", "--scales nan", "--seed -1", "--ddim_steps 0", "--sampler no"]
 )
 def test_argument_errors(script, flags, capsys):
-    with pytest.raises(SystemExit) as error:
-        script.main(flags.split())
-    assert error.value.code == 2
+    try:
+        code = cli.run(script.main, flags.split())
+    except SystemExit as error:  # argparse
+        code = error.code
+    assert code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.data.scenes import COLOURS, RELATIONS, SHAPES, Scene, Solid, random_scene, render
 from ldm.errors import InputError
+from ldm.images import to_float
 
 DETECTOR_WEIGHTS = "models/scenes-64/detector.safetensors"
 SIZE = 64  # pixels; pictures of other sizes are scaled to it
@@ -108,11 +109,6 @@ def train_detector(steps: int, batch_size: int = 128, seed: int = 0) -> Iterator
         optimizer.step()
         schedule.step()
         yield loss.item(), detector
-
-
-def to_float(pictures: Sequence[np.ndarray]) -> Tensor:
-    """uint8 [h, w, 3] each -> float32 [b, 3, h, w] in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _targets(scene: Scene) -> tuple[int, ...]:

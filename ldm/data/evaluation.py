@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ldm.data.detector import outline, to_float
+from ldm.data.detector import outline
 from ldm.data.scenes import Scene, held_out_scenes
-from ldm.images import make_grid, to_uint8
+from ldm.images import make_grid, to_float, to_uint8
 from ldm.models.autoencoder import AutoencoderKL
 
 HELD_OUT = {False: 50, True: 659}  # how many combinations there are of singles and of pairs

@@ -1,5 +1,6 @@
 """From a diffusion model to `denoise(x, sigma) -> x0`: parameterization, guidance, conditioning."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -21,31 +22,59 @@ def stack(uncond: "Conditioning", cond: "Conditioning") -> "Conditioning":
     return [stack(u, c) for u, c in zip(uncond, cond, strict=True)]
 
 
+def rescale_guidance(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
+    """`guided` with, to the share phi, the deviation of `cond`: large scales no longer overexpose.
+
+    Both are model outputs [b, c, h, w]. Lin et al. 2023, https://arxiv.org/abs/2305.08891, eq. 15-16.
+    """
+    deviation = cond.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
+    return guided * (phi * deviation + (1.0 - phi))
+
+
 class Denoiser:
     """Predicts clean latents with classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
 
-    `cond` and `uncond` go to `model.apply_model`, in one batch; a scale of exactly 1 leaves `uncond` out.
+    `cond` and `uncond` go to `model.apply_model`, in one batch; a scale of exactly 1 leaves `uncond` out, and
+    so do sigmas outside `interval`, (above, up to) (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
+    `rescale` is `rescale_guidance`'s phi. `discretization` replaces the model's own schedule.
     """
 
     def __init__(
-        self, model: "LatentDiffusion", cond: "Conditioning", uncond: "Conditioning | None", scale: float
+        self,
+        model: "LatentDiffusion",
+        cond: "Conditioning",
+        uncond: "Conditioning | None",
+        scale: float,
+        *,
+        rescale: float = 0.0,
+        interval: tuple[float, float] = (-math.inf, math.inf),
+        discretization: Discretization | None = None,
     ):
         self.model = model
         self.guided = uncond is not None and scale != 1.0
-        self.cond = stack(uncond, cond) if self.guided else cond
+        self.cond = cond
+        self.both = stack(uncond, cond) if self.guided else None
         self.scale = scale
-        self.discretization = Discretization(model.alphas_cumprod.cpu().numpy())
+        self.rescale = rescale
+        self.interval = interval
+        self.discretization = discretization or Discretization(model.alphas_cumprod.cpu().numpy())
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """x0 [b, c, h, w] for latents x = x0 + sigma eps."""
         c_in = (1.0 + sigma**2) ** -0.5  # sqrt(alpha): back to the model's variance-preserving form
         x_in = x * c_in
-        x_model = torch.cat([x_in, x_in]) if self.guided else x_in
-        t = torch.full((len(x_model),), self.discretization.timestep(sigma), device=x.device)
-        output = self.model.apply_model(x_model, t, self.cond).float()
-        if self.guided:
-            out_uncond, out_cond = output.chunk(2)
-            output = out_uncond + self.scale * (out_cond - out_uncond)
+        output = self._model_output(x_in, sigma)
         if self.model.parameterization == "v":
             return (x_in - sigma * output) * c_in
         return x - sigma * output
+
+    def _model_output(self, x: Tensor, sigma: float) -> Tensor:
+        guided = self.guided and self.interval[0] < sigma <= self.interval[1]
+        x_model = torch.cat([x, x]) if guided else x
+        t = torch.full((len(x_model),), self.discretization.timestep(sigma), device=x.device)
+        output = self.model.apply_model(x_model, t, self.both if guided else self.cond).float()
+        if not guided:
+            return output
+        uncond, cond = output.chunk(2)
+        output = uncond + self.scale * (cond - uncond)
+        return rescale_guidance(output, cond, self.rescale) if self.rescale else output

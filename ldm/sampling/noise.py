@@ -1,10 +1,14 @@
 """Where random numbers come from: a stream for each image, or the original's one stream for the run.
 
-Both are callables `noise(sigma, sigma_next)` for the samplers, with `start()` for the initial latents.
+All are callables `noise(sigma, sigma_next)` for the samplers, with `start()` for the initial latents and
+`posterior()` for the draw of an init image's latents.
 """
 
+import math
+import struct
 import zlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,10 +26,58 @@ def image_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed if seed < 2**32 else zlib.crc32(seed.to_bytes(8, "little")))
 
 
+def place_generator(seed: int, place: bytes) -> torch.Generator:
+    """A CPU generator for one thing about an image, which other draws do not move."""
+    return torch.Generator().manual_seed(zlib.crc32(seed.to_bytes(8, "little") + place))
+
+
+class BrownianPath:
+    """A Brownian motion over sigma that its seed alone fixes: a virtual tree of bridges.
+
+    A value does not depend on which others were asked for, so runs of one seed have like noise for any number
+    of steps (Li et al. 2020, https://arxiv.org/abs/2001.01328). Its time is u = sigma / (1 + sigma) in 0 … 1.
+    """
+
+    DEPTH = 16  # levels of halving u
+
+    def __init__(self, seed: int, shape: Sequence[int]):
+        self.seed = seed
+        self.shape = tuple(shape)
+        self._node = lru_cache(maxsize=3 * self.DEPTH)(self._node)  # neighbours share most of their ancestors
+
+    def increment(self, sigma: float, sigma_next: float) -> Tensor:
+        """Standard normal: what the path does between two sigmas, over the root of the time that takes."""
+        u, u_next = sigma / (1 + sigma), sigma_next / (1 + sigma_next)
+        return (self._at(u) - self._at(u_next)) / math.sqrt(u - u_next)
+
+    def _at(self, u: float) -> Tensor:
+        index, part = divmod(u * 2**self.DEPTH, 1)
+        left = self._node(self.DEPTH, int(index))
+        if part == 0:
+            return left
+        bridge = self._normal(struct.pack("<d", u)) * math.sqrt(part * (1 - part) / 2**self.DEPTH)
+        return torch.lerp(left, self._node(self.DEPTH, int(index) + 1), part) + bridge
+
+    def _node(self, level: int, index: int) -> Tensor:
+        """The value at u = index / 2^level."""
+        if index == 0:
+            return torch.zeros(self.shape)
+        if index % 2 == 0:
+            return self._node(level - 1, index // 2)
+        step = self._normal(struct.pack("<HI", level, index)) * 2 ** (-(level + 1) / 2)
+        if level == 0:
+            return step * math.sqrt(2)  # u = 1: the whole path, variance 1
+        return torch.lerp(self._node(level, index - 1), self._node(level, index + 1), 0.5) + step
+
+    def _normal(self, place: bytes) -> Tensor:
+        return torch.randn(self.shape, generator=place_generator(self.seed, place))
+
+
 class ImageNoise:
     """Each image's own stream, on the CPU in float32: equal on any device and in any batch.
 
-    `start_seeds` are other images' to start from (--fixed_code); the steps' noise stays the image's own.
+    With `brownian` the steps' noise are the increments of a path of the image's seed. `start_seeds` are other
+    images' to start from (--fixed_code); all else stays the image's own.
     """
 
     def __init__(
@@ -34,40 +86,100 @@ class ImageNoise:
         shape: Sequence[int],
         device: torch.device,
         start_seeds: Sequence[int] | None = None,
+        brownian: bool = False,
     ):
+        self.seeds = list(seeds)
         self.generators = [image_generator(seed) for seed in seeds]
         self.starts = [image_generator(seed) for seed in start_seeds] if start_seeds else self.generators
         self.shape = tuple(shape)  # of one image: c, h, w
         self.device = device
+        self.paths = [BrownianPath(seed, shape) for seed in seeds] if brownian else None
 
     def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Standard normal [b, c, h, w]."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in generators]).to(self.device)
+        return self._stack([torch.randn(self.shape, generator=g) for g in generators])
+
+    def _stack(self, rows: list[Tensor]) -> Tensor:
+        batch = torch.stack(rows)
+        if self.device.type == "cuda":  # from pinned memory the copy does not wait for the device
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)
 
     def start(self) -> Tensor:
         own = self.draw(self.generators)  # drawn in any case: the steps must not see this noise again
         return own if self.starts is self.generators else self.draw(self.starts)
 
+    def posterior(self) -> Tensor:
+        """For the latents of an init image; text and image to image start from equal noise."""
+        return self.draw([place_generator(seed, b"posterior") for seed in self.seeds])
+
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        return self.draw(self.generators)
+        if self.paths is None:
+            return self.draw(self.generators)
+        return self._stack([path.increment(sigma, sigma_next) for path in self.paths])
 
     def finish(self, unused: int) -> None:
         """A stream of one's own has nobody to keep in step with."""
 
 
+class VariedNoise:
+    """The way from one batch's noise to another's: 0 is the first exactly, 1 is the second exactly.
+
+    Every draw goes along the sphere, so that it stays as long as noise is.
+    """
+
+    def __init__(self, first: ImageNoise, second: ImageNoise, strength: float):
+        self.first, self.second, self.strength = first, second, strength
+
+    def start(self) -> Tensor:
+        return slerp(self.first.start(), self.second.start(), self.strength)
+
+    def posterior(self) -> Tensor:
+        return slerp(self.first.posterior(), self.second.posterior(), self.strength)
+
+    def __call__(self, sigma: float, sigma_next: float) -> Tensor:
+        return slerp(self.first(sigma, sigma_next), self.second(sigma, sigma_next), self.strength)
+
+    def finish(self, unused: int) -> None:
+        pass
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Between a and b, [b, c, h, w], along the great circle of each image; exactly a at 0 and b at 1.
+
+    Shoemake 1985, https://doi.org/10.1145/325165.325242.
+    """
+    if t in (0.0, 1.0):
+        return b if t else a
+    cosine = torch.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)[:, None, None, None]
+    angle = torch.acos(cosine)
+    along = (a * torch.sin((1 - t) * angle) + b * torch.sin(t * angle)) / torch.sin(angle)
+    return torch.where(cosine > 0.9995, torch.lerp(a, b, t), along)  # equal ones have no circle
+
+
 class CompvisNoise:
     """The original's one generator for the whole run, on the run's device; also the draws it threw away."""
 
-    def __init__(self, generator: torch.Generator, shape: Sequence[int], start_code: Tensor | None = None):
+    def __init__(
+        self,
+        generator: torch.Generator,
+        shape: Sequence[int],
+        start_code: Tensor | None = None,
+        posterior: Tensor | None = None,
+    ):
         self.generator = generator
         self.shape = tuple(shape)  # of the batch: b, c, h, w
         self.start_code = start_code  # --fixed_code: drawn once for all batches
+        self.posterior_code = posterior  # image to image: drawn once for all batches
 
     def draw(self) -> Tensor:
         return torch.randn(self.shape, generator=self.generator, device=self.generator.device)
 
     def start(self) -> Tensor:
         return self.draw() if self.start_code is None else self.start_code[: self.shape[0]]
+
+    def posterior(self) -> Tensor:
+        return self.posterior_code[: self.shape[0]]
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         return self.draw()
@@ -78,23 +190,44 @@ class CompvisNoise:
             self.draw()
 
 
+Noise = ImageNoise | VariedNoise | CompvisNoise
+
+
 def noise_source(
-    rng: str, seed: int, shape: Sequence[int], fixed_code: bool, device: torch.device, n_samples: int
-) -> Callable[[Batch], ImageNoise | CompvisNoise]:
+    rng: str,
+    seed: int,
+    shape: Sequence[int],
+    fixed_code: bool,
+    device: torch.device,
+    n_samples: int,
+    *,
+    init_image: bool = False,
+    brownian: bool = False,
+    variation: tuple[int, float] | None = None,
+) -> Callable[[Batch], Noise]:
     """The noise of each batch of a run: `rng` is "image" or "compvis", `shape` is one image's [c, h, w].
 
-    Image k has seed `seed + k`, modulo 2^63. `fixed_code` starts every batch from the first one's noise,
-    drawn for `n_samples` images.
+    Image k has seed `seed + k`, modulo 2^63, varied towards `variation`'s (seed + k, strength). `fixed_code`
+    starts every batch from the first one's noise, drawn for `n_samples` images. Only per-image noise is
+    `brownian` or varied.
     """
     if rng == "compvis":
         generator = torch.Generator(device).manual_seed(seed)
+        host = generator if device.type == "cpu" else torch.Generator().manual_seed(seed)
+        posterior = torch.randn(n_samples, *shape, generator=host).to(device) if init_image else None
         code = torch.randn(n_samples, *shape, generator=generator, device=device) if fixed_code else None
-        return lambda batch: CompvisNoise(generator, (len(batch), *shape), code)
+        return lambda batch: CompvisNoise(generator, (len(batch), *shape), code, posterior)
 
-    def image_noise(batch: Batch) -> ImageNoise:
+    def own(seed: int, batch: Batch, fixed_code: bool) -> ImageNoise:
         seeds = [image_seed(seed, batch.first + i) for i in range(len(batch))]
         starts = [image_seed(seed, i) for i in range(len(batch))] if fixed_code else None
-        return ImageNoise(seeds, shape, device, starts)
+        return ImageNoise(seeds, shape, device, starts, brownian)
+
+    def image_noise(batch: Batch) -> ImageNoise | VariedNoise:
+        noise = own(seed, batch, fixed_code)
+        if variation is None:
+            return noise
+        return VariedNoise(noise, own(variation[0], batch, False), variation[1])
 
     return image_noise
 

@@ -5,6 +5,9 @@ Samplers work on the same latent divided by `sqrt(a_t)`, that is `x0 + sigma eps
 `sigma = sqrt((1 - a) / a)` (Karras et al. 2022, https://arxiv.org/abs/2206.00364, C.3.3).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from ldm.errors import InputError
@@ -26,6 +29,17 @@ def make_beta_schedule(
             alphas = np.cos(steps * np.pi / 2) ** 2
             return np.clip(1 - alphas[1:] / alphas[:-1], 0, 0.999)
     raise InputError(f"beta_schedule {schedule!r} is not one of linear, cosine, sqrt_linear, sqrt")
+
+
+def zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """The alphas, [timesteps], shifted and scaled so that the last timestep is nothing but noise.
+
+    Lin et al. 2023, https://arxiv.org/abs/2305.08891, algorithm 1. The last alpha is 2^-24 instead of 0, so
+    that its sigma, 4096, is still a number.
+    """
+    roots = np.sqrt(np.asarray(alphas_cumprod, dtype=np.float64))
+    alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    return np.maximum(alphas, 2.0**-24)
 
 
 class Discretization:
@@ -59,16 +73,99 @@ def leading_timesteps(steps: int, num_timesteps: int = 1000) -> np.ndarray:
     return np.minimum(timesteps, timesteps - 1 + (timesteps[-1] < num_timesteps))[::-1]
 
 
-def leading_sigmas(discretization: Discretization, steps: int) -> np.ndarray:
-    """The leading grid's sigmas, [steps + 1]; the last is timestep 0's, as in the original, not 0."""
-    timesteps = leading_timesteps(steps, discretization.num_timesteps)
+def to_first_alpha(discretization: Discretization, timesteps: Sequence[float]) -> np.ndarray:
+    """Sigmas of falling timesteps; as in the original the last one leads to timestep 0, not to no noise."""
     end = discretization.sigma(0.0) if timesteps[-1] > 0 else 0.0
     return np.append(discretization.sigma(timesteps), end)
 
 
-def uniform_sigmas(discretization: Discretization, steps: int) -> np.ndarray:
-    """DPM-Solver's grid, [steps + 1]: even, fractional timesteps from the last one to timestep 0."""
-    return discretization.sigma(np.linspace(discretization.num_timesteps - 1, 0, steps + 1))
+def leading(d: Discretization, steps: int) -> np.ndarray:
+    """The original's DDIM and PLMS grid."""
+    return to_first_alpha(d, leading_timesteps(steps, d.num_timesteps))
 
 
-SCHEDULES = {"leading": leading_sigmas, "uniform": uniform_sigmas}
+def uniform(d: Discretization, steps: int) -> np.ndarray:
+    """DPM-Solver's grid: even, fractional timesteps from the last one to timestep 0."""
+    return d.sigma(np.linspace(d.num_timesteps - 1, 0, steps + 1))
+
+
+def linspace(d: Discretization, steps: int) -> np.ndarray:
+    """k-diffusion's grid: even, fractional timesteps from the last one to timestep 0, then no noise."""
+    return np.append(d.sigma(np.linspace(d.num_timesteps - 1, 0, steps)), 0.0)
+
+
+def trailing(d: Discretization, steps: int) -> np.ndarray:
+    """Even timesteps from the last one on (Lin et al. 2023, https://arxiv.org/abs/2305.08891, table 2)."""
+    timesteps = np.round(d.num_timesteps - np.arange(steps) * d.num_timesteps / steps) - 1
+    return np.append(d.sigma(timesteps), 0.0)
+
+
+def sgm_uniform(d: Discretization, steps: int) -> np.ndarray:
+    """The grid of Stability's generative-models: even, fractional timesteps without timestep 0."""
+    return np.append(d.sigma(np.linspace(d.num_timesteps - 1, 0, steps + 1)[:-1]), 0.0)
+
+
+def karras(d: Discretization, steps: int, rho: float = 7.0) -> np.ndarray:
+    """Even in sigma^(1/rho) (Karras et al. 2022, https://arxiv.org/abs/2206.00364, eq. 5)."""
+    low, high = d.sigma(0) ** (1 / rho), d.sigma(d.num_timesteps - 1) ** (1 / rho)
+    return np.append(np.linspace(high, low, steps) ** rho, 0.0)
+
+
+def polyexponential(d: Discretization, steps: int, rho: float = 1.0) -> np.ndarray:
+    """log sigma falls along a power: for rho above 1 more steps are spent at low noise."""
+    low, high = np.log(d.sigma(0)), np.log(d.sigma(d.num_timesteps - 1))
+    return np.append(np.exp(low + np.linspace(1, 0, steps) ** rho * (high - low)), 0.0)
+
+
+def exponential(d: Discretization, steps: int) -> np.ndarray:
+    """Even in log sigma."""
+    return polyexponential(d, steps)
+
+
+# Noise levels for Stable Diffusion 1.5 (Sabour et al. 2024, https://arxiv.org/abs/2404.14507)
+AYS_SIGMAS = (
+    *(14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092),
+    *(0.9642583904, 0.6523686016, 0.3977456272, 0.1515232662, 0.0291671582),
+)
+
+
+def ays(d: Discretization, steps: int) -> np.ndarray:
+    """Align Your Steps: the published levels, log-linear in between, and no noise in place of the last."""
+    at = np.linspace(0, len(AYS_SIGMAS) - 1, steps + 1)[:-1]
+    return np.append(np.exp(np.interp(at, np.arange(len(AYS_SIGMAS)), np.log(AYS_SIGMAS))), 0.0)
+
+
+# (discretization, steps) -> descending sigmas [steps + 1]
+SCHEDULES = {
+    "leading": leading,
+    "uniform": uniform,
+    "linspace": linspace,
+    "trailing": trailing,
+    "karras": karras,
+    "exponential": exponential,
+    "polyexponential": polyexponential,
+    "sgm_uniform": sgm_uniform,
+    "ays": ays,
+}
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The noise levels of one run."""
+
+    sigmas: tuple[float, ...]  # descending, [steps + 1]
+    start: float  # the level that an init image is noised to; the run takes it for sigmas[0]
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+def trajectory(grid: np.ndarray, steps: int | None = None, original: bool = False) -> Trajectory:
+    """The last `steps` steps of a grid of sigmas, by default all of them.
+
+    An init image is noised to the first level of the run, or with `original`, which is for the `leading`
+    grid, to the level above as the original does.
+    """
+    first = 0 if steps is None else len(grid) - 1 - steps
+    return Trajectory(tuple(grid[first:].tolist()), float(grid[max(first - 1, 0) if original else first]))

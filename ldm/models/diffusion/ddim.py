@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldm.sampling import SAMPLERS, Denoiser, Discretization, sample
+from ldm.sampling import SAMPLERS, Denoiser, Discretization, default_trajectory, sample
 from ldm.sampling.noise import CompvisNoise
 from ldm.sampling.schedule import leading_timesteps
 
@@ -84,7 +84,9 @@ class DDIMSampler:
         denoiser = Denoiser(
             self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale
         )
-        latents = sample(denoiser, self.name, S, noise, eta=eta, callback=on_step)
+        run = default_trajectory(denoiser, self.name, S)
+        options = {"eta": eta} if self.name == "ddim" else {}
+        latents = sample(denoiser, self.name, run, noise, options=options, callback=on_step)
         return latents, {"pred_x0": predictions}
 
     @torch.no_grad()

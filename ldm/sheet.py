@@ -1,0 +1,59 @@
+"""A contact sheet: pictures in a table, with what varies written along its sides."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CELL = 128  # pixels, at least: smaller pictures are magnified by a whole number
+GAP, FONT_SIZE, LINES = 4, 13, 3
+INK, PAPER = (20, 20, 20), (255, 255, 255)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str], labels: Sequence[str], title: str
+) -> np.ndarray:
+    """Pictures, uint8 [h, w, 3] of one size, row by row, as one picture, uint8 [H, W, 3].
+
+    `columns` stand over the columns, `labels` before the rows and `title` in a line above all; long ones are
+    wrapped and cut to three lines.
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    height, width = rows[0][0].shape[:2]
+    zoom = math.ceil(CELL / min(height, width, CELL))
+    height, width = height * zoom, width * zoom
+
+    letters = max(1, int(width / font.getlength("n")))
+    heads = [_fit(text, letters) for text in columns]
+    sides = [_fit(text, letters) for text in labels]
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def extent(text: str) -> tuple[int, int]:
+        *_, right, bottom = pen.multiline_textbbox((0, 0), text, font)
+        return math.ceil(right), math.ceil(bottom)
+
+    left = max(extent(text)[0] for text in sides) + 2 * GAP
+    title_height = extent(title)[1] + 2 * GAP
+    top = title_height + max(extent(text)[1] for text in heads) + 2 * GAP
+    total = left + len(columns) * (width + GAP), top + len(labels) * (height + GAP)
+    sheet = Image.new("RGB", (max(total[0], extent(title)[0] + 2 * GAP), total[1]), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP), title, INK, font)
+    for i, text in enumerate(heads):
+        x = left + i * (width + GAP) + width / 2
+        pen.multiline_text((x, top - GAP), text, INK, font, anchor="md", align="center")
+    for j, (text, images) in enumerate(zip(sides, rows, strict=True)):
+        y = top + j * (height + GAP)
+        pen.multiline_text((left - GAP, y + height / 2), text, INK, font, anchor="rm", align="right")
+        for i, image in enumerate(images):
+            cell = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(cell, (left + i * (width + GAP), y))
+    return np.asarray(sheet)
+
+
+def _fit(text: str, letters: int) -> str:
+    return "\n".join(textwrap.wrap(text, letters, max_lines=LINES, placeholder=" …")) or " "

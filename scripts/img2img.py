@@ -1,0 +1,22 @@
+#!/usr/bin/env python3
+"""Image to image (SDEdit, Meng et al. 2021, https://arxiv.org/abs/2108.01073): the original's command."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm import cli
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = cli.img2img_parser().parse_args(argv)
+    cli.check_arguments(args)
+
+    from ldm.render import render
+
+    return render(args)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

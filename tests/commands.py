@@ -1,0 +1,69 @@
+"""Running the scripts in this process, and what became of it."""
+
+import functools
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from PIL import Image
+
+from ldm.metadata import read_metadata
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@dataclass
+class Result:
+    code: int
+    out: list[str]  # lines of stdout
+    err: list[str]  # lines of stderr without the progress bar
+    folder: Path
+
+    @property
+    def files(self) -> list[str]:
+        """Every file in the output folder, hidden ones too."""
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+
+    @property
+    def paths(self) -> list[Path]:
+        return sorted((self.folder / "samples").glob("*.png"))
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        return [pixels(path) for path in self.paths]
+
+    @property
+    def settings(self) -> list[dict]:
+        return [read_metadata(path) for path in self.paths]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def lines(stderr: str) -> list[str]:
+    stripped = map(str.strip, stderr.splitlines())
+    return [line for line in stripped if line and not re.match(r"\d+ images:", line)]
+
+
+@functools.cache
+def script(name: str) -> ModuleType:
+    """The module of scripts/<name>.py."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit code 2, one line that says why, and no file."""
+    assert result.code == 2
+    assert len(result.err) == 1
+    assert re.match(r"\w+\.py: error: ", result.err[0])
+    for word in words:
+        assert word in result.err[0]
+    assert result.out == []
+    assert result.files == []
