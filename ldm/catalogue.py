@@ -72,7 +72,9 @@ SAMPLERS = {
     ),
     "lms": Sampler("linspace", 4, "1", "2204.13902", ("LMS", "LMSDiscreteScheduler")),
     "dpm_fast": Sampler("linspace", 3, "N in all", "2206.00927", ("DPM fast",), ANCESTRAL, "plain"),
-    "dpm_adaptive": Sampler("linspace", 3, "adaptive", "2206.00927", ("DPM adaptive",), ANCESTRAL, "plain"),
+    "dpm_adaptive": Sampler(
+        "linspace", 3, "adaptive", "2206.00927", ("DPM adaptive", "dpm_ad"), ANCESTRAL, "plain"
+    ),
     "dpmpp_2s_ancestral": Sampler(
         "linspace",
         2,
@@ -83,7 +85,13 @@ SAMPLERS = {
         "plain",
     ),
     "dpmpp_sde": Sampler(
-        "linspace", 2, "2", "2211.01095", ("DPM++ SDE", "DPMSolverSDEScheduler"), ANCESTRAL, "brownian"
+        "linspace",
+        2,
+        "2",
+        "2211.01095",
+        ("DPM++ SDE", "dpmpp_sde_gpu", "DPMSolverSDEScheduler"),
+        ANCESTRAL,
+        "brownian",
     ),
     "dpmpp_2m": Sampler(
         "uniform",
@@ -92,8 +100,12 @@ SAMPLERS = {
         "2211.01095",
         ("DPM++ 2M", "dpm_solver", "DPMSolver", "DPM-Solver++", "k_dpmpp_2", "DPMSolverMultistepScheduler"),
     ),
-    "dpmpp_2m_sde": Sampler("linspace", 2, "1", "2211.01095", ("DPM++ 2M SDE",), ANCESTRAL, "brownian"),
-    "dpmpp_3m_sde": Sampler("linspace", 3, "1", "2211.01095", ("DPM++ 3M SDE",), ANCESTRAL, "brownian"),
+    "dpmpp_2m_sde": Sampler(
+        "linspace", 2, "1", "2211.01095", ("DPM++ 2M SDE", "dpmpp_2m_sde_gpu"), ANCESTRAL, "brownian"
+    ),
+    "dpmpp_3m_sde": Sampler(
+        "linspace", 3, "1", "2211.01095", ("DPM++ 3M SDE", "dpmpp_3m_sde_gpu"), ANCESTRAL, "brownian"
+    ),
     "unipc": Sampler(
         "uniform", 2, "1", "2302.04867", ("UniPC", "uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler")
     ),
@@ -147,6 +159,7 @@ def _plain(name: str) -> str:
 
 _KNOWN = {_plain(alias): name for name, s in SAMPLERS.items() for alias in (name, *s.aliases)}
 _SUFFIXES = {_plain(name): name for name in SCHEDULES if name != "uniform"}
+_SUFFIXES |= {"k": "karras", "ka": "karras"}  # InvokeAI's and A1111's
 
 
 def _nearest(plain: str, known: dict[str, str]) -> str:

@@ -115,33 +115,36 @@ def generate(
     )
     embed = lru_cache(maxsize=2048)(lambda prompt: model.get_learned_conditioning([prompt]))
 
+    def latents_of(batch: Batch) -> torch.Tensor:
+        noise = noise_of(batch)
+        init = None
+        if posterior is not None:
+            init = model.get_first_stage_encoding(posterior, noise.posterior())
+        denoiser = Denoiser(
+            model,
+            torch.cat([embed(prompt) for prompt in batch.prompts]),
+            embed(settings.negative_prompt) if settings.scale != 1.0 else None,
+            settings.scale,
+            rescale=settings.cfg_rescale,
+            interval=guidance_interval(run, settings.guidance_start, settings.guidance_end),
+            discretization=discretization,
+        )
+        return sample(
+            denoiser,
+            settings.sampler,
+            run,
+            noise,
+            init=init,
+            options=settings.options,
+            callback=lambda step, x0: on_step(len(batch)),
+        )
+
     autocast = torch.autocast(model.device.type, enabled=settings.autocast and model.device.type != "cpu")
     for batch in batches:
         with torch.inference_mode(), autocast:
-            noise = noise_of(batch)
-            init = None
-            if posterior is not None:
-                init = model.get_first_stage_encoding(posterior, noise.posterior())
-            cond = torch.cat([embed(prompt) for prompt in batch.prompts])
-            uncond = embed(settings.negative_prompt) if settings.scale != 1.0 else None
-            latents = sample(
-                Denoiser(
-                    model,
-                    cond,
-                    uncond,
-                    settings.scale,
-                    rescale=settings.cfg_rescale,
-                    interval=guidance_interval(run, settings.guidance_start, settings.guidance_end),
-                    discretization=discretization,
-                ),
-                settings.sampler,
-                run,
-                noise,
-                init=init,
-                options=settings.options,
-                callback=lambda step, x0, batch=batch: on_step(len(batch)),
-            )
-            decoded = model.decode_first_stage(latents)
+            # its step sizes would be those of the whole batch, and each picture another one in company
+            parts = batch.singles() if settings.sampler == "dpm_adaptive" else [batch]
+            decoded = model.decode_first_stage(torch.cat([latents_of(part) for part in parts]))
             pixels = to_uint8(decoded)
             finite = finite_images(decoded)
         yield batch, [image if ok else None for image, ok in zip(pixels, finite, strict=True)]

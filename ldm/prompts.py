@@ -47,9 +47,14 @@ class Batch:
 
     prompts: tuple[str, ...]
     first: int  # number of the first image within the run, from 0
+    position: int = 0  # of the first image within the batch that this one was cut from
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def singles(self) -> list[Batch]:
+        """The same images one at a time."""
+        return [Batch((prompt,), self.first + i, self.position + i) for i, prompt in enumerate(self.prompts)]
 
 
 def plan(prompts: list[str], n_iter: int, n_samples: int) -> list[Batch]:

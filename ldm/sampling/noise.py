@@ -35,10 +35,10 @@ class BrownianPath:
     """A Brownian motion over sigma that its seed alone fixes: a virtual tree of bridges.
 
     A value does not depend on which others were asked for, so runs of one seed have like noise for any number
-    of steps (Li et al. 2020, https://arxiv.org/abs/2001.01328). Its time is u = sigma / (1 + sigma) in 0 … 1.
+    of steps (Li et al. 2020, https://arxiv.org/abs/2001.01328).
     """
 
-    DEPTH = 16  # levels of halving u
+    DEPTH = 16  # levels of halving time
 
     def __init__(self, seed: int, shape: Sequence[int]):
         self.seed = seed
@@ -47,8 +47,13 @@ class BrownianPath:
 
     def increment(self, sigma: float, sigma_next: float) -> Tensor:
         """Standard normal: what the path does between two sigmas, over the root of the time that takes."""
-        u, u_next = sigma / (1 + sigma), sigma_next / (1 + sigma_next)
+        u, u_next = self.time(sigma), self.time(sigma_next)
         return (self._at(u) - self._at(u_next)) / math.sqrt(u - u_next)
+
+    @staticmethod
+    def time(sigma: float) -> float:
+        """0 … 1 for sigmas up to 1e10, about even in log sigma: levels 0.1 % apart are in different leaves."""
+        return math.log1p(1000 * sigma) / 32
 
     def _at(self, u: float) -> Tensor:
         index, part = divmod(u * 2**self.DEPTH, 1)
@@ -216,11 +221,17 @@ def noise_source(
         host = generator if device.type == "cpu" else torch.Generator().manual_seed(seed)
         posterior = torch.randn(n_samples, *shape, generator=host).to(device) if init_image else None
         code = torch.randn(n_samples, *shape, generator=generator, device=device) if fixed_code else None
-        return lambda batch: CompvisNoise(generator, (len(batch), *shape), code, posterior)
+
+        def rows(draw: Tensor | None, batch: Batch) -> Tensor | None:
+            return None if draw is None else draw[batch.position : batch.position + len(batch)]
+
+        return lambda batch: CompvisNoise(
+            generator, (len(batch), *shape), rows(code, batch), rows(posterior, batch)
+        )
 
     def own(seed: int, batch: Batch, fixed_code: bool) -> ImageNoise:
         seeds = [image_seed(seed, batch.first + i) for i in range(len(batch))]
-        starts = [image_seed(seed, i) for i in range(len(batch))] if fixed_code else None
+        starts = [image_seed(seed, batch.position + i) for i in range(len(batch))] if fixed_code else None
         return ImageNoise(seeds, shape, device, starts, brownian)
 
     def image_noise(batch: Batch) -> ImageNoise | VariedNoise:
