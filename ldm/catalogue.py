@@ -22,6 +22,7 @@ SCHEDULES = {
     "sgm_uniform": "generative-models': linspace without its last timestep",
     "ays": "Align Your Steps: 11 noise levels optimised for v1 and v2 models",
 }
+SCHEDULE_ALIASES = {"normal": "linspace", "alignyoursteps": "ays", "timeuniform": "uniform"}
 RHO = {"karras": 7.0, "polyexponential": 1.0}  # the schedules with a rho, and its default
 
 
@@ -101,10 +102,10 @@ SAMPLERS = {
         ("DPM++ 2M", "dpm_solver", "DPMSolver", "DPM-Solver++", "k_dpmpp_2", "DPMSolverMultistepScheduler"),
     ),
     "dpmpp_2m_sde": Sampler(
-        "linspace", 2, "1", "2211.01095", ("DPM++ 2M SDE", "dpmpp_2m_sde_gpu"), ANCESTRAL, "brownian"
+        "exponential", 2, "1", "2211.01095", ("DPM++ 2M SDE", "dpmpp_2m_sde_gpu"), ANCESTRAL, "brownian"
     ),
     "dpmpp_3m_sde": Sampler(
-        "linspace", 3, "1", "2211.01095", ("DPM++ 3M SDE", "dpmpp_3m_sde_gpu"), ANCESTRAL, "brownian"
+        "exponential", 3, "1", "2211.01095", ("DPM++ 3M SDE", "dpmpp_3m_sde_gpu"), ANCESTRAL, "brownian"
     ),
     "unipc": Sampler(
         "uniform", 2, "1", "2302.04867", ("UniPC", "uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler")
@@ -131,7 +132,7 @@ def resolve(name: str) -> tuple[str, str | None]:
 
 def resolve_schedule(name: str) -> str:
     """The schedule of a name in any spelling; InputError names the nearest known ones."""
-    known = {_plain(schedule): schedule for schedule in SCHEDULES}
+    known = {_plain(schedule): schedule for schedule in SCHEDULES} | SCHEDULE_ALIASES
     if found := known.get(_plain(name)):
         return found
     raise InputError(

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ldm import catalogue
 from ldm.sampling import SAMPLERS, Discretization
+from ldm.sampling.euler import ADAMS_BASHFORTH, adams_weights
 from ldm.sampling.schedule import make_beta_schedule
+from ldm.sampling.steps import ancestral_step
 
 V1 = Discretization(np.cumprod(1.0 - make_beta_schedule("linear", 1000, 0.00085, 0.012)))
 DIFFUSERS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -84,6 +86,7 @@ def test_k_diffusions_dpm_solver(key: str) -> None:
     out = SAMPLERS[name](denoise, tensors[f"{key}_x"], sigmas, noise=lambda *_: next(draws), eta=float(eta))
     assert (out - tensors[f"{key}_out"]).abs().max() <= 1e-9
     assert denoise.calls == DPM[key]
+    assert len(list(draws)) == int(eta)  # k-diffusion's last draw, which it multiplies by zero
 
 
 # --- diffusers
@@ -184,16 +187,32 @@ def test_order_of_convergence(name: str) -> None:
     assert ORDERS[name] - 0.1 < order < ORDERS[name] + (1.1 if name == "plms" else 0.2)
 
 
-def test_adaptive_steps_keep_to_their_tolerance() -> None:
+def test_the_weights_of_even_steps_are_adams_bashforths() -> None:
+    """Also of a thousand steps, where sums of fourth powers of sigma would leave four digits."""
+    h = 14.6 / 1000
+    for expected in ADAMS_BASHFORTH:
+        weights = adams_weights([14.0 + k * h for k in range(len(expected))], 14.0 - h)
+        assert weights == pytest.approx([-h * weight for weight in expected], rel=1e-9)
+
+
+def test_adaptive_steps_end_on_numbers_that_are_none() -> None:
+    """No step is short enough where the model overflows: the run would never end."""
+    for value in (math.nan, math.inf, 1e300):
+        out = SAMPLERS["dpm_adaptive"](lambda x, sigma, v=value: x * v, START, [5.0, 1.0, 0.1])
+        assert not out.isfinite().all()
+
+
+@pytest.mark.parametrize(("order", "share"), [(2, 2.0), (3, 1.0)])
+def test_adaptive_steps_keep_to_their_tolerance(order: int, share: float) -> None:
     data = Normal()
     x = torch.linspace(-10, 10, 8, dtype=torch.float64).reshape(1, 2, 2, 2)
 
     def error(rtol: float, atol: float) -> float:
-        out = SAMPLERS["dpm_adaptive"](data, x, [5.0, 0.1], rtol=rtol, atol=atol)
+        out = SAMPLERS["dpm_adaptive"](data, x, [5.0, 0.1], order=order, rtol=rtol, atol=atol)
         return (out - data.solution(x, 5.0, 0.1)).abs().max().item()
 
-    assert error(0.05, 0.0078) < 0.05
-    assert error(5e-5, 7.8e-6) < 5e-5
+    assert error(0.05, 0.0078) < share * 0.05
+    assert error(5e-5, 7.8e-6) < share * 5e-5
 
 
 # --- calls, callbacks, ends
@@ -226,10 +245,10 @@ def test_calls_and_callbacks(name: str, steps: int, end: float) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_known_picture_is_reached(name: str) -> None:
-    """With x0 known every sampler that draws no noise lands on x0 and the last sigma's share of the noise."""
+    """At sigma 0 every sampler lands on x0; above it one without noise keeps that sigma's share of it."""
     x0, x = torch.zeros(1, 1, 2, 2, dtype=torch.float64), torch.full((1, 1, 2, 2), 5.0, dtype=torch.float64)
     options = {"eta": 0.0} if name in ETA else {}
-    out = SAMPLERS[name](lambda x, sigma: x0, x, [5.0, 3.0, 1.0, 0.0], noise=lambda *_: x * 0, **options)
+    out = SAMPLERS[name](lambda x, sigma: x0, x, [5.0, 3.0, 1.0, 0.0], noise=lambda *_: torch.ones_like(x))
     torch.testing.assert_close(out, x0)
     if name not in ("ddpm", "lcm"):
         out = SAMPLERS[name](lambda x, sigma: x0, x, [5.0, 3.0, 1.0, 0.5], noise=forbidden, **options)
@@ -247,6 +266,27 @@ def test_noise_is_drawn_only_where_it_counts(name: str) -> None:
         return
     options = {"eta": 0.0} if name in ETA else {}
     SAMPLERS[name](Normal(), START, [5.0, 3.0, 1.0, 0.0], noise=forbidden, **options)
+
+
+@pytest.mark.parametrize("end", [0.5, 0.1, 0.03, 0.0291675])
+@pytest.mark.parametrize("calls", range(1, 13))
+def test_dpm_fast_draws_between_its_steps_only(calls: int, end: float) -> None:
+    """A rounded last level, a hair above the end, would draw once more: the images after it would change."""
+    drawn: list[float] = []
+    stream = seeded()
+
+    def noise(sigma: float, sigma_next: float) -> Tensor:
+        drawn.append(sigma_next)
+        return stream()
+
+    SAMPLERS["dpm_fast"](Curved(), stream() * 10, [*np.geomspace(10.0, end, calls + 1)], noise=noise, eta=1.0)
+    assert len(drawn) == calls // 3
+    assert all(sigma > end * 1.01 for sigma in drawn)
+
+
+def test_more_noise_than_the_level_holds_is_not_added() -> None:
+    assert ancestral_step(2.0, 1.0, eta=1.0) == pytest.approx((0.5, math.sqrt(0.75)))
+    assert ancestral_step(2.0, 1.0, eta=1.5) == (0.0, 1.0)
 
 
 NOISY = {name: {"eta": 1.0} for name in ETA} | {"ddpm": {}} | {name: {"s_churn": 40.0} for name in CHURN}

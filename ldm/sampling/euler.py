@@ -178,13 +178,13 @@ def dpm_2_ancestral(
 
 def adams_weights(sigmas: Sequence[float], sigma_next: float) -> list[float]:
     """Of the derivatives at sigmas, newest first: their Lagrange polynomials, integrated to sigma_next."""
+    places = [sigma - sigmas[0] for sigma in sigmas]  # from sigma 0 the integrals' difference would cancel
     weights = []
-    for j, sigma in enumerate(sigmas):
-        others = [other for k, other in enumerate(sigmas) if k != j]
+    for j, place in enumerate(places):
+        others = [other for k, other in enumerate(places) if k != j]
         basis = np.polynomial.Polynomial.fromroots(others) if others else np.polynomial.Polynomial([1.0])
-        integral = basis.integ()
-        scale = math.prod(sigma - other for other in others)
-        weights.append(float(integral(sigma_next) - integral(sigmas[0])) / scale)
+        scale = math.prod(place - other for other in others)
+        weights.append(float(basis.integ()(sigma_next - sigmas[0])) / scale)
     return weights
 
 

@@ -244,7 +244,7 @@ def dpm_fast(
     if end == 0:
         calls, end = calls - 1, sigmas[-2]
     orders = fast_orders(calls) if calls else []
-    levels = np.exp(np.linspace(math.log(sigmas[0]), math.log(end), len(orders) + 1)).tolist()
+    levels = np.geomspace(sigmas[0], end, len(orders) + 1).tolist()  # its ends are exact
     done = 0
     for order, (sigma, sigma_next) in zip(orders, pairwise(levels), strict=True):
         step = SingleStep(denoise, x, sigma)
@@ -272,10 +272,13 @@ def dpm_adaptive(
     callback: Callback | None = None,
     eta: float = 0.0,
     s_noise: float = 1.0,
+    order: int = 3,
     rtol: float = 0.05,
     atol: float = 0.0078,
 ) -> Tensor:
-    """Steps as long as the difference of orders 2 and 3 allows (appendix C; k-diffusion's controller).
+    """Steps as long as the difference of order, 2 or 3, and the one below allows (appendix C).
+
+    The controller of the length is k-diffusion's.
 
     Of `sigmas` only the ends count. The difference has to come from the device, once a step, and is that of
     the whole batch: images that shall not depend on others come one at a time.
@@ -286,10 +289,15 @@ def dpm_adaptive(
         sigma_next = max(end, sigma * math.exp(-h))
         down, up = ancestral_level(sigma, sigma_next, end, eta) if eta else (sigma_next, 0.0)
         step = SingleStep(denoise, x, sigma)
-        low, high = step.second(down, r=1 / 3), step.third(down)
+        if order == 2:
+            low, high = step.first(down), step.second(down)
+        else:
+            low, high = step.second(down, r=1 / 3), step.third(down)
         allowed = (rtol * low.abs().maximum(last.abs())).clamp(min=atol)
         error = ((low - high) / allowed).square().mean().sqrt().item()
-        factor = (1 / (1e-8 + error)) ** (1 / (1.5 if eta else 3))
+        if not math.isfinite(error):  # no step size can help; such pictures are told and left out
+            return high
+        factor = (1 / (1e-8 + error)) ** (1 / (1.5 if eta else order))
         factor = 1 + math.atan(factor - 1)  # soft limits
         h *= factor
         if factor < 0.81:

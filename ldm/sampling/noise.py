@@ -52,7 +52,7 @@ class BrownianPath:
 
     @staticmethod
     def time(sigma: float) -> float:
-        """0 … 1 for sigmas up to 1e10, about even in log sigma: levels 0.1 % apart are in different leaves."""
+        """0 … 1 for sigmas up to 1e10, about even in log sigma: levels 0.1 % apart are leaves apart."""
         return math.log1p(1000 * sigma) / 32
 
     def _at(self, u: float) -> Tensor:

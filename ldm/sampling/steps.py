@@ -16,5 +16,5 @@ def toward(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
 
 def ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
     """How far to go down without noise, and how much noise to add, to arrive at sigma_next (DDIM, eq. 16)."""
-    up = eta * sigma_next * max(0.0, 1.0 - (sigma_next / sigma) ** 2) ** 0.5
+    up = min(sigma_next, eta * sigma_next * max(0.0, 1.0 - (sigma_next / sigma) ** 2) ** 0.5)
     return max(0.0, sigma_next**2 - up**2) ** 0.5, up
