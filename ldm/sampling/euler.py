@@ -7,29 +7,30 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from ldm.sampling.steps import Callback, Denoise, Noise, ancestral_step, toward
+from ldm.sampling.steps import Callback, Denoise, Noise, run_ancestral, run_churned, toward
 
 
-def euler_ancestral(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-) -> Tensor:
-    """Euler's method that goes below each level and comes back up with fresh noise."""
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x0 = denoise(x, sigma)
-        down, up = ancestral_step(sigma, sigma_next, eta)
-        x = toward(x, x0, sigma, down)
-        if up > 0:
-            x = x + noise(sigma, sigma_next) * (s_noise * up)
-        if callback:
-            callback(i + 1, x0)
-    return x
+def euler_step(denoise: Denoise, x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """Along the derivative at sigma."""
+    return toward(x, x0, sigma, sigma_next)
+
+
+def heun_step(denoise: Denoise, x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """Along the mean of the derivatives at both ends; Euler's step to sigma 0, where there is none."""
+    x_next = toward(x, x0, sigma, sigma_next)
+    if sigma_next == 0:
+        return x_next
+    eps, eps_next = (x - x0) / sigma, (x_next - denoise(x_next, sigma_next)) / sigma_next
+    return x + (eps + eps_next) * ((sigma_next - sigma) / 2)
+
+
+def midpoint_step(denoise: Denoise, x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """Along the derivative half way in log sigma; Euler's step to sigma 0, to which there is no half way."""
+    if sigma_next == 0:
+        return x0
+    middle = math.sqrt(sigma * sigma_next)
+    x_middle = toward(x, x0, sigma, middle)
+    return x + (x_middle - denoise(x_middle, middle)) * ((sigma_next - sigma) / middle)
 
 
 def ddim(
@@ -42,7 +43,7 @@ def ddim(
     eta: float = 0.0,
 ) -> Tensor:
     """DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502): in sigma Euler, ancestral for eta > 0."""
-    return euler_ancestral(denoise, x, sigmas, noise=noise, callback=callback, eta=eta)
+    return run_ancestral(euler_step, denoise, x, sigmas, noise, callback, eta, 1.0)
 
 
 def ddpm(
@@ -54,25 +55,21 @@ def ddpm(
     callback: Callback | None = None,
 ) -> Tensor:
     """DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239), the posterior's variance: DDIM with eta 1."""
-    return ddim(denoise, x, sigmas, noise=noise, callback=callback, eta=1.0)
+    return run_ancestral(euler_step, denoise, x, sigmas, noise, callback, 1.0, 1.0)
 
 
-def churned(
+def euler_ancestral(
+    denoise: Denoise,
     x: Tensor,
-    sigma: float,
-    steps: int,
-    noise: Noise | None,
-    s_churn: float,
-    s_tmin: float,
-    s_tmax: float,
-    s_noise: float,
-) -> tuple[Tensor, float]:
-    """x with noise added, and its new sigma: lines 4-6 of Karras et al.'s algorithm 2."""
-    gamma = min(s_churn / steps, math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
-    if gamma == 0:
-        return x, sigma
-    higher = sigma * (1 + gamma)
-    return x + noise(higher, sigma) * (s_noise * (higher**2 - sigma**2) ** 0.5), higher
+    sigmas: Sequence[float],
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Euler's method with fresh noise in each step: DDIM with eta 1, its noise scaled by `s_noise`."""
+    return run_ancestral(euler_step, denoise, x, sigmas, noise, callback, eta, s_noise)
 
 
 def euler(
@@ -88,13 +85,7 @@ def euler(
     s_noise: float = 1.0,
 ) -> Tensor:
     """Karras et al.'s algorithm 2 without its second-order correction."""
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x, sigma = churned(x, sigma, len(sigmas) - 1, noise, s_churn, s_tmin, s_tmax, s_noise)
-        x0 = denoise(x, sigma)
-        x = toward(x, x0, sigma, sigma_next)
-        if callback:
-            callback(i + 1, x0)
-    return x
+    return run_churned(euler_step, denoise, x, sigmas, noise, callback, s_churn, s_tmin, s_tmax, s_noise)
 
 
 def heun(
@@ -109,27 +100,8 @@ def heun(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Karras et al.'s algorithm 2: the mean of the derivatives at both ends. A step to sigma 0 is Euler's."""
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x, sigma = churned(x, sigma, len(sigmas) - 1, noise, s_churn, s_tmin, s_tmax, s_noise)
-        x0 = denoise(x, sigma)
-        x_next = toward(x, x0, sigma, sigma_next)
-        if sigma_next > 0:
-            eps, eps_next = (x - x0) / sigma, (x_next - denoise(x_next, sigma_next)) / sigma_next
-            x_next = x + (eps + eps_next) * ((sigma_next - sigma) / 2)
-        x = x_next
-        if callback:
-            callback(i + 1, x0)
-    return x
-
-
-def midpoint_step(denoise: Denoise, x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """From sigma to sigma_next with the derivative half way in log sigma; Euler's step to sigma 0."""
-    if sigma_next == 0:
-        return x0
-    middle = math.sqrt(sigma * sigma_next)
-    x_middle = toward(x, x0, sigma, middle)
-    return x + (x_middle - denoise(x_middle, middle)) * ((sigma_next - sigma) / middle)
+    """Karras et al.'s algorithm 2."""
+    return run_churned(heun_step, denoise, x, sigmas, noise, callback, s_churn, s_tmin, s_tmax, s_noise)
 
 
 def dpm_2(
@@ -144,14 +116,8 @@ def dpm_2(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Inspired by DPM-Solver-2 and Karras et al.'s algorithm 2 (k-diffusion, `sample_dpm_2`)."""
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x, sigma = churned(x, sigma, len(sigmas) - 1, noise, s_churn, s_tmin, s_tmax, s_noise)
-        x0 = denoise(x, sigma)
-        x = midpoint_step(denoise, x, x0, sigma, sigma_next)
-        if callback:
-            callback(i + 1, x0)
-    return x
+    """DPM-Solver-2's midpoint in Karras et al.'s algorithm 2 (k-diffusion, `sample_dpm_2`)."""
+    return run_churned(midpoint_step, denoise, x, sigmas, noise, callback, s_churn, s_tmin, s_tmax, s_noise)
 
 
 def dpm_2_ancestral(
@@ -164,16 +130,8 @@ def dpm_2_ancestral(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """`dpm_2` that goes below each level and comes back up with fresh noise."""
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x0 = denoise(x, sigma)
-        down, up = ancestral_step(sigma, sigma_next, eta)
-        x = midpoint_step(denoise, x, x0, sigma, down)
-        if up > 0:
-            x = x + noise(sigma, sigma_next) * (s_noise * up)
-        if callback:
-            callback(i + 1, x0)
-    return x
+    """`dpm_2` with fresh noise in each step instead of churn."""
+    return run_ancestral(midpoint_step, denoise, x, sigmas, noise, callback, eta, s_noise)
 
 
 def adams_weights(sigmas: Sequence[float], sigma_next: float) -> list[float]:

@@ -11,33 +11,15 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from ldm.sampling.steps import Callback, Denoise, Noise, ancestral_step, toward
+from ldm.sampling.steps import Callback, Denoise, Noise, ancestral_step, run_ancestral, toward
 
 
-def dpmpp_2m(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    lower_order_final: bool = False,
-) -> Tensor:
-    """DPM-Solver++(2M), algorithm 2: x0 goes on as it went in the last step.
-
-    `lower_order_final` makes the last step first-order; the original does so below 15 steps.
-    """
-    last_x0, last_h = None, 0.0
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x0 = estimate = denoise(x, sigma)
-        h = math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
-        if last_x0 is not None and sigma_next > 0 and not (lower_order_final and i == len(sigmas) - 2):
-            estimate = x0 + (x0 - last_x0) * (h / (2 * last_h))
-        x = toward(x, estimate, sigma, sigma_next)
-        last_x0, last_h = x0, h
-        if callback:
-            callback(i + 1, x0)
-    return x
+def two_stage_step(denoise: Denoise, x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """DPM-Solver++(2S), algorithm 1 with r = 1/2: toward the x0 half way in lambda; first order to sigma 0."""
+    if sigma_next > 0:
+        middle = math.sqrt(sigma * sigma_next)
+        x0 = denoise(toward(x, x0, sigma, middle), middle)
+    return toward(x, x0, sigma, sigma_next)
 
 
 def dpmpp_2s_ancestral(
@@ -50,19 +32,8 @@ def dpmpp_2s_ancestral(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """DPM-Solver++(2S), algorithm 1 with r = 1/2, that goes below each level and comes back up with noise."""
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x0 = estimate = denoise(x, sigma)
-        down, up = ancestral_step(sigma, sigma_next, eta)
-        if down > 0:
-            middle = math.sqrt(sigma * down)
-            estimate = denoise(toward(x, x0, sigma, middle), middle)
-        x = toward(x, estimate, sigma, down)
-        if up > 0:
-            x = x + noise(sigma, sigma_next) * (s_noise * up)
-        if callback:
-            callback(i + 1, x0)
-    return x
+    """DPM-Solver++(2S) with fresh noise in each step (k-diffusion, `sample_dpmpp_2s_ancestral`)."""
+    return run_ancestral(two_stage_step, denoise, x, sigmas, noise, callback, eta, s_noise)
 
 
 def dpmpp_sde(
@@ -97,6 +68,22 @@ def dpmpp_sde(
     return x
 
 
+def dpmpp_2m(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    lower_order_final: bool = False,
+) -> Tensor:
+    """DPM-Solver++(2M), algorithm 2.
+
+    `lower_order_final` makes the last step first-order; the original does so below 15 steps.
+    """
+    return run_2m(denoise, x, sigmas, noise, callback, 0.0, 0.0, lower_order_final)
+
+
 def dpmpp_2m_sde(
     denoise: Denoise,
     x: Tensor,
@@ -108,11 +95,25 @@ def dpmpp_2m_sde(
     s_noise: float = 1.0,
 ) -> Tensor:
     """DPM-Solver++(2M) for the SDE, midpoint (k-diffusion, `sample_dpmpp_2m_sde`)."""
+    return run_2m(denoise, x, sigmas, noise, callback, eta, s_noise, lower_order_final=False)
+
+
+def run_2m(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: Noise | None,
+    callback: Callback | None,
+    eta: float,
+    s_noise: float,
+    lower_order_final: bool,
+) -> Tensor:
+    """Toward an x0 that goes on as it went in the last step."""
     last_x0, last_h = None, 0.0
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = estimate = denoise(x, sigma)
         h = math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
-        if last_x0 is not None and sigma_next > 0:
+        if last_x0 is not None and sigma_next > 0 and not (lower_order_final and i == len(sigmas) - 2):
             estimate = x0 + (x0 - last_x0) * (h / (2 * last_h))
         x = toward(x, estimate, sigma, sde_level(sigma, sigma_next, eta))
         if eta > 0 and sigma_next > 0:
