@@ -15,7 +15,7 @@ from ldm.sampling.steps import Callback, Denoise, Noise, ancestral_step, run_anc
 
 
 def two_stage_step(denoise: Denoise, x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """DPM-Solver++(2S), algorithm 1 with r = 1/2: toward the x0 half way in lambda; first order to sigma 0."""
+    """DPM-Solver++(2S), algorithm 1 with r = 1/2: toward the x0 half way on, or at once to sigma 0."""
     if sigma_next > 0:
         middle = math.sqrt(sigma * sigma_next)
         x0 = denoise(toward(x, x0, sigma, middle), middle)
