@@ -37,6 +37,18 @@ OTHER_FILES = (
 SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, the library's own
 
 
+def check_file(path: Path) -> None:
+    """InputError if no file with anything in it is there."""
+    if path.is_dir():
+        what = "a diffusers folder" if (path / "model_index.json").exists() else "a folder"
+        raise InputError(f"{path} is {what}, which cannot be read: give a single .ckpt or .safetensors file")
+    if not path.exists():
+        where = f" (a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
+        raise InputError(f"no checkpoint at {path}{where}: put or link one there, or name one with --ckpt")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty: download or copy it again")
+
+
 def read_state_dict(path: str | Path) -> State:
     """The tensors of a `.safetensors` or `.ckpt` by name: on the CPU, in the file's dtypes.
 
@@ -48,14 +60,7 @@ def read_state_dict(path: str | Path) -> State:
     that carries code.
     """
     path = Path(path)
-    if path.is_dir():
-        what = "a diffusers folder" if (path / "model_index.json").exists() else "a folder"
-        raise InputError(f"{path} is {what}, which cannot be read: give a single .ckpt or .safetensors file")
-    if not path.exists():
-        where = f" (a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
-        raise InputError(f"no checkpoint at {path}{where}: put or link one there, or name one with --ckpt")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty: download or copy it again")
+    check_file(path)
     try:
         with path.open("rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -173,6 +178,7 @@ def fingerprint(path: str | Path) -> str:
 
     SHA-256 of the 64 KiB at offset 1 MiB, or of the whole file where that is shorter.
     """
+    check_file(Path(path))
     with Path(path).open("rb") as file:
         file.seek(0x100000)
         part = file.read(0x10000)

@@ -232,6 +232,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     add = group.add_argument
+    add("--resume", action="store_true", help="finish an interrupted run of the same settings in --outdir")
     add("--skip_grid", action="store_true", help="do not save a grid")
     add("--skip_save", action="store_true", help="do not save single images")
     add("--n_rows", type=number(int, 0), default=0, help="images in a row of the grid (default: n_samples)")

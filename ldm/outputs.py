@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,10 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ldm.errors import InputError
 from ldm.images import make_grid
 from ldm.metadata import encode_png
+from ldm.record import RunRecord, is_running
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no later file will fit, either
+
+
+class CannotWrite(InputError):
+    """A file could not be written; `full` tells that there is no room for any."""
+
+    def __init__(self, message: str, full: bool):
+        super().__init__(message)
+        self.full = full
 
 
 class OutputFolder:
@@ -25,12 +39,23 @@ class OutputFolder:
     """
 
     def __init__(self, outdir: str | Path):
+        self.path = Path(outdir)
         self._grids = _NumberedFiles(Path(outdir), "grid-", digits=4)
         self._samples = _NumberedFiles(Path(outdir) / "samples", "", digits=5)
 
-    def save_image(self, image: np.ndarray, settings: dict[str, Any] | None) -> Path:
-        """Writes an image, uint8 [H, W, 3], with its settings, as the next sample; returns its path."""
-        return self._samples.save(encode_png(image, settings))
+    @property
+    def next_number(self) -> int:
+        """The first sample number that no file has."""
+        return self._samples.next
+
+    def save_image(
+        self, image: np.ndarray, settings: dict[str, Any] | None, number: int | None = None
+    ) -> Path:
+        """Writes an image, uint8 [H, W, 3], with its settings, as the next sample; returns its path.
+
+        With a `number` under that one, unless a file that is not this very image has it.
+        """
+        return self._samples.save(encode_png(image, settings), number)
 
     def save_grid(self, grid: np.ndarray, settings: dict[str, Any] | None) -> Path:
         """Writes a grid, uint8 [H, W, 3], with its settings, as the next grid; returns its path."""
@@ -46,17 +71,29 @@ class _NumberedFiles:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _temporary_file(folder, b"can this folder be written?"):
-                found = [name.fullmatch(entry) for entry in os.listdir(folder)]
+                entries = os.listdir(folder)
+            found = [name.fullmatch(entry) for entry in entries]
+            for entry in entries:  # what a killed process left
+                left = re.fullmatch(r"\.(.+)\.(\d+)\.[0-9a-f]{32}\.tmp", entry)
+                if left and not is_running(left[1], int(left[2])):
+                    (folder / entry).unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
         self.next = max((int(match[1]) for match in found if match), default=-1) + 1
 
-    def save(self, data: bytes) -> Path:
-        """Writes a file under the first number from `self.next` on that no other process has taken."""
+    def save(self, data: bytes, number: int | None = None) -> Path:
+        """Writes a file under its number, or the first from `self.next` on that no other process took."""
         try:
             with _temporary_file(self.folder, data) as temporary:
+                if number is not None:
+                    path = self._path(number)
+                    with suppress(FileExistsError):
+                        _rename_to_new(temporary, path)
+                        return path
+                    if path.read_bytes() == data:  # from a sitting that ended before it could tell
+                        return path
                 while True:
-                    path = self.folder / f"{self.prefix}{self.next:0{self.digits}d}.png"
+                    path = self._path(self.next)
                     self.next += 1
                     with suppress(FileExistsError):
                         _rename_to_new(temporary, path)
@@ -64,15 +101,20 @@ class _NumberedFiles:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _unwritable(self, error: OSError) -> InputError:
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{self.prefix}{number:0{self.digits}d}.png"
+
+    def _unwritable(self, error: OSError) -> CannotWrite:
         reason = "a file has that name" if isinstance(error, FileExistsError) else error.strerror
-        return InputError(f"cannot write to {self.folder.absolute()}: {reason}; choose another --outdir")
+        full = error.errno in FULL
+        advice = "make room, and --resume makes what is missing" if full else "choose another --outdir"
+        return CannotWrite(f"cannot write to {self.folder.absolute()}: {reason}; {advice}", full)
 
 
 @contextmanager
 def _temporary_file(folder: Path, data: bytes) -> Iterator[Path]:
     """A hidden file with `data` safely on the disk; gone at the end, unless it has been renamed."""
-    path = folder / f".{uuid.uuid4().hex}.tmp"
+    path = folder / f".{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.tmp"
     try:
         with open(path, "xb") as file:
             file.write(data)
@@ -124,32 +166,57 @@ class Watermarker:
         return np.ascontiguousarray(bgr[..., ::-1])
 
 
-class PictureWriter:
-    """Saves the pictures of a run, each with watermark and settings, and at the end their grid.
+PAGE = 64  # pictures to a grid
 
-    A grid shows the pictures without their watermarks and has one of its own, as in the original.
+
+class PictureWriter:
+    """Saves the pictures of a run, each with watermark and settings, and at the end their grids.
+
+    Grids show up to 64 pictures each, read back from their files so that a long run needs no memory for them;
+    with `images` false, as they come. They have watermarks of their own.
     """
 
     def __init__(
         self,
         folder: OutputFolder,
+        record: RunRecord,
         watermark: Callable[[np.ndarray], np.ndarray] | None = None,
         images: bool = True,
         grid: bool = True,
+        columns: int = 1,
     ):
-        self.folder = folder
+        self.folder, self.record = folder, record
         self.watermark = watermark or (lambda image: image)
-        self.save_images, self.save_grid = images, grid
-        self.images: list[np.ndarray] = []
+        self.save_images, self.save_grid, self.columns = images, grid, columns
+        self.page: list[np.ndarray] = []
 
-    def add(self, image: np.ndarray, settings: dict[str, Any] | None) -> None:
-        """The next picture, uint8 [H, W, 3], and the settings to write into it."""
+    def add(self, k: int, image: np.ndarray, settings: dict[str, Any] | None, facts: dict[str, Any]) -> None:
+        """Picture k, uint8 [H, W, 3], the settings to write into it, and what the manifest tells of it."""
+        file = None
         if self.save_images:
-            self.folder.save_image(self.watermark(image), settings)
-        if self.save_grid:
-            self.images.append(image)
+            path = self.folder.save_image(self.watermark(image), settings, self.record.first + k)
+            file = path.relative_to(self.folder.path).as_posix()
+        elif self.save_grid:
+            self.page.append(image)
+            if len(self.page) == PAGE:
+                self._save_page(self.page, settings)
+                self.page = []
+        self.record.add(k, file, facts)
 
-    def finish(self, columns: int, settings: dict[str, Any] | None) -> None:
-        """Save the grid of all pictures, `columns` to a row."""
-        if self.images:
-            self.folder.save_grid(self.watermark(make_grid(self.images, columns)), settings)
+    def finish(self, settings: dict[str, Any] | None) -> None:
+        """Save the grids that are still missing."""
+        if not self.save_grid:
+            return
+        if self.page:
+            self._save_page(self.page, settings)
+        done = self.record.done
+        files = [done[k] for k in sorted(done) if done[k]] if self.save_images else []
+        for start in range(len(self.record.grids) * PAGE, len(files), PAGE):
+            names = files[start : start + PAGE]
+            images = [np.asarray(Image.open(self.folder.path / name).convert("RGB")) for name in names]
+            self.record.add_grid(self._save_page(images, settings).name)
+
+    def _save_page(self, images: list[np.ndarray], settings: dict[str, Any] | None) -> Path:
+        grid = make_grid(images, self.columns)
+        single = len(images) == 1 and self.save_images  # the file itself, which has its watermark
+        return self.folder.save_grid(grid if single else self.watermark(grid), settings)

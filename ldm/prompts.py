@@ -52,6 +52,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def numbers(self) -> range:
+        """Of the images, within the run."""
+        return range(self.first, self.first + len(self.prompts))
+
     def singles(self) -> list[Batch]:
         """The same images one at a time."""
         return [Batch((prompt,), self.first + i, self.position + i) for i, prompt in enumerate(self.prompts)]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import secrets
+import signal
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import IMG2IMG_SCALE, SCALE, notice
 from ldm.errors import InputError
 from ldm.loading import ModelFiles, advised_scale, choose_model, native_size, read_config
+from ldm.outputs import CannotWrite, OutputFolder, PictureWriter, Watermarker
+from ldm.record import RunRecord
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,13 +25,13 @@ if TYPE_CHECKING:
 
     from ldm.generate import Settings
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.outputs import PictureWriter
+    from ldm.prompts import Batch
 
 
 def render(args: argparse.Namespace) -> int:
     """From checked arguments to files: text to image, or with an `init_img` among them image to image.
 
-    Returns the exit code: 1 if an image came out as NaN.
+    Returns the exit code: 1 if an image could not be made or saved, 130 if the user ended the run.
     """
     from ldm.prompts import plan, read_prompts
 
@@ -32,40 +39,159 @@ def render(args: argparse.Namespace) -> int:
     files, config = model_files(args)
     init_image = read_init(args)
     height, width = init_image.shape[:2] if init_image is not None else picture_size(args, config)
-    writer = picture_writer(args, height, width)  # tries the output folder before anything slow
+    batches = plan(prompts, args.n_iter, args.n_samples)
+    # the output folder is tried, and a run to resume is found, before anything slow
+    folder, watermark = output_folder(args), watermarker(args, height, width)
 
     from ldm.generate import generate
+
+    if args.resume and args.seed == -1:
+        args.seed = RunRecord.last_settings(folder.path).get("seed", -1)
+    settings = settings_of(args, files, height, width)
+    facts = facts_of(args, settings) | {"n_samples": args.n_samples} | model_facts(args, files)
+    told = told_of(args, prompts, init_image)
+    record = RunRecord(folder.path, facts | told, sum(map(len, batches)))
+    resumed = args.resume and record.resume()
+    missing = set(record.missing())
+    batches = remaining(batches, missing, settings.rng)
+    writer = PictureWriter(
+        folder, record, watermark, not args.skip_save, not args.skip_grid, args.n_rows or args.n_samples
+    )
+    pictures, steps = iter(()), settings.steps_to_run
+    if batches:
+        model = load(args, files, config)
+        check_prompts(model, [*prompts, args.negative_prompt])
+        if init_image is not None:
+            trip = "" if steps else ": the pictures are the autoencoder's round trip"
+            notice(f"img2img runs {steps} of {settings.steps} steps{trip}")
+    else:
+        notice(f"all {record.images} images are there")
+    count = sum(map(len, batches))
+    failed = 0
+    with (
+        Interrupt() as interrupt,
+        ending(record),
+        StepBar(count, None if settings.sampler == "dpm_adaptive" else count * steps) as bar,
+    ):
+        if not resumed:
+            record.start(folder.next_number)
+        if batches:
+            pictures = generate(model, batches, settings, bar.step, init_image)
+        start = time.perf_counter()
+        for batch, images in pictures:
+            seconds = round((time.perf_counter() - start) / len(batch), 3)
+            for k, prompt, image in zip(batch.numbers, batch.prompts, images, strict=True):
+                if k not in missing:
+                    continue
+                own = facts | {"prompt": prompt, "image": k} | seeds(settings, k)
+                told = own | {"seconds": seconds, "nan": image is None}
+                failed += not save(writer, k, image, None if args.no_metadata else own, told, bar)
+            bar.finish(len(batch))
+            start = time.perf_counter()
+            if interrupt.asked:
+                break
+        else:
+            prompt = "\n".join(dict.fromkeys(prompts))
+            writer.finish(None if args.no_metadata else facts | {"prompt": prompt})
+    left = len(record.missing())
+    if left:
+        notice(f"{left} of {record.images} images are missing; the same command with --resume makes them")
+    if failed:
+        notice(f"{failed} of {record.images} images failed: manifest.jsonl says which")
+    print(args.outdir)
+    return 130 if interrupt.asked else 1 if failed else 0
+
+
+def save(
+    writer: PictureWriter,
+    k: int,
+    image: np.ndarray | None,
+    settings: dict[str, Any] | None,
+    told: dict[str, Any],
+    bar: StepBar,
+) -> bool:
+    """Write image k and its line of the manifest; False, and a notice, if it is NaN or cannot be written.
+
+    Raises CannotWrite where no later image could be written, either.
+    """
+    if image is None:
+        bar.notice(f"image {k} ({told['prompt']!r}) came out as NaN and is skipped")
+        writer.record.add(k, None, told)
+        return False
+    try:
+        writer.add(k, image, settings, told)
+    except CannotWrite as error:
+        if error.full:
+            raise
+        bar.notice(f"image {k}: {error}")
+        writer.record.add(k, None, told | {"error": str(error)})
+        return False
+    return True
+
+
+@contextmanager
+def ending(record: RunRecord) -> Iterator[None]:
+    """The record ends with the run, however that ends; if even that cannot be written, it is no matter."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            record.end()
+
+
+def told_of(args: argparse.Namespace, prompts: list[str], init_image: np.ndarray | None) -> dict[str, Any]:
+    """What else a run's files depend on, prompts and init image as hashes that tell them from others."""
+    text = "\n".join(prompts).encode("utf-8", "surrogateescape")
+    told = {name: getattr(args, name) for name in ("n_iter", "watermark", "no_metadata")}
+    told["prompts"] = f"{len(prompts)}, {_hash(text)}"
+    return told if init_image is None else told | {"init image": _hash(init_image.tobytes())}
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def remaining(batches: list[Batch], missing: set[int], rng: str) -> list[Batch]:
+    """The batches with missing images; of one stream for all also those before, which draw from it."""
+    wanted = [i for i, batch in enumerate(batches) if missing & {*batch.numbers}]
+    if rng == "compvis":
+        return batches[: wanted[-1] + 1] if wanted else []
+    return [batches[i] for i in wanted]
+
+
+def seeds(settings: Settings, k: int) -> dict[str, int]:
+    """The seeds with which image k can be made alone; in the original's one stream none has its own."""
     from ldm.sampling.noise import image_seed
 
-    model = load(args, files, config)
-    check_prompts(model, [*prompts, args.negative_prompt])
-    settings = settings_of(args, files, height, width)
-    steps = settings.steps_to_run
-    if init_image is not None:
-        trip = "" if steps else ": the pictures are the autoencoder's round trip"
-        notice(f"img2img runs {steps} of {settings.steps} steps{trip}")
-    facts = facts_of(args, settings) | {"n_samples": args.n_samples} | model_facts(args, files)
-    batches = plan(prompts, args.n_iter, args.n_samples)
-    skipped = 0
-    count = sum(map(len, batches))
-    with StepBar(count, None if settings.sampler == "dpm_adaptive" else count * steps) as bar:
-        for batch, images in generate(model, batches, settings, bar.step, init_image):
-            for k, (prompt, image) in enumerate(zip(batch.prompts, images, strict=True), batch.first):
-                if image is None:
-                    bar.notice(f"image {k} ({prompt!r}) came out as NaN and is skipped")
-                    skipped += 1
-                    continue
-                own = {"prompt": prompt, "image": k}
-                if settings.rng == "image":  # the original's one stream has no seed for image k alone
-                    own["seed"] = image_seed(settings.seed, k)
-                if settings.variation_seed is not None:
-                    own["variation_seed"] = image_seed(settings.variation_seed, k)
-                writer.add(image, None if args.no_metadata else facts | own)
-            bar.finish(len(batch))
-    prompt = "\n".join(dict.fromkeys(prompts))
-    writer.finish(args.n_rows or args.n_samples, None if args.no_metadata else facts | {"prompt": prompt})
-    print(args.outdir)
-    return 1 if skipped else 0
+    own = {"seed": settings.seed, "variation_seed": settings.variation_seed}
+    return {
+        name: image_seed(seed, k)
+        for name, seed in own.items()
+        if seed is not None and settings.rng == "image"
+    }
+
+
+class Interrupt:
+    """The first Ctrl-C or SIGTERM asks the run to end after the batch in hand, a second one ends it."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> Interrupt:
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals are not ours
+            self.before = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        notice("ending after the images in hand; once more ends at once")
+
+    def __exit__(self, *_: object) -> None:
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
 
 
 def model_files(args: argparse.Namespace) -> tuple[ModelFiles, dict[str, Any]]:
@@ -139,17 +265,21 @@ def choose_seed(seed: int) -> int:
     return seed
 
 
-def picture_writer(args: argparse.Namespace, height: int, width: int) -> PictureWriter:
-    """What saves the pictures; InputError if `--outdir` cannot be written."""
-    from ldm.outputs import OutputFolder, PictureWriter, Watermarker
+def output_folder(args: argparse.Namespace) -> OutputFolder:
+    """Where pictures go; InputError if `--outdir` cannot be written."""
+    if args.resume and args.skip_save:
+        raise InputError("--resume with --skip_save: a run that saves no images cannot be taken up again")
+    return OutputFolder(args.outdir)
 
-    folder = OutputFolder(args.outdir)
-    watermark = None
-    if args.watermark != "none" and Watermarker.fits(height, width):
-        watermark = Watermarker(args.watermark)
-    elif args.watermark != "none":
+
+def watermarker(args: argparse.Namespace, height: int, width: int) -> Watermarker | None:
+    """What marks the pictures, None if they are too small or `--watermark` is none."""
+    if args.watermark == "none":
+        return None
+    if not Watermarker.fits(height, width):
         notice(f"No watermark: it needs 256x256 pixels and these pictures have {width}x{height}")
-    return PictureWriter(folder, watermark, images=not args.skip_save, grid=not args.skip_grid)
+        return None
+    return Watermarker(args.watermark)
 
 
 def load(args: argparse.Namespace, files: ModelFiles, config: dict[str, Any]) -> LatentDiffusion:

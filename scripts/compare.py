@@ -33,7 +33,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[list[argparse.Names
             axis, nargs="+", required=True, metavar=("OPTION", "VALUE"), help=f"what the {where} vary"
         )
     args = parser.parse_args(argv)
-    for name, fine in (("n_samples", 1), ("n_iter", 1), ("from_file", None), ("skip_grid", False)):
+    for name, fine in (("n_samples", 1), ("n_iter", 1), ("from_file", None), ("resume", False)):
         if getattr(args, name) != fine:
             raise InputError(f"--{name} is not for compare.py: each cell of its sheet holds one picture")
     axes = [_axis(flag, words, img2img) for flag, words in (("--x", args.x), ("--y", args.y))]
@@ -73,22 +73,24 @@ def main(argv: list[str] | None = None) -> int:
         load,
         model_facts,
         model_files,
+        output_folder,
         picture_size,
-        picture_writer,
         read_init,
         settings_of,
+        watermarker,
     )
 
     files, config = model_files(args)
     init_image = read_init(args)
     height, width = init_image.shape[:2] if init_image is not None else picture_size(args, config)
-    args.skip_grid = True  # the sheet takes its place
-    writer = picture_writer(args, height, width)
+    folder, watermark = output_folder(args), watermarker(args, height, width)
 
     import numpy as np
 
     from ldm.generate import generate
+    from ldm.outputs import PictureWriter
     from ldm.prompts import Batch
+    from ldm.record import RunRecord
     from ldm.sheet import contact_sheet
 
     model = load(args, files, config)
@@ -97,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     flat = [own for row in settings for own in row]
     adaptive = any(own.sampler == "dpm_adaptive" for own in flat)
     common, rows, missing = model_facts(args, files), [], 0
+    record = RunRecord(folder.path, common | {"x": args.x, "y": args.y}, len(flat))
+    record.start(folder.next_number)
+    writer = PictureWriter(folder, record, watermark, images=not args.skip_save, grid=False)
     with StepBar(len(flat), None if adaptive else sum(own.steps_to_run for own in flat)) as bar:
         for row, own_settings in zip(cells, settings, strict=True):
             rows.append([])
@@ -106,17 +111,20 @@ def main(argv: list[str] | None = None) -> int:
                 if image is None:
                     bar.notice(f"the picture in row {len(rows)}, column {len(rows[-1]) + 1} came out as NaN")
                     missing += 1
+                    record.add(len(record.done), None, {"nan": True})
                     image = np.zeros((height, width, 3), np.uint8)
                 else:
                     facts = common | facts_of(own, chosen) | {"prompt": own.prompt}
-                    writer.add(image, None if args.no_metadata else facts)
+                    writer.add(len(record.done), image, None if args.no_metadata else facts, facts)
                 rows[-1].append(image)
     title = f"{args.y[0]} by {args.x[0]}"
     if "prompt" not in (args.x[0], args.y[0]):
         title += f": {args.prompt}"
     sheet = contact_sheet(rows, args.x[1:], args.y[1:], title)
     facts = common | facts_of(args, settings[0][0]) | {"prompt": args.prompt, "x": args.x, "y": args.y}
-    writer.folder.save_grid(writer.watermark(sheet), None if args.no_metadata else facts)
+    if not args.skip_grid:
+        folder.save_grid(writer.watermark(sheet), None if args.no_metadata else facts)
+    record.end()
     print(args.outdir)
     return 1 if missing else 0
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.metadata import read_metadata
+from ldm.record import MANIFEST, RUNS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -24,8 +25,9 @@ class Result:
 
     @property
     def files(self) -> list[str]:
-        """Every file in the output folder, hidden ones too."""
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+        """Every file in the output folder, hidden ones too, but for the record of runs."""
+        paths = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
+        return sorted(str(path) for path in paths if path.name not in (MANIFEST, RUNS))
 
     @property
     def paths(self) -> list[Path]:

@@ -416,9 +416,10 @@ def test_nan_costs_one_image_only(txt2img, monkeypatch):
     monkeypatch.setattr(LatentDiffusion, "decode_first_stage", broken)
     result = txt2img("--n_samples", 3)
     assert result.code == 1
-    assert result.err == ["image 1 ('a cat') came out as NaN and is skipped"]
+    told = ["image 1 ('a cat') came out as NaN and is skipped"]
+    assert result.err == [*told, "1 of 3 images failed: manifest.jsonl says which"]
     assert result.out == [str(result.folder)]
-    assert result.files == ["grid-0000.png", "samples/00000.png", "samples/00001.png"]
+    assert result.files == ["grid-0000.png", "samples/00000.png", "samples/00002.png"]
     assert [settings["image"] for settings in result.settings] == [0, 2]
     for image, expected in zip(result.images, (plain.images[0], plain.images[2]), strict=True):
         assert np.abs(image - expected).max() <= 1
