@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,13 @@ from ldm.errors import InputError
 WATERMARK = "StableDiffusionV1"  # the original's
 SCALE, IMG2IMG_SCALE = 7.5, 5.0  # the original's
 MAX_SEED = 2**63 - 1
+# what each picture of a run may have of its own
+IMAGE_OPTIONS = (
+    *("negative_prompt", "seed", "variation_seed", "variation_strength"),
+    *("sampler", "steps", "ddim_steps", "schedule", "rho", "timesteps", "sigmas", "strength"),
+    *("eta", "ddim_eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
+    *("scale", "cfg_rescale", "guidance_start", "guidance_end"),
+)
 SAMPLER_OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
@@ -23,7 +30,18 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+        raise InputError(message)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Arguments, checked, with a function `variant` in them: the same ones but for some options."""
+        args = self.parse_args(argv)
+        check_arguments(args)
+
+        def variant(options: Mapping[str, Any]) -> argparse.Namespace:
+            return self.parse([*argv, *(f"--{name}={value}" for name, value in options.items())])
+
+        args.variant = variant
+        return args
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -80,7 +98,14 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, outdir: str) -> None:
         help="the text to render",
     )
     parser.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to steer away from")
-    parser.add_argument("--from-file", metavar="FILE", help="read prompts from this UTF-8 file, one per line")
+    parser.add_argument(
+        "--from-file",
+        metavar="FILE",
+        help="prompts, one per line, or JSON lines with options; - is standard input",
+    )
+    parser.add_argument(
+        "--repeat", type=number(int, 1), default=1, metavar="N", help="each prompt of the file N times (1)"
+    )
     parser.add_argument("--outdir", nargs="?", default=outdir, help=f"folder for the results ({outdir})")
 
 

@@ -36,6 +36,13 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return (255 * x.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+def of_one_size(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Images uint8 [H, W, 3] of any sizes, the smaller ones with black below and to the right."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    edges = [((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)) for image in images]
+    return [np.pad(image, edge) for image, edge in zip(images, edges, strict=True)]
+
+
 def make_grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Images uint8 [H, W, 3] of one size, row by row, `columns` to a row -> one image uint8 [H', W', 3].
 

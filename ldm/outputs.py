@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.errors import InputError
-from ldm.images import make_grid
+from ldm.images import make_grid, of_one_size
 from ldm.metadata import encode_png
 from ldm.record import RunRecord, is_running
 
@@ -217,6 +217,6 @@ class PictureWriter:
             self.record.add_grid(self._save_page(images, settings).name)
 
     def _save_page(self, images: list[np.ndarray], settings: dict[str, Any] | None) -> Path:
-        grid = make_grid(images, self.columns)
+        grid = make_grid(of_one_size(images), self.columns)
         single = len(images) == 1 and self.save_images  # the file itself, which has its watermark
         return self.folder.save_grid(grid if single else self.watermark(grid), settings)

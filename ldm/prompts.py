@@ -1,21 +1,36 @@
-"""Prompts from a file, one per line, and the batches they make."""
+"""Prompts from a file, plain lines or JSON lines, and the batches they make."""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm.errors import InputError
 
 
-def read_prompts(path: str) -> list[str]:
-    """The lines of a UTF-8 text file, in order, without blank ones; what is in a line stays as it is.
+@dataclass(frozen=True)
+class Line:
+    """A prompt with the options of its own."""
 
-    A byte order mark and the line ends of any system are fine. InputError if the file cannot be read, is not
-    UTF-8 text or holds no prompt.
+    prompt: str
+    options: tuple[tuple[str, Any], ...] = ()
+    place: str = ""  # where it stands, for error messages: "prompts.jsonl, line 7"
+
+
+def read_prompts(path: str) -> list[Line]:
+    """The prompts of a UTF-8 text file, or of standard input for "-", in order, without blank lines.
+
+    Plain text has one prompt per line; what is in a line stays as it is. If the first line is a JSON object,
+    or the file's name ends in .jsonl, each line is one, with "prompt" and options named as on the command
+    line. A byte order mark and the line ends of any system are fine. InputError, with the number of the line,
+    if the file cannot be read, is not UTF-8 text or JSON, or holds no prompt.
     """
     try:
-        data = Path(path).read_bytes()
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"--from-file {path}: {error.strerror}") from error
     try:
@@ -26,11 +41,33 @@ def read_prompts(path: str) -> list[str]:
         raise _not_text(path, data, data.index(0))
 
     # Files put together with `cat` have byte order marks in the middle, too.
-    lines = [line.removeprefix("\ufeff") for line in text.splitlines()]
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
+    numbered = [(i, line.removeprefix("\ufeff")) for i, line in enumerate(text.splitlines(), 1)]
+    lines = [(i, line) for i, line in numbered if line.strip()]
+    if not lines:
         raise InputError(f"--from-file {path}: no prompt in it; write one per line")
-    return prompts
+    if path.endswith(".jsonl") or isinstance(_json(lines[0][1]), dict):
+        return [_json_line(line, f"{path}, line {i}") for i, line in lines]
+    return [Line(line, place=f"{path}, line {i}") for i, line in lines]
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_line(text: str, place: str) -> Line:
+    content = _json(text)
+    if not isinstance(content, dict):
+        raise InputError(f'--from-file {place}: no JSON object such as {{"prompt": "a red cube", "seed": 7}}')
+    prompt = content.pop("prompt", None)
+    if not isinstance(prompt, str):
+        raise InputError(f'--from-file {place}: its "prompt" is missing or no text')
+    for name, value in content.items():
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise InputError(f"--from-file {place}: the {name} {json.dumps(value)} is no number or text")
+    return Line(prompt, tuple(content.items()), place)
 
 
 def _not_text(path: str, data: bytes, position: int) -> InputError:
@@ -46,26 +83,45 @@ class Batch:
     """Images that are sampled together."""
 
     prompts: tuple[str, ...]
-    first: int  # number of the first image within the run, from 0
+    numbers: Sequence[int]  # of the images within the run, from 0
+    seeds: tuple[int | None, ...] | None = None  # where they are not the run's seed + number
+    kind: int = 0  # which of the run's settings
     position: int = 0  # of the first image within the batch that this one was cut from
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @property
-    def numbers(self) -> range:
-        """Of the images, within the run."""
-        return range(self.first, self.first + len(self.prompts))
-
     def singles(self) -> list[Batch]:
         """The same images one at a time."""
-        return [Batch((prompt,), self.first + i, self.position + i) for i, prompt in enumerate(self.prompts)]
+        return [
+            Batch((prompt,), (k,), self.seeds and self.seeds[i : i + 1], self.kind, self.position + i)
+            for i, (prompt, k) in enumerate(zip(self.prompts, self.numbers, strict=True))
+        ]
 
 
-def plan(prompts: list[str], n_iter: int, n_samples: int) -> list[Batch]:
-    """A run's batches in the original's order: all prompts, `n_samples` at a time, `n_iter` times over."""
-    return [
-        Batch(tuple(prompts[start : start + n_samples]), iteration * len(prompts) + start)
-        for iteration in range(n_iter)
-        for start in range(0, len(prompts), n_samples)
-    ]
+def plan(
+    prompts: Sequence[str],
+    n_iter: int,
+    n_samples: int,
+    kinds: Sequence[int] | None = None,
+    seeds: Sequence[int | None] | None = None,
+) -> list[Batch]:
+    """A run's batches in the original's order: all prompts, `n_samples` at a time, `n_iter` times over.
+
+    Prompts of different `kinds` go into different batches. One with a seed of its own has the next one in the
+    next round.
+    """
+    count, batches = len(prompts), []
+    by_kind: dict[int, list[int]] = {}
+    for i in range(count):
+        by_kind.setdefault(kinds[i] if kinds else 0, []).append(i)
+    for iteration in range(n_iter):
+        for kind, members in by_kind.items():
+            for start in range(0, len(members), n_samples):
+                part = members[start : start + n_samples]
+                own = None
+                if seeds and any(seeds[i] is not None for i in part):
+                    own = tuple(None if seeds[i] is None else seeds[i] + iteration for i in part)
+                numbers = tuple(iteration * count + i for i in part)
+                batches.append(Batch(tuple(prompts[i] for i in part), numbers, own, kind))
+    return batches

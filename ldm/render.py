@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import secrets
 import signal
 import sys
@@ -11,9 +12,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import IMG2IMG_SCALE, SCALE, notice
+from ldm.cli import IMAGE_OPTIONS, IMG2IMG_SCALE, SCALE, notice
 from ldm.errors import InputError
 from ldm.loading import ModelFiles, advised_scale, choose_model, native_size, read_config
 from ldm.outputs import CannotWrite, OutputFolder, PictureWriter, Watermarker
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from ldm.generate import Settings
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.prompts import Batch
+    from ldm.prompts import Batch, Line
 
 
 def render(args: argparse.Namespace) -> int:
@@ -33,66 +35,90 @@ def render(args: argparse.Namespace) -> int:
 
     Returns the exit code: 1 if an image could not be made or saved, 130 if the user ended the run.
     """
-    from ldm.prompts import plan, read_prompts
-
-    prompts = read_prompts(args.from_file) if args.from_file else [args.prompt] * args.n_samples
+    lines, own_args = prompt_lines(args)
     files, config = model_files(args)
-    init_image = read_init(args)
-    height, width = init_image.shape[:2] if init_image is not None else picture_size(args, config)
-    batches = plan(prompts, args.n_iter, args.n_samples)
+    different = list({id(own): own for own in own_args}.values())
+    init_images = {(own.H, own.W): own for own in different}
+    init_images = {size: read_init(own) for size, own in init_images.items()}
     # the output folder is tried, and a run to resume is found, before anything slow
-    folder, watermark = output_folder(args), watermarker(args, height, width)
-
-    from ldm.generate import generate
-
+    folder = output_folder(args)
     if args.resume and args.seed == -1:
         args.seed = RunRecord.last_settings(folder.path).get("seed", -1)
-    settings = settings_of(args, files, height, width)
-    facts = facts_of(args, settings) | {"n_samples": args.n_samples} | model_facts(args, files)
-    told = told_of(args, prompts, init_image)
-    record = RunRecord(folder.path, facts | told, sum(map(len, batches)))
+    args.seed = choose_seed(args.seed)
+
+    from ldm.generate import generate
+    from ldm.prompts import plan
+
+    kinds: list[Settings] = []
+    inits: list[np.ndarray | None] = []
+    known: dict[str, int] = {}
+    kind_of: dict[int, int] = {}
+    for own in different:
+        init = init_images[own.H, own.W]
+        height, width = init.shape[:2] if init is not None else picture_size(own, config)
+        settings = replace(settings_of(own, files, height, width), seed=args.seed)
+        if repr(settings) not in known:
+            known[repr(settings)] = len(kinds)
+            kinds.append(settings)
+            inits.append(init)
+        kind_of[id(own)] = known[repr(settings)]
+    batches = plan(
+        [line.prompt for line in lines],
+        args.n_iter,
+        args.n_samples,
+        [kind_of[id(own)] for own in own_args],
+        own_seeds(lines, own_args),
+    )
+    common = {"n_samples": args.n_samples} | model_facts(args, files)
+    facts = [common | facts_of(args, settings) for settings in kinds]
+    record = RunRecord(folder.path, facts[0] | told_of(args, lines, inits), sum(map(len, batches)))
     resumed = args.resume and record.resume()
     missing = set(record.missing())
-    batches = remaining(batches, missing, settings.rng)
-    writer = PictureWriter(
-        folder, record, watermark, not args.skip_save, not args.skip_grid, args.n_rows or args.n_samples
-    )
-    pictures, steps = iter(()), settings.steps_to_run
+    batches = remaining(batches, missing, args.rng)
+    watermarks = [watermarker(args, settings.height, settings.width) for settings in kinds]
+    columns = args.n_rows or args.n_samples
+    writer = PictureWriter(folder, record, watermarks[0], not args.skip_save, not args.skip_grid, columns)
     if batches:
         model = load(args, files, config)
-        check_prompts(model, [*prompts, args.negative_prompt])
-        if init_image is not None:
+        check_prompts(model, [*(line.prompt for line in lines), *(own.negative_prompt for own in own_args)])
+        for settings in kinds if inits[0] is not None else ():
+            steps = settings.steps_to_run
             trip = "" if steps else ": the pictures are the autoencoder's round trip"
             notice(f"img2img runs {steps} of {settings.steps} steps{trip}")
     else:
         notice(f"all {record.images} images are there")
-    count = sum(map(len, batches))
+    steps = [settings.steps_to_run for settings in kinds]
+    adaptive = any(settings.sampler == "dpm_adaptive" for settings in kinds)
+    total = None if adaptive else sum(len(batch) * steps[batch.kind] for batch in batches)
     failed = 0
-    with (
-        Interrupt() as interrupt,
-        ending(record),
-        StepBar(count, None if settings.sampler == "dpm_adaptive" else count * steps) as bar,
-    ):
+    with Interrupt() as interrupt, ending(record), StepBar(sum(map(len, batches)), total) as bar:
         if not resumed:
             record.start(folder.next_number)
-        if batches:
-            pictures = generate(model, batches, settings, bar.step, init_image)
-        start = time.perf_counter()
-        for batch, images in pictures:
-            seconds = round((time.perf_counter() - start) / len(batch), 3)
-            for k, prompt, image in zip(batch.numbers, batch.prompts, images, strict=True):
-                if k not in missing:
-                    continue
-                own = facts | {"prompt": prompt, "image": k} | seeds(settings, k)
-                told = own | {"seconds": seconds, "nan": image is None}
-                failed += not save(writer, k, image, None if args.no_metadata else own, told, bar)
-            bar.finish(len(batch))
+        for kind, settings in enumerate(kinds):
+            mine = [batch for batch in batches if batch.kind == kind]
+            if not mine or interrupt.asked:
+                continue
+            writer.watermark = watermarks[kind] or (lambda image: image)
             start = time.perf_counter()
-            if interrupt.asked:
-                break
-        else:
-            prompt = "\n".join(dict.fromkeys(prompts))
-            writer.finish(None if args.no_metadata else facts | {"prompt": prompt})
+            for batch, images in generate(model, mine, settings, bar.step, inits[kind]):
+                seconds = round((time.perf_counter() - start) / len(batch), 3)
+                for image, prompt, own in zip(
+                    images, batch.prompts, image_facts(settings, batch), strict=True
+                ):
+                    if own["image"] not in missing:
+                        continue
+                    own = facts[kind] | {"prompt": prompt} | own
+                    told = own | {"seconds": seconds, "nan": image is None}
+                    failed += not save(
+                        writer, own["image"], image, None if args.no_metadata else own, told, bar
+                    )
+                bar.finish(len(batch))
+                start = time.perf_counter()
+                if interrupt.asked:
+                    break
+        if not interrupt.asked:
+            prompt = "\n".join(dict.fromkeys(line.prompt for line in lines))
+            writer.finish(None if args.no_metadata else facts[0] | {"prompt": prompt})
     left = len(record.missing())
     if left:
         notice(f"{left} of {record.images} images are missing; the same command with --resume makes them")
@@ -100,6 +126,47 @@ def render(args: argparse.Namespace) -> int:
         notice(f"{failed} of {record.images} images failed: manifest.jsonl says which")
     print(args.outdir)
     return 130 if interrupt.asked else 1 if failed else 0
+
+
+def prompt_lines(args: argparse.Namespace) -> tuple[list[Line], list[argparse.Namespace]]:
+    """The run's prompts, and the arguments of each: the command's, with the options of its line over them."""
+    from ldm.prompts import Line, read_prompts
+
+    if not args.from_file:
+        return [Line(args.prompt)] * args.n_samples, [args] * args.n_samples
+    lines = [line for line in read_prompts(args.from_file) for _ in range(args.repeat)]
+    variants: dict[tuple, argparse.Namespace] = {(): args}
+    for line in lines:
+        if line.options not in variants:
+            variants[line.options] = line_arguments(args, line)
+    return lines, [variants[line.options] for line in lines]
+
+
+def line_arguments(args: argparse.Namespace, line: Line) -> argparse.Namespace:
+    """The arguments with a JSON line's options; InputError that names the line."""
+    options = dict(line.options)
+    allowed = [*IMAGE_OPTIONS, "H", "W"]
+    try:
+        for name in options:
+            if name not in allowed or not hasattr(args, "ddim_steps" if name == "steps" else name):
+                raise InputError(f"no option {name!r} for a line; there are prompt, {', '.join(allowed)}")
+        if args.rng == "compvis":
+            raise InputError("options of its own with --rng compvis: that is one stream for all images")
+        if options.get("seed", 0) == -1:
+            raise InputError("a seed of -1; leave it out, and the line has the run's")
+        return args.variant(options)
+    except InputError as error:
+        raise InputError(f"--from-file {line.place}: {error}") from error
+
+
+def own_seeds(lines: list[Line], own_args: list[argparse.Namespace]) -> list[int | None]:
+    """Each line's own seed, if it has one; a line that comes again has the next."""
+    seeds: list[int | None] = []
+    for i, (line, own) in enumerate(zip(lines, own_args, strict=True)):
+        again = i > 0 and lines[i - 1] is line and seeds[-1] is not None
+        own_seed = own.seed if any(name == "seed" for name, _ in line.options) else None
+        seeds.append(seeds[-1] + 1 if again else own_seed)
+    return seeds
 
 
 def save(
@@ -139,12 +206,14 @@ def ending(record: RunRecord) -> Iterator[None]:
             record.end()
 
 
-def told_of(args: argparse.Namespace, prompts: list[str], init_image: np.ndarray | None) -> dict[str, Any]:
-    """What else a run's files depend on, prompts and init image as hashes that tell them from others."""
-    text = "\n".join(prompts).encode("utf-8", "surrogateescape")
+def told_of(args: argparse.Namespace, lines: list[Line], inits: list[np.ndarray | None]) -> dict[str, Any]:
+    """What else a run's files depend on, prompts and init images as hashes that tell them from others."""
+    text = json.dumps([(line.prompt, line.options) for line in lines]).encode()
     told = {name: getattr(args, name) for name in ("n_iter", "watermark", "no_metadata")}
-    told["prompts"] = f"{len(prompts)}, {_hash(text)}"
-    return told if init_image is None else told | {"init image": _hash(init_image.tobytes())}
+    told["prompts"] = f"{len(lines)}, {_hash(text)}"
+    if inits[0] is not None:
+        told["init image"] = _hash(b"".join(init.tobytes() for init in inits))
+    return told
 
 
 def _hash(data: bytes) -> str:
@@ -153,22 +222,25 @@ def _hash(data: bytes) -> str:
 
 def remaining(batches: list[Batch], missing: set[int], rng: str) -> list[Batch]:
     """The batches with missing images; of one stream for all also those before, which draw from it."""
-    wanted = [i for i, batch in enumerate(batches) if missing & {*batch.numbers}]
+    wanted = [i for i, batch in enumerate(batches) if not missing.isdisjoint(batch.numbers)]
     if rng == "compvis":
         return batches[: wanted[-1] + 1] if wanted else []
     return [batches[i] for i in wanted]
 
 
-def seeds(settings: Settings, k: int) -> dict[str, int]:
-    """The seeds with which image k can be made alone; in the original's one stream none has its own."""
+def image_facts(settings: Settings, batch: Batch) -> list[dict[str, int]]:
+    """Number and seeds of each image, to make it alone; in the original's one stream it has no seed."""
     from ldm.sampling.noise import image_seed
 
-    own = {"seed": settings.seed, "variation_seed": settings.variation_seed}
-    return {
-        name: image_seed(seed, k)
-        for name, seed in own.items()
-        if seed is not None and settings.rng == "image"
-    }
+    facts = []
+    for k, given in zip(batch.numbers, batch.seeds or [None] * len(batch), strict=True):
+        own = {"image": k}
+        if settings.rng == "image":
+            own["seed"] = image_seed(settings.seed, k) if given is None else given
+            if settings.variation_seed is not None:
+                own["variation_seed"] = image_seed(settings.variation_seed, k)
+        facts.append(own)
+    return facts
 
 
 class Interrupt:
@@ -239,7 +311,7 @@ def settings_of(args: argparse.Namespace, files: ModelFiles, height: int, width:
         guidance_end=args.guidance_end,
         zero_snr=args.zero_snr,
         negative_prompt=args.negative_prompt,
-        seed=choose_seed(args.seed),
+        seed=args.seed,
         variation_seed=args.variation_seed,
         variation_strength=args.variation_strength,
         rng=args.rng,

@@ -14,12 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm import cli
 from ldm.errors import InputError
 
-AXES = (
-    *("prompt", "negative_prompt", "seed", "variation_seed", "variation_strength", "rng"),
-    *("sampler", "steps", "ddim_steps", "schedule", "rho", "timesteps", "sigmas", "strength"),
-    *("eta", "ddim_eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
-    *("scale", "cfg_rescale", "guidance_start", "guidance_end"),
-)
+AXES = ("prompt", *cli.IMAGE_OPTIONS, "rng")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[list[argparse.Namespace]]]:
@@ -45,12 +40,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[list[argparse.Names
         argv = [*argv, f"--seed={choose_seed(-1)}"]
         args = parser.parse_args(argv)
 
-    def cell(x: str, y: str) -> argparse.Namespace:
-        own = parser.parse_args([*argv, f"--{axes[0][0]}={x}", f"--{axes[1][0]}={y}"])
-        cli.check_arguments(own)
-        return own
-
-    return args, [[cell(x, y) for x in axes[0][1]] for y in axes[1][1]]
+    (x, across), (y, down) = axes
+    return args, [[parser.parse([*argv, f"--{x}={a}", f"--{y}={b}"]) for a in across] for b in down]
 
 
 def _axis(flag: str, words: list[str], img2img: bool) -> tuple[str, list[str]]:
@@ -106,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         for row, own_settings in zip(cells, settings, strict=True):
             rows.append([])
             for own, chosen in zip(row, own_settings, strict=True):
-                ((_, (image,)),) = generate(model, [Batch((own.prompt,), 0)], chosen, bar.step, init_image)
+                ((_, (image,)),) = generate(model, [Batch((own.prompt,), (0,))], chosen, bar.step, init_image)
                 bar.finish(1)
                 if image is None:
                     bar.notice(f"the picture in row {len(rows)}, column {len(rows[-1]) + 1} came out as NaN")

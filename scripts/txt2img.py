@@ -10,8 +10,7 @@ from ldm import cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = cli.txt2img_parser().parse_args(argv)
-    cli.check_arguments(args)
+    args = cli.txt2img_parser().parse(sys.argv[1:] if argv is None else argv)
 
     from ldm.render import render
 

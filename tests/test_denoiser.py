@@ -198,7 +198,7 @@ def test_only_from_true_noise_the_brightness_is_right():
 
 
 def run_tiny(changes: dict, **settings) -> list:
-    batches = [Batch(("a cat",), first=0)]
+    batches = [Batch(("a cat",), (0,))]
     return list(generate(tiny_model(changes), batches, Settings(height=16, width=16, steps=4, **settings)))
 
 

@@ -25,7 +25,7 @@ from ldm.sampling.schedule import karras, zero_terminal_snr
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
-BATCHES = [Batch(("a", "b"), first=0), Batch(("c",), first=2)]
+BATCHES = [Batch(("a", "b"), (0, 1)), Batch(("c",), (2,))]
 BIG_SEEDS = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**33 + 1, 2**40 + 1, MAX_SEED - 1, MAX_SEED]
 
 

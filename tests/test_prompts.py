@@ -1,9 +1,12 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ldm.errors import InputError
 from ldm.prompts import Batch, plan, read_prompts
@@ -14,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def read(tmp_path: Path, data: bytes) -> list[str]:
     path = tmp_path / "prompts.txt"
     path.write_bytes(data)
-    return read_prompts(str(path))
+    return [line.prompt for line in read_prompts(str(path))]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -41,12 +44,14 @@ def test_utf8_in_any_locale(tmp_path):
     """The original decoded the file in the encoding of the user's locale: garbage or a crash beyond ASCII."""
     path = tmp_path / "prompts.txt"
     path.write_text("café 夜 🎸\n", encoding="utf-8")
-    script = "import sys; from ldm.prompts import read_prompts; print(ascii(read_prompts(sys.argv[1])))"
+    script = (
+        "import sys; from ldm.prompts import read_prompts; print(ascii(read_prompts(sys.argv[1])[0].prompt))"
+    )
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     run = subprocess.run(
         [sys.executable, "-c", script, path], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
-    assert run.stdout.strip() == ascii(["café 夜 🎸"])
+    assert run.stdout.strip() == ascii("café 夜 🎸")
 
 
 @pytest.mark.parametrize(
@@ -81,5 +86,62 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 def test_the_last_batch_may_be_smaller():
     """The original paired it with a full batch of empty prompts and crashed, losing the grid."""
     batches = plan(["a", "b", "c"], n_iter=2, n_samples=2)
-    assert batches == [Batch(("a", "b"), 0), Batch(("c",), 2), Batch(("a", "b"), 3), Batch(("c",), 5)]
+    parts = [(("a", "b"), (0, 1)), (("c",), (2,)), (("a", "b"), (3, 4)), (("c",), (5,))]
+    assert batches == [Batch(*part) for part in parts]
     assert list(map(len, plan(["a"], n_iter=1, n_samples=3))) == [1]
+
+
+def test_json_lines(tmp_path):
+    (tmp_path / "p.txt").write_text(
+        '{"prompt": "a cat", "seed": 7, "sampler": "Euler a"}\n\n{"prompt": "{}"}\n'
+    )
+    first, second = read_prompts(str(tmp_path / "p.txt"))
+    assert (first.prompt, dict(first.options)) == ("a cat", {"seed": 7, "sampler": "Euler a"})
+    assert (second.prompt, second.options) == ("{}", ())
+    assert second.place.endswith("p.txt, line 3")
+
+
+def test_prompts_that_begin_with_a_brace_are_prompts(tmp_path):
+    assert read(tmp_path, b"{a cat|a dog}\n[1, 2]\n7\n") == ["{a cat|a dog}", "[1, 2]", "7"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a cat", "no JSON object such as"),
+        ('{"prompt": "a cat"', "no JSON object"),
+        ('{"seed": 7}', 'its "prompt" is missing'),
+        ('{"prompt": 7}', 'its "prompt" is missing or no text'),
+        ('{"prompt": "a", "seed": null}', "the seed null is no number or text"),
+        ('{"prompt": "a", "seed": true}', "the seed true is no number"),
+        ('{"prompt": "a", "steps": [1]}', "the steps [1] is no number"),
+        ("[" * 100_000, "no JSON object"),
+    ],
+)
+def test_bad_json_lines_are_named(tmp_path, line, words):
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a"}}\n\n{line}\n')
+    with pytest.raises(InputError) as error:
+        read_prompts(str(tmp_path / "p.jsonl"))
+    assert words in str(error.value)
+    assert "p.jsonl, line 3" in str(error.value)
+
+
+def test_prompts_of_one_kind_are_batched_together():
+    batches = plan(["a", "b", "c", "d"], 2, 2, kinds=[0, 1, 0, 0], seeds=[None, 5, None, None])
+    assert [(batch.prompts, batch.numbers, batch.seeds, batch.kind) for batch in batches] == [
+        (("a", "c"), (0, 2), None, 0),
+        (("d",), (3,), None, 0),
+        (("b",), (1,), (5,), 1),
+        (("a", "c"), (4, 6), None, 0),
+        (("d",), (7,), None, 0),
+        (("b",), (5,), (6,), 1),
+    ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_any_file_is_prompts_or_one_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "p.jsonl"
+    path.write_bytes(data)
+    with suppress(InputError):
+        assert all(line.prompt is not None for line in read_prompts(str(path)))

@@ -172,6 +172,83 @@ def test_a_new_run_does_not_touch_an_older_one(txt2img: Command) -> None:
     assert len({line["run"] for line in manifest(second.folder)}) == 2
 
 
+# --- JSON lines
+
+
+def test_json_lines_have_options_of_their_own(txt2img: Command, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "a cat"},
+        {"prompt": "a dog", "seed": 7, "steps": 3, "scale": 5, "sampler": "Euler a", "H": 24},
+        {"prompt": "a bird"},
+        {"prompt": "a cow", "negative_prompt": "a dog", "seed": 9},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = ["--from-file", tmp_path / "p.jsonl", "--n_iter", 2]
+    result = txt2img(*argv)
+    assert (result.code, result.err) == (0, [])
+    found = [(s["prompt"], s["seed"], s["steps"], s["scale"], s["sampler"]) for s in result.settings]
+    first = (
+        ("a cat", 42, 2, 7.5, "ddim"),
+        ("a dog", 7, 3, 5.0, "euler_ancestral"),
+        ("a bird", 44, 2, 7.5, "ddim"),
+    )
+    assert found[:3] == list(first)
+    assert [seed for _, seed, *_ in found] == [42, 7, 44, 9, 46, 8, 48, 10]
+    assert result.settings[3]["negative_prompt"] == "a dog"
+    assert [image.shape for image in result.images[:3]] == [(16, 16, 3), (24, 16, 3), (16, 16, 3)]
+    alone = txt2img(
+        "--prompt",
+        "a dog",
+        *"--seed 7 --steps 3 --scale 5 --sampler euler_ancestral".split(),
+        *"--H 24 --n_samples 1 --n_iter 1".split(),
+        folder="alone",
+    )
+    assert abs(alone.images[0] - result.images[1]).max() <= 1
+    again = txt2img(*argv, "--resume")
+    assert again.err == ["all 8 images are there"]
+
+
+def test_repeat(txt2img: Command, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text('{"prompt": "a cat", "seed": 5}\n{"prompt": "a dog"}\n')
+    result = txt2img("--from-file", tmp_path / "p.txt", "--repeat", 2, "--n_iter", 1)
+    assert [(s["prompt"], s["seed"]) for s in result.settings] == [
+        ("a cat", 5),
+        ("a cat", 6),
+        ("a dog", 44),
+        ("a dog", 45),
+    ]
+
+
+def test_prompts_from_standard_input(model: tuple[Path, Path], tmp_path: Path) -> None:
+    run = start(tmp_path / "out", model, "--n_iter", 1, "--from-file", "-", stdin=subprocess.PIPE)
+    run.communicate("a cat\na dog\n")
+    assert run.returncode == 0
+    assert [line["prompt"] for line in manifest(tmp_path / "out")] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            {"prompt": "a", "steps": 0},
+            "line 2: argument --ddim_steps/--steps: 0 is not a whole number in range",
+        ),
+        ({"prompt": "a", "sampler": "eulr"}, "line 2: --sampler eulr is not known"),
+        (
+            {"prompt": "a", "outdir": "x"},
+            "line 2: no option 'outdir' for a line; there are prompt, negative_",
+        ),
+        ({"prompt": "a", "H": 20}, "line 2: --H 20 is not a multiple of 8"),
+        ({"prompt": "a", "seed": -1}, "line 2: a seed of -1"),
+        ({"prompt": "a", "strength": 0.5}, "line 2: no option 'strength'"),
+        ({"prompt": "a", "scale": "x"}, "line 2: argument --scale: x is not a number"),
+    ],
+)
+def test_bad_lines_are_named_before_anything_runs(txt2img, tmp_path, line, words) -> None:
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a"}}\n{json.dumps(line)}\n')
+    refused(txt2img("--from-file", tmp_path / "p.jsonl", "--ckpt", "nowhere.ckpt"), words)
+
+
 # --- real processes
 
 

@@ -212,9 +212,9 @@ def noise_source(
 ) -> Callable[[Batch], Noise]:
     """The noise of each batch of a run: `rng` is "image" or "compvis", `shape` is one image's [c, h, w].
 
-    Image k has seed `seed + k`, modulo 2^63, varied towards `variation`'s (seed + k, strength). `fixed_code`
-    starts every batch from the first one's noise, drawn for `n_samples` images. Only per-image noise is
-    `brownian` or varied.
+    Image k has the seed that its batch gives it, or `seed + k`, modulo 2^63, and is varied towards
+    `variation`'s (seed + k, strength). `fixed_code` starts every batch from the first one's noise, drawn for
+    `n_samples` images. Only per-image noise is `brownian` or varied.
     """
     if rng == "compvis":
         generator = torch.Generator(device).manual_seed(seed)
@@ -229,16 +229,17 @@ def noise_source(
             generator, (len(batch), *shape), rows(code, batch), rows(posterior, batch)
         )
 
-    def own(seed: int, batch: Batch, fixed_code: bool) -> ImageNoise:
-        seeds = [image_seed(seed, batch.first + i) for i in range(len(batch))]
+    def own(seed: int, batch: Batch, fixed_code: bool, given: Sequence[int | None] | None) -> ImageNoise:
+        given = given or [None] * len(batch)
+        seeds = [image_seed(seed, k) if g is None else g for g, k in zip(given, batch.numbers, strict=True)]
         starts = [image_seed(seed, batch.position + i) for i in range(len(batch))] if fixed_code else None
         return ImageNoise(seeds, shape, device, starts, brownian)
 
     def image_noise(batch: Batch) -> ImageNoise | VariedNoise:
-        noise = own(seed, batch, fixed_code)
+        noise = own(seed, batch, fixed_code, batch.seeds)
         if variation is None:
             return noise
-        return VariedNoise(noise, own(variation[0], batch, False), variation[1])
+        return VariedNoise(noise, own(variation[0], batch, False, None), variation[1])
 
     return image_noise
 
