@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -180,21 +180,29 @@ class PictureWriter:
         self,
         folder: OutputFolder,
         record: RunRecord,
-        watermark: Callable[[np.ndarray], np.ndarray] | None = None,
         images: bool = True,
         grid: bool = True,
         columns: int = 1,
+        watermark: Watermarker | None = None,
     ):
         self.folder, self.record = folder, record
-        self.watermark = watermark or (lambda image: image)
         self.save_images, self.save_grid, self.columns = images, grid, columns
+        self.watermark = watermark  # of the grids
         self.page: list[np.ndarray] = []
 
-    def add(self, k: int, image: np.ndarray, settings: dict[str, Any] | None, facts: dict[str, Any]) -> None:
+    def add(
+        self,
+        k: int,
+        image: np.ndarray,
+        settings: dict[str, Any] | None,
+        facts: dict[str, Any],
+        watermark: Watermarker | None = None,
+    ) -> None:
         """Picture k, uint8 [H, W, 3], the settings to write into it, and what the manifest tells of it."""
         file = None
         if self.save_images:
-            path = self.folder.save_image(self.watermark(image), settings, self.record.first + k)
+            marked = watermark(image) if watermark else image
+            path = self.folder.save_image(marked, settings, self.record.first + k)
             file = path.relative_to(self.folder.path).as_posix()
         elif self.save_grid:
             self.page.append(image)
@@ -219,4 +227,5 @@ class PictureWriter:
     def _save_page(self, images: list[np.ndarray], settings: dict[str, Any] | None) -> Path:
         grid = make_grid(of_one_size(images), self.columns)
         single = len(images) == 1 and self.save_images  # the file itself, which has its watermark
-        return self.folder.save_grid(grid if single else self.watermark(grid), settings)
+        mark = self.watermark and not single
+        return self.folder.save_grid(self.watermark(grid) if mark else grid, settings)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import IMAGE_OPTIONS, IMG2IMG_SCALE, SCALE, notice
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
     from ldm.prompts import Batch, Line
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What images that may share a batch have in common."""
+
+    settings: Settings
+    init_image: np.ndarray | None
+    facts: dict[str, Any]  # what is told of each
+    watermark: Watermarker | None
+
+
 def render(args: argparse.Namespace) -> int:
     """From checked arguments to files: text to image, or with an `init_img` among them image to image.
 
@@ -37,31 +47,66 @@ def render(args: argparse.Namespace) -> int:
     """
     lines, own_args = prompt_lines(args)
     files, config = model_files(args)
-    different = list({id(own): own for own in own_args}.values())
-    init_images = {(own.H, own.W): own for own in different}
-    init_images = {size: read_init(own) for size, own in init_images.items()}
     # the output folder is tried, and a run to resume is found, before anything slow
     folder = output_folder(args)
     if args.resume and args.seed == -1:
         args.seed = RunRecord.last_settings(folder.path).get("seed", -1)
     args.seed = choose_seed(args.seed)
+    kinds, batches = plan_run(args, lines, own_args, files, config)
+    record = RunRecord(folder.path, kinds[0].facts | told_of(args, lines, kinds), sum(map(len, batches)))
+    resumed = args.resume and record.resume()
+    batches = remaining(batches, record.missing(), args.rng)
+    columns = args.n_rows or args.n_samples
+    writer = PictureWriter(
+        folder, record, not args.skip_save, not args.skip_grid, columns, kinds[0].watermark
+    )
+    if batches:
+        model = load(args, files, config)
+        check_prompts(model, [*(line.prompt for line in lines), *(own.negative_prompt for own in own_args)])
+        for kind in kinds:
+            tell_steps(kind)
+    else:
+        notice(f"all {record.images} images are there")
+        model = None
+    if not resumed:
+        record.start(folder.next_number)
+    with ending(record), Interrupt() as interrupt:
+        failed = make(model, kinds, batches, writer, interrupt, args.no_metadata) if batches else 0
+        if not interrupt.asked:
+            prompt = "\n".join(dict.fromkeys(line.prompt for line in lines))
+            writer.finish(None if args.no_metadata else kinds[0].facts | {"prompt": prompt})
+    if left := len(record.missing()):
+        notice(f"{left} of {record.images} images are missing; the same command with --resume makes them")
+    if failed:
+        notice(f"{failed} of {record.images} images failed: manifest.jsonl says which")
+    print(args.outdir)
+    return 130 if interrupt.asked else 1 if failed else 0
 
-    from ldm.generate import generate
+
+def plan_run(
+    args: argparse.Namespace,
+    lines: list[Line],
+    own_args: list[argparse.Namespace],
+    files: ModelFiles,
+    config: dict[str, Any],
+) -> tuple[list[Kind], list[Batch]]:
+    """The kinds of images that the lines ask for, the command's own first, and all batches of the run."""
     from ldm.prompts import plan
 
-    kinds: list[Settings] = []
-    inits: list[np.ndarray | None] = []
-    known: dict[str, int] = {}
+    different = {id(own): own for own in own_args}.values()  # lines without options share the command's
+    sizes = {(own.H, own.W): own for own in different}
+    init_images = {size: read_init(own) for size, own in sizes.items()}
+    common = {"n_samples": args.n_samples} | model_facts(args, files)
+    kinds: dict[str, Kind] = {}
     kind_of: dict[int, int] = {}
     for own in different:
         init = init_images[own.H, own.W]
         height, width = init.shape[:2] if init is not None else picture_size(own, config)
         settings = replace(settings_of(own, files, height, width), seed=args.seed)
-        if repr(settings) not in known:
-            known[repr(settings)] = len(kinds)
-            kinds.append(settings)
-            inits.append(init)
-        kind_of[id(own)] = known[repr(settings)]
+        if repr(settings) not in kinds:
+            facts, watermark = common | facts_of(args, settings), watermarker(args, height, width)
+            kinds[repr(settings)] = Kind(settings, init, facts, watermark)
+        kind_of[id(own)] = list(kinds).index(repr(settings))
     batches = plan(
         [line.prompt for line in lines],
         args.n_iter,
@@ -69,63 +114,52 @@ def render(args: argparse.Namespace) -> int:
         [kind_of[id(own)] for own in own_args],
         own_seeds(lines, own_args),
     )
-    common = {"n_samples": args.n_samples} | model_facts(args, files)
-    facts = [common | facts_of(args, settings) for settings in kinds]
-    record = RunRecord(folder.path, facts[0] | told_of(args, lines, inits), sum(map(len, batches)))
-    resumed = args.resume and record.resume()
-    missing = set(record.missing())
-    batches = remaining(batches, missing, args.rng)
-    watermarks = [watermarker(args, settings.height, settings.width) for settings in kinds]
-    columns = args.n_rows or args.n_samples
-    writer = PictureWriter(folder, record, watermarks[0], not args.skip_save, not args.skip_grid, columns)
-    if batches:
-        model = load(args, files, config)
-        check_prompts(model, [*(line.prompt for line in lines), *(own.negative_prompt for own in own_args)])
-        for settings in kinds if inits[0] is not None else ():
-            steps = settings.steps_to_run
-            trip = "" if steps else ": the pictures are the autoencoder's round trip"
-            notice(f"img2img runs {steps} of {settings.steps} steps{trip}")
-    else:
-        notice(f"all {record.images} images are there")
-    steps = [settings.steps_to_run for settings in kinds]
-    adaptive = any(settings.sampler == "dpm_adaptive" for settings in kinds)
+    return list(kinds.values()), batches
+
+
+def make(
+    model: LatentDiffusion,
+    kinds: list[Kind],
+    batches: list[Batch],
+    writer: PictureWriter,
+    interrupt: Interrupt,
+    no_metadata: bool,
+) -> int:
+    """Make and save what the record lacks, until it is there or the user ends it; the number that failed."""
+    from ldm.generate import generate
+
+    missing, failed = set(writer.record.missing()), 0
+    steps = [kind.settings.steps_to_run for kind in kinds]
+    adaptive = any(kind.settings.sampler == "dpm_adaptive" for kind in kinds)
     total = None if adaptive else sum(len(batch) * steps[batch.kind] for batch in batches)
-    failed = 0
-    with Interrupt() as interrupt, ending(record), StepBar(sum(map(len, batches)), total) as bar:
-        if not resumed:
-            record.start(folder.next_number)
-        for kind, settings in enumerate(kinds):
-            mine = [batch for batch in batches if batch.kind == kind]
+    with StepBar(sum(map(len, batches)), total) as bar:
+        for number, kind in enumerate(kinds):
+            mine = [batch for batch in batches if batch.kind == number]
             if not mine or interrupt.asked:
                 continue
-            writer.watermark = watermarks[kind] or (lambda image: image)
             start = time.perf_counter()
-            for batch, images in generate(model, mine, settings, bar.step, inits[kind]):
+            for batch, images in generate(model, mine, kind.settings, bar.step, kind.init_image):
                 seconds = round((time.perf_counter() - start) / len(batch), 3)
-                for image, prompt, own in zip(
-                    images, batch.prompts, image_facts(settings, batch), strict=True
-                ):
-                    if own["image"] not in missing:
-                        continue
-                    own = facts[kind] | {"prompt": prompt} | own
-                    told = own | {"seconds": seconds, "nan": image is None}
-                    failed += not save(
-                        writer, own["image"], image, None if args.no_metadata else own, told, bar
-                    )
+                own_facts = image_facts(kind.settings, batch)
+                for image, prompt, own in zip(images, batch.prompts, own_facts, strict=True):
+                    if own["image"] in missing:
+                        facts = kind.facts | {"prompt": prompt} | own
+                        told = facts | {"seconds": seconds, "nan": image is None}
+                        metadata = None if no_metadata else facts
+                        failed += not save(writer, own["image"], image, metadata, told, kind.watermark, bar)
                 bar.finish(len(batch))
                 start = time.perf_counter()
                 if interrupt.asked:
                     break
-        if not interrupt.asked:
-            prompt = "\n".join(dict.fromkeys(line.prompt for line in lines))
-            writer.finish(None if args.no_metadata else facts[0] | {"prompt": prompt})
-    left = len(record.missing())
-    if left:
-        notice(f"{left} of {record.images} images are missing; the same command with --resume makes them")
-    if failed:
-        notice(f"{failed} of {record.images} images failed: manifest.jsonl says which")
-    print(args.outdir)
-    return 130 if interrupt.asked else 1 if failed else 0
+    return failed
+
+
+def tell_steps(kind: Kind) -> None:
+    """How many steps image to image runs."""
+    if kind.init_image is not None:
+        steps = kind.settings.steps_to_run
+        trip = "" if steps else ": the pictures are the autoencoder's round trip"
+        notice(f"img2img runs {steps} of {kind.settings.steps} steps{trip}")
 
 
 def prompt_lines(args: argparse.Namespace) -> tuple[list[Line], list[argparse.Namespace]]:
@@ -175,6 +209,7 @@ def save(
     image: np.ndarray | None,
     settings: dict[str, Any] | None,
     told: dict[str, Any],
+    watermark: Watermarker | None,
     bar: StepBar,
 ) -> bool:
     """Write image k and its line of the manifest; False, and a notice, if it is NaN or cannot be written.
@@ -186,7 +221,7 @@ def save(
         writer.record.add(k, None, told)
         return False
     try:
-        writer.add(k, image, settings, told)
+        writer.add(k, image, settings, told, watermark)
     except CannotWrite as error:
         if error.full:
             raise
@@ -206,13 +241,13 @@ def ending(record: RunRecord) -> Iterator[None]:
             record.end()
 
 
-def told_of(args: argparse.Namespace, lines: list[Line], inits: list[np.ndarray | None]) -> dict[str, Any]:
+def told_of(args: argparse.Namespace, lines: list[Line], kinds: list[Kind]) -> dict[str, Any]:
     """What else a run's files depend on, prompts and init images as hashes that tell them from others."""
     text = json.dumps([(line.prompt, line.options) for line in lines]).encode()
     told = {name: getattr(args, name) for name in ("n_iter", "watermark", "no_metadata")}
     told["prompts"] = f"{len(lines)}, {_hash(text)}"
-    if inits[0] is not None:
-        told["init image"] = _hash(b"".join(init.tobytes() for init in inits))
+    if kinds[0].init_image is not None:
+        told["init image"] = _hash(b"".join(kind.init_image.tobytes() for kind in kinds))
     return told
 
 
@@ -220,9 +255,10 @@ def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def remaining(batches: list[Batch], missing: set[int], rng: str) -> list[Batch]:
+def remaining(batches: list[Batch], missing: list[int], rng: str) -> list[Batch]:
     """The batches with missing images; of one stream for all also those before, which draw from it."""
-    wanted = [i for i, batch in enumerate(batches) if not missing.isdisjoint(batch.numbers)]
+    lacking = set(missing)
+    wanted = [i for i, batch in enumerate(batches) if not lacking.isdisjoint(batch.numbers)]
     if rng == "compvis":
         return batches[: wanted[-1] + 1] if wanted else []
     return [batches[i] for i in wanted]

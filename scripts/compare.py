@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     common, rows, missing = model_facts(args, files), [], 0
     record = RunRecord(folder.path, common | {"x": args.x, "y": args.y}, len(flat))
     record.start(folder.next_number)
-    writer = PictureWriter(folder, record, watermark, images=not args.skip_save, grid=False)
+    writer = PictureWriter(folder, record, images=not args.skip_save, grid=False)
     with StepBar(len(flat), None if adaptive else sum(own.steps_to_run for own in flat)) as bar:
         for row, own_settings in zip(cells, settings, strict=True):
             rows.append([])
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
                     image = np.zeros((height, width, 3), np.uint8)
                 else:
                     facts = common | facts_of(own, chosen) | {"prompt": own.prompt}
-                    writer.add(len(record.done), image, None if args.no_metadata else facts, facts)
+                    writer.add(len(record.done), image, None if args.no_metadata else facts, facts, watermark)
                 rows[-1].append(image)
     title = f"{args.y[0]} by {args.x[0]}"
     if "prompt" not in (args.x[0], args.y[0]):
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     sheet = contact_sheet(rows, args.x[1:], args.y[1:], title)
     facts = common | facts_of(args, settings[0][0]) | {"prompt": args.prompt, "x": args.x, "y": args.y}
     if not args.skip_grid:
-        folder.save_grid(writer.watermark(sheet), None if args.no_metadata else facts)
+        folder.save_grid(watermark(sheet) if watermark else sheet, None if args.no_metadata else facts)
     record.end()
     print(args.outdir)
     return 1 if missing else 0
