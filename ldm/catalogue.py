@@ -21,6 +21,7 @@ SCHEDULES = {
     "polyexponential": "log sigma along a power rho, here 1: exponential",
     "sgm_uniform": "generative-models': linspace without its last timestep",
     "ays": "Align Your Steps: 11 noise levels optimised for v1 and v2 models",
+    "lcm": "of the 50 timesteps that latent consistency models are distilled on",
 }
 SCHEDULE_ALIASES = {"normal": "linspace", "alignyoursteps": "ays", "timeuniform": "uniform"}
 RHO = {"karras": 7.0, "polyexponential": 1.0}  # the schedules with a rho, and its default
@@ -110,7 +111,7 @@ SAMPLERS = {
     "unipc": Sampler(
         "uniform", 2, "1", "2302.04867", ("UniPC", "uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler")
     ),
-    "lcm": Sampler("trailing", 1, "1", "2310.04378", ("LCM", "LCMScheduler"), (), "plain"),
+    "lcm": Sampler("lcm", 1, "1", "2310.04378", ("LCM", "LCMScheduler"), (), "plain"),
 }
 
 
@@ -136,7 +137,7 @@ def resolve_schedule(name: str) -> str:
     if found := known.get(_plain(name)):
         return found
     raise InputError(
-        f"--schedule {name} is not known; {_nearest(_plain(name), known)} of {', '.join(SCHEDULES)}"
+        f"--schedule {name} is not known; {_nearest(_plain(name), known)}; choose from {', '.join(SCHEDULES)}"
     )
 
 
@@ -159,10 +160,12 @@ def _plain(name: str) -> str:
 
 
 _KNOWN = {_plain(alias): name for name, s in SAMPLERS.items() for alias in (name, *s.aliases)}
+_KNOWN |= {alias.removesuffix("scheduler"): name for alias, name in _KNOWN.items()}  # diffusers' classes
 _SUFFIXES = {_plain(name): name for name in SCHEDULES if name != "uniform"}
 _SUFFIXES |= {"k": "karras", "ka": "karras"}  # InvokeAI's and A1111's
 
 
 def _nearest(plain: str, known: dict[str, str]) -> str:
-    names = dict.fromkeys(known[match] for match in difflib.get_close_matches(plain, known, 4, 0.5))
+    matches = difflib.get_close_matches(plain, known, 4, 0.6) or [k for k in known if k.startswith(plain[:4])]
+    names = dict.fromkeys(known[match] for match in matches)
     return f"the nearest {'is' if len(names) == 1 else 'are'} {', '.join(names)}" if names else "none is near"

@@ -12,10 +12,10 @@ from typing import Any
 
 from ldm import catalogue
 from ldm.errors import InputError
+from ldm.prompts import MAX_SEED
 
 WATERMARK = "StableDiffusionV1"  # the original's
 SCALE, IMG2IMG_SCALE = 7.5, 5.0  # the original's
-MAX_SEED = 2**63 - 1
 # what each picture of a run may have of its own
 IMAGE_OPTIONS = (
     *("negative_prompt", "seed", "variation_seed", "variation_strength"),
@@ -156,7 +156,7 @@ def add_sampling_arguments(
         type=number(int, 1, 1000),
         default=50,
         metavar="N",
-        help="sampling steps of any sampler, 1 to 1000 (50)",
+        help="sampling steps, 1 to 1000 (50)",
     )
     add("--plms", action="store_true", help="use the PLMS sampler")
     add("--dpm_solver", "--dpm", action="store_true", help="use the DPM-Solver++ (2M) sampler")
@@ -277,7 +277,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     for name in ("prompt", "outdir", "init_img"):
         if getattr(args, name, "") is None:
-            raise InputError(f"--{name.replace('_', '-')} needs a value")
+            raise InputError(f"--{name.replace('_', '-')} is missing, or has no value")
     _check_sampler(args)
     _check_schedule(args)
     if args.guidance_start >= args.guidance_end:
@@ -322,6 +322,10 @@ def _check_sampler(args: argparse.Namespace) -> None:
         if name not in catalogue.SAMPLERS[args.sampler].options:
             having = ", ".join(n for n, facts in catalogue.SAMPLERS.items() if name in facts.options)
             raise InputError(f"--{name} {value:g}: {args.sampler} has no such option; it is one of {having}")
+    if "s_churn" in catalogue.SAMPLERS[args.sampler].options and given and not given.get("s_churn"):
+        raise InputError(f"--{min(given)} without --s_churn: {args.sampler} adds no noise")
+    if given.get("s_tmin", 0) > given.get("s_tmax", math.inf):
+        raise InputError(f"--s_tmin {args.s_tmin:g} is above --s_tmax {args.s_tmax:g}")
     args.options = {"eta": args.ddim_eta} | given if args.sampler == "ddim" else given
 
 

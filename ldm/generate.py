@@ -1,8 +1,9 @@
 """From prompts to pictures, batch by batch: what every sampling script does between loading and saving."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -50,25 +51,50 @@ class Settings:
         return self.steps if self.strength is None else int(round(self.strength * self.steps, 6))
 
 
+# as a part of sigma: what float32 can tell apart, and what a Brownian path's leaves can
+SHORTEST_STEP = {False: 1e-6, True: 1e-3}
+
+
 def plan_trajectory(discretization: Discretization, settings: Settings) -> Trajectory:
     """The noise levels that the settings ask for."""
     if settings.sigmas:
         grid, original = np.array(settings.sigmas, dtype=np.float64), False
     elif settings.timesteps:
-        grid, original = to_first_alpha(discretization, settings.timesteps), True
+        grid, original = to_first_alpha(discretization, settings.timesteps), False
     else:
         name = settings.schedule or catalogue.SAMPLERS[settings.sampler].schedule
         rho = {} if settings.rho is None else {"rho": settings.rho}
         grid, original = SCHEDULES[name](discretization, settings.steps, **rho), name == "leading"
+    least = SHORTEST_STEP[catalogue.SAMPLERS[settings.sampler].noise == "brownian"]
+    for sigma, sigma_next in pairwise(grid.tolist()):
+        if sigma_next > sigma * (1 - least):
+            raise InputError(
+                f"noise levels {sigma:.6g} and {sigma_next:.6g} follow each other: too near for "
+                f"{settings.sampler}; take fewer steps, another list or a smaller --rho"
+            )
     return trajectory(grid, settings.steps_to_run, original)
+
+
+def own_steps(run: Trajectory, discretization: Discretization) -> Trajectory:
+    """A run for a sampler that chooses its steps: its ends, and the lowest level before there is no noise."""
+    lowest = discretization.sigma(0.0)
+    if run.sigmas[-1] > 0 or run.sigmas[0] <= lowest:
+        return run
+    return replace(run, sigmas=(run.sigmas[0], lowest, 0.0))
 
 
 def guidance_interval(run: Trajectory, start: float, end: float) -> tuple[float, float]:
     """The sigmas (above, up to) of the steps from part `start` to part `end` of a run, of 0 … 1.
 
     Step i of n is within if start <= i / n < end. The run's own ends are open: a sampler may go beyond them.
+    Calls within a step go by their own levels. InputError if no step is within.
     """
     first, last = (int(np.ceil(round(part * run.steps, 6))) for part in (start, end))
+    if run.steps and first >= last:
+        raise InputError(
+            f"none of the {run.steps} steps is within --guidance_start {start:g} and --guidance_end {end:g}; "
+            "--scale 1 samples without guidance"
+        )
     low = run.sigmas[last] if last < run.steps else -np.inf
     return low, run.sigmas[first] if first else np.inf
 
@@ -90,12 +116,12 @@ def generate(
     shape = (model.channels, settings.height // factor, settings.width // factor)
     alphas = model.alphas_cumprod.cpu().numpy()
     if settings.zero_snr and model.parameterization == "eps":
-        raise InputError(
-            "--zero_snr: this model predicts the noise (eps), which tells nothing of the picture where there "
-            "is only noise; rescaling to zero terminal SNR is for v-prediction models"
-        )
+        raise InputError("zero_snr is for v-prediction models; this one predicts the noise (eps)")
     discretization = Discretization(zero_terminal_snr(alphas) if settings.zero_snr else alphas)
     run = plan_trajectory(discretization, settings)
+    interval = guidance_interval(run, settings.guidance_start, settings.guidance_end)
+    if settings.sampler == "dpm_adaptive" and run.steps:
+        run = own_steps(run, discretization)
     varied = settings.variation_seed is not None
     posterior = None
     # at full strength the picture would have no say
@@ -126,7 +152,7 @@ def generate(
             embed(settings.negative_prompt) if settings.scale != 1.0 else None,
             settings.scale,
             rescale=settings.cfg_rescale,
-            interval=guidance_interval(run, settings.guidance_start, settings.guidance_end),
+            interval=interval,
             discretization=discretization,
         )
         return sample(

@@ -44,9 +44,10 @@ def choose_model(config: str | None, ckpt: str | None) -> ModelFiles:
     linked = next((path for path in map(find, V1_WEIGHTS) if path.exists() or path.is_symlink()), None)
     if linked or config is not None:
         return ModelFiles(find(config or V1_CONFIG), linked or find(V1_WEIGHTS[0]))
+    folder = Path(V1_WEIGHTS[0]).parent
     notice = (
         f"No weights are linked at {V1_WEIGHTS[0]}: using the bundled 64x64 model of coloured solids. "
-        f"For Stable Diffusion, ln -s /path/to/sd-v1-4.ckpt {V1_WEIGHTS[0]}"
+        f"For Stable Diffusion, mkdir -p {folder} && ln -s /path/to/sd-v1-4.ckpt {V1_WEIGHTS[0]}"
     )
     return ModelFiles(ROOT / BUNDLED_CONFIG, ROOT / BUNDLED_WEIGHTS, notice)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from ldm.errors import InputError
 
+MAX_SEED = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class Line:

@@ -47,6 +47,7 @@ def render(args: argparse.Namespace) -> int:
     """
     lines, own_args = prompt_lines(args)
     files, config = model_files(args)
+    check_model(args, config)
     # the output folder is tried, and a run to resume is found, before anything slow
     folder = output_folder(args)
     if args.resume and args.seed == -1:
@@ -308,6 +309,25 @@ def model_files(args: argparse.Namespace) -> tuple[ModelFiles, dict[str, Any]]:
     if files.notice:
         notice(files.notice)
     return files, read_config(files.config)
+
+
+def check_model(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """InputError if flags do not fit the model that the config describes, as far as it tells."""
+    try:
+        params = config.get("params") or {}
+        stage = (params.get("first_stage_config") or {}).get("params") or {}
+        levels = (stage.get("ddconfig") or {}).get("ch_mult")
+        known = {"C": params.get("channels"), "f": levels and 2 ** (len(levels) - 1)}
+    except (AttributeError, TypeError) as error:
+        raise InputError(f"the config does not describe a latent diffusion model: {error}") from error
+    for flag, value in known.items():
+        if value is not None and getattr(args, flag) not in (None, value):
+            raise InputError(f"--{flag} {getattr(args, flag)} does not fit this model: its value is {value}")
+    if args.zero_snr and params.get("parameterization", "eps") == "eps":
+        raise InputError(
+            "--zero_snr: this model predicts the noise (eps), which tells nothing of the picture where there "
+            "is only noise; rescaling to zero terminal SNR is for v-prediction models"
+        )
 
 
 def read_init(args: argparse.Namespace) -> np.ndarray | None:

@@ -19,8 +19,8 @@ def contact_sheet(
 ) -> np.ndarray:
     """Pictures, uint8 [h, w, 3] of one size, row by row, as one picture, uint8 [H, W, 3].
 
-    `columns` stand over the columns, `labels` before the rows and `title` in a line above all; long ones are
-    wrapped and cut to three lines.
+    `columns` stand over the columns, `labels` before the rows and `title` above all; long ones are wrapped
+    and cut to three lines. Letters that Pillow's own font lacks, such as Chinese ones, are drawn as boxes.
     """
     font = ImageFont.load_default(FONT_SIZE)
     height, width = rows[0][0].shape[:2]
@@ -37,12 +37,14 @@ def contact_sheet(
         return math.ceil(right), math.ceil(bottom)
 
     left = max(extent(text)[0] for text in sides) + 2 * GAP
+    table_width = left + len(columns) * (width + GAP)
+    title = _fit(title, int(max(table_width, 300) / font.getlength("n")))
     title_height = extent(title)[1] + 2 * GAP
     top = title_height + max(extent(text)[1] for text in heads) + 2 * GAP
-    total = left + len(columns) * (width + GAP), top + len(labels) * (height + GAP)
+    total = table_width, top + len(labels) * (height + GAP)
     sheet = Image.new("RGB", (max(total[0], extent(title)[0] + 2 * GAP), total[1]), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, GAP), title, INK, font)
+    pen.multiline_text((GAP, GAP), title, INK, font)
     for i, text in enumerate(heads):
         x = left + i * (width + GAP) + width / 2
         pen.multiline_text((x, top - GAP), text, INK, font, anchor="md", align="center")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One labelled sheet over the values of any two options, from the same start noise on one loaded model.
+"""One labelled sheet over the values of two sampling options, from the same start noise on one model.
 
 compare.py --x sampler ddim plms "Euler a" --y steps 5 10 20 takes every other option of txt2img.py, and with
 --init-img those of img2img.py.
@@ -19,7 +19,7 @@ AXES = ("prompt", *cli.IMAGE_OPTIONS, "rng")
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[list[argparse.Namespace]]]:
     """The arguments, and those of every picture: rows of the values of --y, columns of those of --x."""
-    img2img = any(word.partition("=")[0] == "--init-img" for word in argv)
+    img2img = any(word.startswith("--init") for word in argv)  # also abbreviated, as argparse takes it
     make = cli.img2img_parser if img2img else cli.txt2img_parser
     parser = make("compare.py", __doc__)
     parser.set_defaults(n_samples=1, n_iter=1, outdir="outputs/compare")
@@ -28,7 +28,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[list[argparse.Names
             axis, nargs="+", required=True, metavar=("OPTION", "VALUE"), help=f"what the {where} vary"
         )
     args = parser.parse_args(argv)
-    for name, fine in (("n_samples", 1), ("n_iter", 1), ("from_file", None), ("resume", False)):
+    for name, fine in (
+        ("n_samples", 1),
+        ("n_iter", 1),
+        ("from_file", None),
+        ("resume", False),
+        ("n_rows", 0),
+        ("fixed_code", False),
+    ):
         if getattr(args, name) != fine:
             raise InputError(f"--{name} is not for compare.py: each cell of its sheet holds one picture")
     axes = [_axis(flag, words, img2img) for flag, words in (("--x", args.x), ("--y", args.y))]
@@ -59,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from ldm.render import (
         StepBar,
+        check_model,
         check_prompts,
         facts_of,
         load,
@@ -72,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     files, config = model_files(args)
+    check_model(args, config)
     init_image = read_init(args)
     height, width = init_image.shape[:2] if init_image is not None else picture_size(args, config)
     folder, watermark = output_folder(args), watermarker(args, height, width)

@@ -95,7 +95,6 @@ def rows(sampler: str, run: Trajectory, start: float, end: float) -> list[int]:
         (0.3, 1.0, range(3, 10)),
         (0.25, 0.75, range(3, 8)),  # step i of 10 is at i / 10
         (0.29, 0.31, range(3, 4)),
-        (0.31, 0.39, range(0)),
         (0.7, 0.8, range(7, 8)),  # 0.7 x 10 is a little above 7 in binary
     ],
 )

@@ -274,7 +274,7 @@ def test_the_watermark_is_on_by_default(img2img) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--init-img", "--init-img needs a value"),
+        ("--init-img", "--init-img is missing, or has no value"),
         ("--init-img nowhere.png", "nowhere.png"),
         ("--strength 1.01", "1.01 is not a number in range: 0 … 1"),
         ("--strength -0.1", "0 … 1"),

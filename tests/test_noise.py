@@ -299,11 +299,6 @@ def test_one_stream_starts_with_its_first_draw():
     assert torch.equal(compvis_noise(3, (2, 3, 4, 5)).start(), expected)
 
 
-def test_a_fixed_code_is_cut_to_a_smaller_batch():
-    code = torch.randn(3, 4, 8, 8)
-    assert torch.equal(compvis_noise(0, (2, 4, 8, 8), code).start(), code[:2])
-
-
 # --- the noise of a run's batches
 
 

@@ -199,8 +199,8 @@ def test_json_lines_have_options_of_their_own(txt2img: Command, tmp_path: Path) 
     alone = txt2img(
         "--prompt",
         "a dog",
-        *"--seed 7 --steps 3 --scale 5 --sampler euler_ancestral".split(),
-        *"--H 24 --n_samples 1 --n_iter 1".split(),
+        *["--seed", "7", "--steps", "3", "--scale", "5", "--sampler", "euler_ancestral"],
+        *["--H", "24", "--n_samples", "1", "--n_iter", "1"],
         folder="alone",
     )
     assert abs(alone.images[0] - result.images[1]).max() <= 1

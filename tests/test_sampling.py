@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm import catalogue
+from ldm.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, find, load_model, read_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling import SAMPLERS, Denoiser, Trajectory, default_trajectory, sample, trajectory
 from ldm.sampling.noise import ImageNoise
@@ -295,19 +296,31 @@ def test_without_steps_the_init_image_comes_back():
 # --- batches
 
 
+@pytest.fixture(scope="module")
+def bundled() -> LatentDiffusion:
+    return load_model(read_config(find(BUNDLED_CONFIG)), find(BUNDLED_WEIGHTS))
+
+
+NOISY = [(name, {"eta": 0.7}) for name, facts in catalogue.SAMPLERS.items() if "eta" in facts.options]
+CHURNED = [
+    (name, {"s_churn": 20.0}) for name, facts in catalogue.SAMPLERS.items() if "s_churn" in facts.options
+]
+ALONE = [name for name in SAMPLERS if name != "dpm_adaptive"]  # whose images are made one at a time
+
+
 @pytest.mark.parametrize(
     ("sampler", "options"),
-    [("ddim", {"eta": 0.0}), ("ddim", {"eta": 0.7}), ("plms", {}), ("dpmpp_2m", {}), ("dpmpp_2m_sde", {})],
+    [case for case in [*((name, {}) for name in ALONE), *NOISY, *CHURNED] if case[0] in ALONE],
 )
-def test_an_image_alone_is_the_image_of_a_batch(mini_v1, sampler, options):
+def test_an_image_alone_is_the_image_of_a_batch(bundled, sampler, options):
     """The original's image k depended on the batch size, the sampler and all images before it."""
-    conds = torch.randn(3, 77, 768, generator=torch.Generator().manual_seed(0))
-    uncond = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(1))
+    prompts = ["a red cube", "a blue sphere on a cone", "a yellow torus"]
+    conds, uncond = bundled.get_learned_conditioning(prompts), bundled.get_learned_conditioning([""])
 
     def images(cond: Tensor, seeds: Sequence[int]) -> Tensor:
-        denoiser = Denoiser(mini_v1, cond, uncond, 2.0)
-        plan = default_trajectory(denoiser, sampler, 6)
-        noise = ImageNoise(seeds, (4, 8, 8), CPU, brownian=sampler == "dpmpp_2m_sde")
+        denoiser = Denoiser(bundled, cond, uncond, 3.0)
+        plan = default_trajectory(denoiser, sampler, 10)
+        noise = ImageNoise(seeds, (4, 8, 8), CPU, brownian=catalogue.SAMPLERS[sampler].noise == "brownian")
         return sample(denoiser, sampler, plan, noise, options=options)
 
     batch = images(conds, (42, 43, 44))

@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 import torch
 from closed_form import V1, V1_ALPHAS
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from golden_files import case
 
+from ldm import catalogue
 from ldm.catalogue import RHO
 from ldm.errors import InputError
-from ldm.generate import Settings, plan_trajectory
+from ldm.generate import Settings, own_steps, plan_trajectory
 from ldm.sampling import SCHEDULES, Discretization, trajectory
 from ldm.sampling.schedule import (
     ays,
     exponential,
     karras,
+    lcm,
     leading,
     leading_timesteps,
     linspace,
@@ -341,7 +343,7 @@ def test_a_trajectory_is_the_tail_of_a_grid():
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp_2m", "euler", "lcm"])
 def test_a_sampler_has_a_schedule_of_its_own(sampler):
-    own = {"ddim": leading, "plms": leading, "dpmpp_2m": uniform, "euler": linspace, "lcm": trailing}[sampler]
+    own = {"ddim": leading, "plms": leading, "dpmpp_2m": uniform, "euler": linspace, "lcm": lcm}[sampler]
     assert plan_trajectory(V1, settings(sampler=sampler, steps=9)).sigmas == tuple(own(V1, 9))
     named = settings(sampler=sampler, schedule="karras", rho=5.0, steps=9)
     assert plan_trajectory(V1, named).sigmas == tuple(karras(V1, 9, 5.0))
@@ -361,7 +363,7 @@ def test_own_timesteps_end_like_the_originals():
     assert run.sigmas == pytest.approx((*V1.sigma(np.array([999, 700.5, 100])), FIRST))
     tail = plan_trajectory(V1, settings(steps=3, timesteps=(999, 700.5, 100), strength=0.34))
     assert tail.sigmas == pytest.approx((V1.sigma(100), FIRST))
-    assert tail.start == V1.sigma(700.5)
+    assert tail.start == tail.sigmas[0]  # the level above is far away
 
 
 def test_own_timesteps_that_visit_0_end_without_noise():
@@ -370,4 +372,40 @@ def test_own_timesteps_that_visit_0_end_without_noise():
 
 def test_the_originals_timesteps_are_its_grid():
     listed = settings(steps=20, timesteps=tuple(leading_timesteps(20).tolist()), strength=0.6)
-    assert plan_trajectory(V1, listed) == plan_trajectory(V1, settings(steps=20, strength=0.6))
+    assert plan_trajectory(V1, listed).sigmas == plan_trajectory(V1, settings(steps=20, strength=0.6)).sigmas
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampler": "unipc", "schedule": "polyexponential", "rho": 20.0, "steps": 40},
+        {"sampler": "dpmpp_2m", "schedule": "polyexponential", "rho": 12.0, "steps": 50},
+        {"sampler": "dpmpp_sde", "sigmas": (14.0, 13.99999999999999, 5.0, 0.0), "steps": 3},
+        {"sampler": "dpmpp_2m_sde", "sigmas": (10.0, 9.9999, 0.0), "steps": 2},
+    ],
+)
+def test_levels_too_near_are_refused(changes):
+    """They divided by zero, made NaN, or noise that was far too large."""
+    with pytest.raises(InputError, match="follow each other: too near for"):
+        plan_trajectory(V1, settings(**changes))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 1000])
+@pytest.mark.parametrize("sampler", catalogue.SAMPLERS)
+def test_no_grid_of_a_sampler_is_too_near(sampler, steps):
+    assert plan_trajectory(V1, settings(sampler=sampler, steps=steps)).steps == steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 50])
+def test_the_grid_of_lcm_is_diffusers(steps):
+    scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.set_timesteps(steps)
+    assert lcm(V1, steps)[:-1] == pytest.approx(V1.sigma(scheduler.timesteps.numpy()))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_steps_of_its_own_go_from_end_to_end(steps):
+    """dpm_adaptive with --steps 1 was a single model call."""
+    for name in ("linspace", "trailing", "karras"):
+        run = own_steps(plan_trajectory(V1, settings(steps=steps, schedule=name)), V1)
+        assert run.sigmas == (V1.sigma(999), V1.sigma(0), 0.0)

@@ -13,9 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ldm.prompts import Batch
-
-MAX_SEED = 2**63 - 1
+from ldm.prompts import MAX_SEED, Batch
 
 
 def image_generator(seed: int) -> torch.Generator:
@@ -181,10 +179,10 @@ class CompvisNoise:
         return torch.randn(self.shape, generator=self.generator, device=self.generator.device)
 
     def start(self) -> Tensor:
-        return self.draw() if self.start_code is None else self.start_code[: self.shape[0]]
+        return self.draw() if self.start_code is None else self.start_code
 
     def posterior(self) -> Tensor:
-        return self.posterior_code[: self.shape[0]]
+        return self.posterior_code
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         return self.draw()

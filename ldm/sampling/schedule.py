@@ -135,6 +135,12 @@ def ays(d: Discretization, steps: int) -> np.ndarray:
     return np.append(np.exp(np.interp(at, np.arange(len(AYS_SIGMAS)), np.log(AYS_SIGMAS))), 0.0)
 
 
+def lcm(d: Discretization, steps: int) -> np.ndarray:
+    """Of the 50 timesteps that latent consistency models are distilled on (or as many as there are steps)."""
+    taught = np.arange(max(50, steps), 0, -1) * d.num_timesteps // max(50, steps) - 1
+    return np.append(d.sigma(taught[np.arange(steps) * len(taught) // steps]), 0.0)
+
+
 # (discretization, steps) -> descending sigmas [steps + 1]
 SCHEDULES = {
     "leading": leading,
@@ -146,6 +152,7 @@ SCHEDULES = {
     "polyexponential": polyexponential,
     "sgm_uniform": sgm_uniform,
     "ays": ays,
+    "lcm": lcm,
 }
 
 

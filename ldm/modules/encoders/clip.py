@@ -63,10 +63,13 @@ class Embeddings(nn.Module):
 
     def __init__(self, vocab_size: int, width: int, context_length: int):
         super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.position_embedding = nn.Embedding(context_length, width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding.weight, std=0.01)
+        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(vocab_size, width), freeze=False)
+        self.position_embedding = nn.Embedding.from_pretrained(
+            torch.empty(context_length, width), freeze=False
+        )
+        if not self.token_embedding.weight.is_meta:  # normal_ there would import torch's compiler: seconds
+            nn.init.normal_(self.token_embedding.weight, std=0.02)
+            nn.init.normal_(self.position_embedding.weight, std=0.01)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
