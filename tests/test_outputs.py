@@ -282,9 +282,9 @@ def test_files_without_settings(tmp_path):
     Image.fromarray(image()).save(tmp_path / "plain.png")
     Image.fromarray(image()).save(tmp_path / "photo.jpg")
     assert read_metadata(tmp_path / "plain.png") is None
-    for name, reason in [("photo.jpg", "cannot identify"), ("nowhere.png", "No such file")]:
-        with pytest.raises(InputError, match=f"cannot read the PNG file .*{name}: {reason}"):
-            read_metadata(tmp_path / name)
+    assert read_metadata(tmp_path / "photo.jpg") is None
+    with pytest.raises(InputError, match="cannot read the picture .*nowhere.png: No such file"):
+        read_metadata(tmp_path / "nowhere.png")
 
 
 def test_parameters_are_those_of_the_web_ui():

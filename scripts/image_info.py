@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""What pictures tell: their settings, seed, model, invisible watermark and safety flag."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import json
+from typing import Any
+
+from ldm import cli
+from ldm.errors import InputError
+
+SHOWN_FIRST = {"seed", "model_hash", "nsfw_content_detected"}  # not once more among the settings
+
+
+def info_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="image_info.py", description="Settings, seed, model and watermark of pictures.")
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="PNG, JPEG or WebP pictures")
+    add("--json", action="store_true", help="one JSON object per picture and line")
+    add(
+        "--watermark",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="look for this message, too: even where JPEG has left too little of it to be read unknown",
+    )
+    add("--debug", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = info_parser().parse_args(argv)
+    unread = wrong = 0
+    for file in args.files:
+        try:
+            facts = picture_facts(file, args.watermark)
+        except InputError as error:
+            unread += 1
+            cli.notice(f"image_info.py: error: {cli.one_line(error)}")
+            continue
+        if "error" in facts:
+            wrong += 1
+            cli.notice(f"image_info.py: error: {cli.one_line(facts['error'])}")
+        print(json.dumps(facts) if args.json else as_text(facts), flush=True)
+    if unread == len(args.files):
+        return 2
+    return 1 if unread or wrong else 0
+
+
+def picture_facts(file: str, expected: list[str]) -> dict[str, Any]:
+    """What a picture tells; an `error` among it if its settings are malformed. InputError if it is none."""
+    import numpy as np
+
+    from ldm.metadata import NoSettings, open_picture, settings_from_picture
+    from ldm.watermark import read_watermark
+
+    with open_picture(file) as image:
+        width, height = image.size
+        pixels = np.asarray(image.convert("RGB"))
+    facts: dict[str, Any] = {"file": file, "width": width, "height": height}
+    settings, error = None, {}
+    try:
+        settings = settings_from_picture(file)
+    except NoSettings:
+        pass
+    except InputError as malformed:
+        error = {"error": str(malformed)}
+    known = settings or {}
+    facts |= {name: known.get(name) for name in ("seed", "model_hash")}
+    facts |= {"watermark": read_watermark(pixels, expected)}
+    facts |= {"nsfw_content_detected": known.get("nsfw_content_detected")}
+    return facts | {"settings": settings} | error
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts of one picture for a reader, without what only a terminal would obey."""
+    lines = [f"{_plain(facts['file'])}: {facts['width']}x{facts['height']}"]
+    flag = facts["nsfw_content_detected"]
+    safety = {None: "not checked", True: "flagged", False: "nothing found"}.get(flag, flag)
+    told = {"seed": facts["seed"], "model_hash": facts["model_hash"], "watermark": facts["watermark"]}
+    lines += [f"  {name}: {'none' if value is None else _plain(value)}" for name, value in told.items()]
+    lines.append(f"  safety: {_plain(safety)}")
+    settings = facts["settings"] or {}
+    names = sorted(settings.keys() - SHOWN_FIRST, key=lambda name: (not name.endswith("prompt"), name))
+    lines += [f"  {name}: {_plain(settings[name])}" for name in names]
+    if facts["settings"] is None:
+        lines.append("  no settings")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
