@@ -283,7 +283,7 @@ def test_files_without_settings(tmp_path):
     Image.fromarray(image()).save(tmp_path / "photo.jpg")
     assert read_metadata(tmp_path / "plain.png") is None
     assert read_metadata(tmp_path / "photo.jpg") is None
-    with pytest.raises(InputError, match="cannot read the picture .*nowhere.png: No such file"):
+    with pytest.raises(InputError, match=r"cannot read the picture .*nowhere\.png: No such file"):
         read_metadata(tmp_path / "nowhere.png")
 
 
