@@ -99,7 +99,7 @@ def _build(config: dict[str, Any], preprocessing: dict[str, Any]) -> SafetyCheck
 
     if config.get("model_type") != "clip":
         raise ValueError(f"model_type is {config.get('model_type')!r} instead of 'clip'")
-    width = config["projection_dim"]  # the encoder's own setting is wrong in the published file
+    width = config["projection_dim"]  # the encoder's own is not set in the published file: 512 by default
     vision = transformers.CLIPVisionConfig.from_dict({**config["vision_config"], "projection_dim": width})
     with torch.device("meta"):
         clip = transformers.CLIPVisionModelWithProjection(vision)

@@ -193,6 +193,13 @@ def test_each_picture_counts_for_itself(write):
     assert checker([]) == []
 
 
+def test_half_precision_around_it_changes_nothing(write):
+    checker = load_safety_checker(write())
+    expected = checker.scores(PICTURES)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(*pair) for pair in zip(checker.scores(PICTURES), expected, strict=True))
+
+
 # --- Files ------------------------------------------------------------------------------------------
 
 
