@@ -32,25 +32,6 @@ DESCRIPTION_START = f'{{"{METADATA_KEYWORD}": '  # of an ImageDescription that h
 IMAGE_DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286  # EXIF tags
 FILE_SETTINGS = ("config", "checkpoint", "init_img")  # recorded by file name: folders are nobody's business
 
-A1111_SAMPLERS = {
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "lms": "LMS",
-    "dpm_2": "DPM2",
-    "dpm_2_ancestral": "DPM2 a",
-    "dpmpp_2s_ancestral": "DPM++ 2S a",
-    "dpmpp_sde": "DPM++ SDE",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "dpm_fast": "DPM fast",
-    "dpm_adaptive": "DPM adaptive",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
 A1111_SCHEDULES = {
     "karras": "Karras",
     "exponential": "Exponential",
@@ -226,12 +207,13 @@ def a1111_parameters(settings: dict[str, Any]) -> str:
     `create_infotext` in its modules/processing.py and `quote` in modules/infotext_utils.py.
     """
     sampler, schedule, checkpoint = (settings.get(key) for key in ("sampler", "schedule", "checkpoint"))
+    known = catalogue.SAMPLERS.get(sampler)
     model = (
         PurePath(checkpoint).name.removesuffix(".ckpt").removesuffix(".safetensors") if checkpoint else None
     )
     fields = {
         "Steps": settings.get("steps"),
-        "Sampler": A1111_SAMPLERS.get(sampler, sampler),
+        "Sampler": known.aliases[0] if known else sampler,
         "Schedule type": A1111_SCHEDULES.get(schedule),
         "CFG scale": settings.get("scale"),
         "Seed": settings.get("seed"),

@@ -99,15 +99,18 @@ def plan_run(
     init_images = {size: read_init(own) for size, own in sizes.items()}
     common = {"n_samples": args.n_samples} | model_facts(args, files)
     kinds: dict[str, Kind] = {}
+    numbers: dict[str, int] = {}
     kind_of: dict[int, int] = {}
     for own in different:
         init = init_images[own.H, own.W]
         height, width = init.shape[:2] if init is not None else picture_size(own, config)
         settings = replace(settings_of(own, files, height, width), seed=args.seed)
-        if repr(settings) not in kinds:
+        key = repr(settings)
+        if key not in kinds:
+            numbers[key] = len(kinds)
             facts, watermark = common | facts_of(args, settings), watermarker(args, height, width)
-            kinds[repr(settings)] = Kind(settings, init, facts, watermark)
-        kind_of[id(own)] = list(kinds).index(repr(settings))
+            kinds[key] = Kind(settings, init, facts, watermark)
+        kind_of[id(own)] = numbers[key]
     batches = plan(
         [line.prompt for line in lines],
         args.n_iter,

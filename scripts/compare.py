@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         StepBar,
         check_model,
         check_prompts,
+        ending,
         facts_of,
         load,
         model_facts,
@@ -102,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     record = RunRecord(folder.path, common | {"x": args.x, "y": args.y}, len(flat))
     record.start(folder.next_number)
     writer = PictureWriter(folder, record, images=not args.skip_save, grid=False)
-    with StepBar(len(flat), None if adaptive else sum(own.steps_to_run for own in flat)) as bar:
+    total = None if adaptive else sum(own.steps_to_run for own in flat)
+    with ending(record), StepBar(len(flat), total) as bar:
         for row, own_settings in zip(cells, settings, strict=True):
             rows.append([])
             for own, chosen in zip(row, own_settings, strict=True):
@@ -124,7 +126,6 @@ def main(argv: list[str] | None = None) -> int:
     facts = common | facts_of(args, settings[0][0]) | {"prompt": args.prompt, "x": args.x, "y": args.y}
     if not args.skip_grid:
         folder.save_grid(watermark(sheet) if watermark else sheet, None if args.no_metadata else facts)
-    record.end()
     print(args.outdir)
     return 1 if missing else 0
 
