@@ -10,6 +10,7 @@ import json
 import mmap
 import re
 import struct
+import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ OTHER_FILES = (
     (rb"", "not a checkpoint: its content is neither that of a .safetensors nor of a .ckpt"),
 )
 SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, the library's own
+PICKLE_LIMIT = 100_000_000  # bytes; a full training checkpoint's has less than one
 
 
 def check_file(path: Path) -> None:
@@ -84,7 +86,8 @@ def read_state_dict(path: str | Path) -> State:
     except Exception as error:  # there is nothing that damaged or hostile bytes cannot make a parser raise
         if buffer.tell() == len(buffer):  # only the old format's pickles are read from the buffer itself
             raise _cut_short(path, "its pickle ends early") from error
-        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        # str(error) fails where the error is about a number of thousands of digits
+        why = "".join(traceback.format_exception_only(error)).partition("\n")[0][:300]
         raise InputError(f"{path} is damaged ({why}): download or copy it again") from error
 
 
@@ -111,19 +114,25 @@ def _read_zip(path: Path, buffer: mmap.mmap) -> State:
         if not roots:
             raise InputError(f"{path} is a zip archive, but not of torch.save: unpack the checkpoint inside")
         root = roots[0]
-        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-            raise _big_endian(path)
+        if f"{root}byteorder" in names:
+            with archive.open(f"{root}byteorder") as file:
+                if file.read(7) != b"little":
+                    raise _big_endian(path)
+        program = archive.getinfo(f"{root}data.pkl")
+        if program.file_size > PICKLE_LIMIT:  # a few kB of a zip can stand for gigabytes
+            size = f"{program.file_size:,} bytes"
+            raise InputError(f"{path} is no ordinary checkpoint: it has {size} besides the tensors")
 
         def locate(values: StoredValues) -> tuple[Any, int]:
             record = archive.getinfo(f"{root}data/{values.key}")
             if record.file_size < values.nbytes:
-                raise ValueError(f"{record.filename} is too short")
+                raise ValueError(f"{record.filename!r} is too short")
             if record.compress_type != zipfile.ZIP_STORED:  # packed again by another program
                 return bytearray(archive.read(record)), 0
             name_and_extra = struct.unpack_from("<HH", buffer, record.header_offset + 26)  # lengths
             return buffer, record.header_offset + 30 + sum(name_and_extra)
 
-        content = Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), path).load()
+        content = Unpickler(io.BytesIO(archive.read(program)), path).load()
         return _map_tensors(content, locate, path)
 
 
@@ -160,7 +169,7 @@ def _map_tensors(content: Any, locate: Callable[[StoredValues], tuple[Any, int]]
 
 def _not_empty(state: State, content: dict, path: Path) -> State:
     if not state:
-        found = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
+        found = ", ".join(repr(key)[:60] for key in list(content)[:5]) or "nothing"
         raise InputError(f"{path} is not a model checkpoint: it holds no tensors (found: {found})")
     return state
 
@@ -219,8 +228,12 @@ UNET_CONTEXT = re.compile(r"model\.diffusion_model\.input_blocks\..*\.attn2\.to_
 
 def _family(state: Mapping[str, Tensor]) -> tuple[str, str | None]:
     """(name, config that fits): the row of FAMILIES without its pattern."""
-    context = next((t.shape[-1] for name, t in state.items() if UNET_CONTEXT.fullmatch(name)), None)
-    unet = f"unet {state[UNET_INPUT].shape[1]} {context}" if UNET_INPUT in state else ""
+    shapes = {name: t.shape for name, t in state.items()}
+    contexts = [
+        shape[1] for name, shape in shapes.items() if UNET_CONTEXT.fullmatch(name) and len(shape) == 2
+    ]
+    inputs = shapes.get(UNET_INPUT, ())
+    unet = f"unet {inputs[1]} {next(iter(contexts), None)}" if len(inputs) == 4 else ""
     names = "\n".join((unet, *state))
     return next((name, config) for pattern, name, config in FAMILIES if re.search(pattern, names, re.M))
 
@@ -296,6 +309,11 @@ def load_weights(
     missing = [name for name in wanted if name not in given]
     misshapen = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
     unknown = [name for name in given if name not in wanted and not LEFTOVER.fullmatch(name)]
+    no_floats = [
+        name
+        for name, t in wanted.items()
+        if name in given and t.is_floating_point() and not given[name].is_floating_point()
+    ]
     faults = []
     if missing:
         faults.append(f"{len(missing)} of {len(wanted)} weights are missing (first {missing[0]})")
@@ -304,6 +322,12 @@ def load_weights(
         shapes = f"{list(given[first].shape)} instead of {list(wanted[first].shape)}"
         faults.append(
             f"{len(misshapen)} of {len(wanted)} weights have another shape (first {first}: {shapes})"
+        )
+    if no_floats:
+        first = no_floats[0]
+        faults.append(
+            f"{len(no_floats)} of {len(wanted)} weights are no floating-point numbers "
+            f"(first {first}: {given[first].dtype})"
         )
     if unknown:
         faults.append(f"{len(unknown)} weights are not of this model (first {unknown[0]!r})")

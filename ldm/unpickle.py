@@ -7,6 +7,8 @@ known means of running code is refused besides: it has no business in a checkpoi
 """
 
 import pickle
+import re
+import struct
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ CODE_MODULES = {
 }
 CODE_BUILTINS = {"__import__", "apply", "breakpoint", "compile", "eval", "exec", "execfile", "input", "open"}
 # fmt: on
+# With others, quantized or smaller than a byte, torch crashes the program or can do nothing.
+DTYPES = re.compile(r"torch\.(bool|bfloat16|complex(64|128)|float(16|32|64|8_\w+)|u?int(8|16|32|64))")
 
 
 class Inert:
@@ -35,6 +39,17 @@ class Inert:
         return self
 
     __init__ = __setstate__ = __setitem__ = append = extend = add = lambda self, *args, **kwargs: None
+
+
+class Tuple(tuple):
+    """A tuple that is hashed, compared and shown without a look at what it holds.
+
+    A pickle may nest them a million deep, at which Python crashes, or have the same one twice on each of a
+    hundred levels, at which it never ends.
+    """
+
+    __hash__, __eq__, __repr__ = object.__hash__, object.__eq__, object.__repr__
+    __setstate__ = Inert.__setstate__
 
 
 class StoredValues(Inert):
@@ -77,7 +92,7 @@ class StoredParameter(Inert):
 
 KNOWN_GLOBALS = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): Tuple,
     ("torch._utils", "_rebuild_tensor_v2"): StoredTensor,
     ("torch._utils", "_rebuild_tensor_v3"): StoredTensor,
     ("torch._utils", "_rebuild_parameter"): StoredParameter,
@@ -116,7 +131,8 @@ class Unpickler(pickle._Unpickler):
                 "nothing in it was run; use a .safetensors file from a source you trust"
             )
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
-            return dtype  # not by getattr, as torch imports some of its modules when they are asked for
+            # not by getattr, as torch imports some of its modules when they are asked for
+            return dtype if DTYPES.fullmatch(str(dtype)) else Inert
         return KNOWN_GLOBALS.get((module, name), Inert)
 
     def persistent_load(self, pid: tuple) -> Any:
@@ -124,6 +140,43 @@ class Unpickler(pickle._Unpickler):
         if pid[0] == "module":  # before 1.6: a class and its source text
             return Inert
         _, dtype, key, _, numel, *view = pid
+        if numel < 0:
+            raise ValueError(f"a storage of {numel} values")
         self.values.setdefault(key, StoredValues(dtype, key, numel))
         start = view[0][1] if view and view[0] else 0  # view: (key, start, count)
         return StoredValues(dtype, key, self.values[key].numel, start)
+
+    def get_extension(self, code: int) -> None:
+        raise ValueError("extension codes mean nothing outside of the program that wrote them")
+
+    # What some opcodes do:
+
+    def load_tuple(self) -> None:
+        items = self.pop_mark()  # which changes what self.append appends to
+        self.append(Tuple(items))
+
+    def load_tuple1(self) -> None:
+        self.stack[-1:] = [Tuple(self.stack[-1:])]
+
+    def load_tuple2(self) -> None:
+        self.stack[-2:] = [Tuple(self.stack[-2:])]
+
+    def load_tuple3(self) -> None:
+        self.stack[-3:] = [Tuple(self.stack[-3:])]
+
+    def load_frozenset(self) -> None:
+        self.pop_mark()
+        self.append(Inert())  # like a Tuple, it could be nested
+
+    def load_bytearray8(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))  # Python's own allocates what the file promises
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.TUPLE[0]: load_tuple,
+        pickle.TUPLE1[0]: load_tuple1,
+        pickle.TUPLE2[0]: load_tuple2,
+        pickle.TUPLE3[0]: load_tuple3,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }

@@ -501,6 +501,9 @@ def test_unknown_choice():
 
 # --- Strict loading ---------------------------------------------------------------------------------
 
+UNET_BLOCK = "model.diffusion_model.input_blocks"
+UNET_INPUT = f"{UNET_BLOCK}.0.0.weight"
+
 
 class Tiny(nn.Module):
     """The skeleton of a latent diffusion model: its parts, a schedule buffer, keys that tell the family."""
@@ -618,6 +621,26 @@ def test_missing_weights(part):
     state = {name: t for name, t in Tiny().state_dict().items() if not name.startswith(part)}
     with pytest.raises(InputError, match=rf"\d of 9 weights are missing \(first {part}"):
         load_weights(meta(), state, path="f")
+
+
+@pytest.mark.parametrize("name", [UNET_INPUT, f"{UNET_BLOCK}.1.1.transformer_blocks.0.attn2.to_k.weight"])
+@pytest.mark.parametrize("shape", [(), (2,), (1, 1, 1)])
+def test_weights_without_the_dimensions_that_tell_the_family(name, shape):
+    """A scalar in their place was an IndexError."""
+    state = Tiny().state_dict()
+    assert name in state
+    with pytest.raises(InputError, match="1 of 9 weights have another shape"):
+        load_weights(meta(), state | {name: torch.zeros(shape)}, path="f")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers(dtype):
+    """An eight-bit quantized file of the right shapes was loaded, and failed in the first layer."""
+    state = {name: t.to(dtype) for name, t in Tiny().state_dict().items()}
+    with pytest.raises(
+        InputError, match=rf"9 of 9 weights are no floating-point numbers \(first .*: {dtype}\)"
+    ):
+        load_weights(meta(), state, path="f", dtype=torch.float16)
 
 
 def test_nothing_stays_on_meta():
