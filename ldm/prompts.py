@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +28,9 @@ def read_prompts(path: str) -> list[Line]:
     """The prompts of a UTF-8 text file, or of standard input for "-", in order, without blank lines.
 
     Plain text has one prompt per line; what is in a line stays as it is. If the first line is a JSON object,
-    or the file's name ends in .jsonl, each line is one, with "prompt" and options named as on the command
-    line. A byte order mark and the line ends of any system are fine. InputError, with the number of the line,
-    if the file cannot be read, is not UTF-8 text or JSON, or holds no prompt.
+    or the file's name ends in .jsonl or .json, each line is one, with "prompt" and options named as on the
+    command line. A byte order mark and the line ends of any system are fine. InputError, with the number of
+    the line, if the file cannot be read, is not UTF-8 text or JSON, or holds no prompt.
     """
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -42,14 +43,21 @@ def read_prompts(path: str) -> list[Line]:
     if "\0" in text:
         raise _not_text(path, data, data.index(0))
 
-    # Files put together with `cat` have byte order marks in the middle, too.
-    numbered = [(i, line.removeprefix("\ufeff")) for i, line in enumerate(text.splitlines(), 1)]
-    lines = [(i, line) for i, line in numbered if line.strip()]
+    lines = _numbered(text.splitlines())
     if not lines:
         raise InputError(f"--from-file {path}: no prompt in it; write one per line")
-    if path.endswith(".jsonl") or isinstance(_json(lines[0][1]), dict):
-        return [_json_line(line, f"{path}, line {i}") for i, line in lines]
+    # In JSON text, what Unicode has for line ends beside these stands for itself.
+    json_lines = _numbered(re.split(r"\r\n|\n|\r", text))
+    if path.endswith((".jsonl", ".json")) or isinstance(_json(json_lines[0][1]), dict):
+        return [_json_line(line, f"{path}, line {i}") for i, line in json_lines]
     return [Line(line, place=f"{path}, line {i}") for i, line in lines]
+
+
+def _numbered(lines: list[str]) -> list[tuple[int, str]]:
+    """Numbers, from 1, and content of lines that are not blank."""
+    # Files put together with `cat` have byte order marks in the middle, too.
+    numbered = [(i, line.removeprefix("\ufeff")) for i, line in enumerate(lines, 1)]
+    return [(i, line) for i, line in numbered if line.strip()]
 
 
 def _json(text: str) -> Any:
@@ -68,7 +76,8 @@ def _json_line(text: str, place: str) -> Line:
         raise InputError(f'--from-file {place}: its "prompt" is missing or no text')
     for name, value in content.items():
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise InputError(f"--from-file {place}: the {name} {json.dumps(value)} is no number or text")
+            told = f"{json.dumps(name)[1:-1]:.50} {json.dumps(value):.50}"  # of one line, whatever they hold
+            raise InputError(f"--from-file {place}: the {told} is no number or text")
     return Line(prompt, tuple(content.items()), place)
 
 
@@ -93,12 +102,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def singles(self) -> list[Batch]:
-        """The same images one at a time."""
-        return [
-            Batch((prompt,), (k,), self.seeds and self.seeds[i : i + 1], self.kind, self.position + i)
-            for i, (prompt, k) in enumerate(zip(self.prompts, self.numbers, strict=True))
-        ]
+    def parts(self, size: int) -> list[Batch]:
+        """The same images, at most `size` at a time."""
+        return [self._part(start, start + size) for start in range(0, len(self), size)]
+
+    def _part(self, start: int, end: int) -> Batch:
+        seeds = self.seeds and self.seeds[start:end]
+        numbers = self.numbers[start:end]
+        return Batch(self.prompts[start:end], numbers, seeds, self.kind, self.position + start)
 
 
 def plan(
