@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,13 @@ from typing import Any
 
 from ldm import catalogue
 from ldm.errors import InputError
+from ldm.names import FIELDS, check_template
 from ldm.prompts import MAX_SEED
 
 WATERMARK = "StableDiffusionV1"  # the original's
 SCALE, IMG2IMG_SCALE = 7.5, 5.0  # the original's
+LARGEST = 1e15  # of numbers without another limit: floats hold whole ones exactly up to there
+LONGEST_SIDE = 65_536
 # what each picture of a run may have of its own
 IMAGE_OPTIONS = (
     *("negative_prompt", "seed", "variation_seed", "variation_strength"),
@@ -23,6 +27,7 @@ IMAGE_OPTIONS = (
     *("eta", "ddim_eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
     *("scale", "cfg_rescale", "guidance_start", "guidance_end"),
 )
+LOG = logging.getLogger("ldm")
 SAMPLER_OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
@@ -32,28 +37,63 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise InputError(message)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        for word in args or ():
+            if word.startswith("--") and word.endswith("=--"):  # of which argparse makes an empty list
+                raise InputError(f"{word} has no value that can be used")
+        return super().parse_args(args, namespace)
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Arguments, checked, with a function `variant` in them: the same ones but for some options."""
-        args = self.parse_args(argv)
-        check_arguments(args)
+        """Arguments, checked, with those of the picture that --like names under them.
+
+        They also get a function `variant`, the same ones but for some options, and the `picture`'s settings.
+        """
+        argv, picture = self.like_picture(argv)
+        try:
+            args = self.parse_args(argv)
+            check_arguments(args)
+        except InputError as error:
+            if picture:
+                raise InputError(f"--like, or a flag that does not go with it: {error}") from error
+            raise
 
         def variant(options: Mapping[str, Any]) -> argparse.Namespace:
             return self.parse([*argv, *(f"--{name}={value}" for name, value in options.items())])
 
-        args.variant = variant
+        args.variant, args.picture = variant, picture
         return args
 
+    def like_picture(self, argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+        """The command's words with those that --like stands for before them, and the picture's settings."""
+        args = self.parse_args(argv)
+        if not args.like:
+            return list(argv), {}
+        from ldm.like import arguments_like, read_picture
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+        picture, unset = read_picture(args.like), object()
+        blank = {name: unset for name, value in vars(args).items() if not isinstance(value, list)}
+        given = {
+            name
+            for name, value in vars(self.parse_args(argv, argparse.Namespace(**blank))).items()
+            if value is not unset
+        }
+        try:
+            words = arguments_like(picture, given, vars(args))
+        except InputError as error:
+            raise InputError(f"--like {args.like}: {error}") from error
+        return [*words, *argv, "--like="], picture
+
+
+def number(kind: type, low: float, high: float = LARGEST) -> Callable[[str], float]:
     """An argparse type: an int or float in low … high; NaN and infinities are out of range."""
 
     def parse(text: str) -> float:
-        bounds = f"{low:,} … {high:,}" if math.isfinite(high) else f"at least {low:,}"
+        bounds = f"{low:,} … {high:,}" if high != LARGEST else f"at least {low:,}"
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= high:  # NaN is not
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text} is not {what} in range: {bounds}")
         return value
@@ -65,8 +105,8 @@ def txt2img_parser(prog: str = "txt2img.py", description: str = "Text to image."
     parser = Parser(prog=prog, description=description)
     add_prompt_arguments(parser, outdir="outputs/txt2img-samples")
     add_sampling_arguments(parser, scale=SCALE, n_iter=2, n_samples=3)
-    parser.add_argument("--H", type=number(int, 8), help="height in pixels, a multiple of 8")
-    parser.add_argument("--W", type=number(int, 8), help="width in pixels, a multiple of 8")
+    parser.add_argument("--H", type=number(int, 8, LONGEST_SIDE), help="height in pixels, a multiple of 8")
+    parser.add_argument("--W", type=number(int, 8, LONGEST_SIDE), help="width in pixels, a multiple of 8")
     add_model_arguments(parser)
     parser.add_argument("--laion400m", action="store_true", help="use the LAION-400M model")
     add_output_arguments(parser)
@@ -106,6 +146,12 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, outdir: str) -> None:
     parser.add_argument(
         "--repeat", type=number(int, 1), default=1, metavar="N", help="each prompt of the file N times (1)"
     )
+    parser.add_argument(
+        "--like",
+        metavar="IMAGE",
+        help="take every setting from a picture made here, or by a tool that writes A1111 text; "
+        "other flags override",
+    )
     parser.add_argument("--outdir", nargs="?", default=outdir, help=f"folder for the results ({outdir})")
 
 
@@ -114,12 +160,12 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("init image").add_argument
     add(
         "--H",
-        type=number(int, 8),
+        type=number(int, 8, LONGEST_SIDE),
         help="height in pixels, a multiple of 8 (the picture's, floored to 64s)",
     )
     add(
         "--W",
-        type=number(int, 8),
+        type=number(int, 8, LONGEST_SIDE),
         help="width in pixels, a multiple of 8 (the picture's, floored to 64s)",
     )
     add("--resize", choices=("stretch", "crop", "pad"), default="stretch", help="how it is fitted (stretch)")
@@ -219,6 +265,12 @@ def add_sampling_arguments(
     add("--variation_strength", type=number(float, 0, 1), metavar="T", help="how far, 0 to 1")
     add("--fixed_code", action="store_true", help="start every batch from the same noise")
     add(
+        "--start_seed",
+        type=number(int, 0, MAX_SEED),
+        metavar="SEED",
+        help="with --fixed_code: start from this seed's noise (SEED)",
+    )
+    add(
         "--rng",
         choices=("image", "compvis"),
         default="image",
@@ -245,6 +297,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="autocast is full precision on a CPU",
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--devices", type=number(int, 1), metavar="N", help="processes on this machine, one to a device (1)")
+    add("--num_nodes", type=number(int, 1), metavar="M", help="machines that work on this run together (1)")
     add(
         "--allow_target",
         action="append",
@@ -258,11 +312,29 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--resume", action="store_true", help="finish an interrupted run of the same settings in --outdir")
+    add("--format", choices=("png", "jpg", "webp"), default="png", help="of the files (png)")
+    add("--quality", type=number(int, 1, 100), default=95, help="of jpg and webp, 1 to 100 (95)")
+    add(
+        "--filename",
+        default="{number:05}",
+        metavar="TEMPLATE",
+        help=f"names of the files in samples/, from {', '.join(FIELDS)} ({{number:05}})".replace("%", "%%"),
+    )
     add("--skip_grid", action="store_true", help="do not save a grid")
     add("--skip_save", action="store_true", help="do not save single images")
     add("--n_rows", type=number(int, 0), default=0, help="images in a row of the grid (default: n_samples)")
+    add(
+        "--safety",
+        choices=("auto", "on", "off", "flag"),
+        default="auto",
+        help="models/safety-checker blackens what it finds (on), only marks it (flag), is not asked (off); "
+        "auto is on where it is there",
+    )
     add("--watermark", default=WATERMARK, metavar="TEXT", help=f"invisible watermark, or none ({WATERMARK})")
     add("--no_metadata", action="store_true", help="do not write the settings into the images")
+    add("--json", action="store_true", help="print one JSON line per image")
+    add("--quiet", action="store_true", help="no progress and no notices, only results and errors")
+    add("--log_file", metavar="FILE", help="append what happens, with its time, to this file")
     add("--debug", action="store_true", help="show where an error comes from")
 
 
@@ -278,6 +350,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("prompt", "outdir", "init_img"):
         if getattr(args, name, "") is None:
             raise InputError(f"--{name.replace('_', '-')} is missing, or has no value")
+    check_template(args.filename)
     _check_sampler(args)
     _check_schedule(args)
     if args.guidance_start >= args.guidance_end:
@@ -294,6 +367,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(
             "--variation_seed is for --rng image: in the original's one stream no image has a seed"
         )
+    if args.start_seed is not None and (not args.fixed_code or args.rng == "compvis"):
+        raise InputError(f"--start_seed {args.start_seed} is for --fixed_code with --rng image")
     for name in ("H", "W"):
         size = getattr(args, name)
         if size is not None and size % (args.f or 8):
@@ -380,26 +455,55 @@ def one_line(message: object) -> str:
 
 
 def notice(message: str) -> None:
-    """One line for the user that is no result."""
-    print(message, file=sys.stderr)
+    """One line for the user that is no result: on stderr unless --quiet, and in the log."""
+    LOG.warning(one_line(message))
+
+
+def problem(message: str) -> None:
+    """One line that --quiet does not silence, either."""
+    LOG.error(one_line(message))
+
+
+def log_to(path: str | None, quiet: bool) -> None:
+    """Until `run` ends, the lines of the log go to a file, too; `quiet` keeps notices off stderr.
+
+    InputError if the file cannot be written.
+    """
+    LOG.setLevel(logging.INFO)
+    least = logging.ERROR if quiet else logging.WARNING
+    for handler in LOG.handlers:
+        handler.addFilter(lambda record: record.levelno >= least)  # tqdm's stand-in keeps filters, not levels
+    if path is None:
+        return
+    try:
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise InputError(f"--log_file {path}: {error.strerror}") from error
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    LOG.addHandler(file)
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
     """main's exit code. The user's errors are one line and exit code 2; --debug shows the traceback."""
     arguments = sys.argv[1:] if argv is None else argv
     prog = Path(sys.argv[0]).name
+    before, LOG.handlers, LOG.propagate = LOG.handlers, [logging.StreamHandler()], False
     try:
         return main(arguments)
     except (InputError, OSError) as error:  # a path that the system refuses is the user's to mend
         if "--debug" in arguments:
             raise
-        notice(f"{prog}: error: {one_line(error)}")
+        LOG.error(f"{prog}: error: {one_line(error)}")
         return 2
     except KeyboardInterrupt:
-        notice(f"{prog}: interrupted; the images that were finished are saved")
+        LOG.error(f"{prog}: interrupted; the images that were finished are saved")
         return 130
     except Exception as error:
         if "--debug" in arguments:
             raise
-        notice(f"{prog}: {type(error).__name__}: {one_line(error)} (--debug shows where)")
+        LOG.error(f"{prog}: {type(error).__name__}: {one_line(error)} (--debug shows where)")
         return 1
+    finally:
+        for handler in LOG.handlers:
+            handler.close()
+        LOG.handlers, LOG.propagate = before, True

@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 from ldm import loading
 from ldm.cli import one_line
 from ldm.errors import InputError
-from ldm.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, V1_WEIGHTS, find
+from ldm.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, SAFETY_FOLDER, V1_WEIGHTS, find
 
 if TYPE_CHECKING:
     import torch
 
 SETUP = Path(__file__).resolve().parents[1] / "setup.py"
-SAFETY_FOLDER = "models/safety-checker"
 PIP = "python -m pip install -c constraints.txt"
 MODULES = {"invisible-watermark": "imwatermark", "open_clip_torch": "open_clip", "pillow": "PIL"}
 # a precision's largest relative error; that of float32 leaves room for a GPU's TF32

@@ -1,20 +1,22 @@
 """From prompts to pictures, batch by batch: what every sampling script does between loading and saving."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from ldm import catalogue
+from ldm.cli import notice
 from ldm.errors import InputError
 from ldm.images import finite_images, to_float, to_uint8
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.prompts import Batch
 from ldm.sampling import SCHEDULES, Denoiser, Discretization, Trajectory, sample, trajectory
-from ldm.sampling.noise import noise_source
+from ldm.sampling.noise import Noise, noise_source
 from ldm.sampling.schedule import to_first_alpha, zero_terminal_snr
 
 
@@ -43,6 +45,7 @@ class Settings:
     variation_strength: float | None = None
     rng: str = "image"
     fixed_code: bool = False
+    start_seed: int | None = None  # of fixed_code, where it is not `seed`
     autocast: bool = False  # half precision on a GPU; a CPU always computes in the weights' precision
 
     @property
@@ -101,7 +104,7 @@ def guidance_interval(run: Trajectory, start: float, end: float) -> tuple[float,
 
 def generate(
     model: LatentDiffusion,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     settings: Settings,
     on_step: Callable[[int], None] = lambda images: None,
     init_image: np.ndarray | None = None,
@@ -110,7 +113,8 @@ def generate(
 
     Starts from pure noise, or from `init_image`, uint8 [H, W, 3], where the strength is below 1. `on_step` is
     told after every step how many images took it. A prompt is encoded once, not once a batch: the last 2,048
-    embeddings are kept (0.2 MB each for v1).
+    embeddings are kept (0.2 MB each for v1). A batch that needs more memory than there is is made in halves,
+    and so are those after it; InputError if there is too little for one image.
     """
     factor = model.first_stage_model.factor
     shape = (model.channels, settings.height // factor, settings.width // factor)
@@ -128,21 +132,26 @@ def generate(
     if init_image is not None and settings.strength < 1:
         with torch.inference_mode():
             posterior = model.encode_first_stage(to_float([init_image]).to(model.device))
-    noise_of = noise_source(
-        settings.rng,
-        settings.seed,
-        shape,
-        settings.fixed_code,
-        model.device,
-        len(batches[0]),  # --fixed_code draws the start of the first batch: none is larger
-        init_image=posterior is not None,
-        brownian=catalogue.SAMPLERS[settings.sampler].noise == "brownian",
-        variation=(settings.variation_seed, settings.variation_strength) if varied else None,
-    )
+
+    @cache
+    def noise_of() -> Callable[[Batch], Noise]:
+        return noise_source(
+            settings.rng,
+            settings.seed,
+            shape,
+            settings.fixed_code,
+            model.device,
+            first_size,  # what the original draws once for all batches has that of the first: none is larger
+            init_image=posterior is not None,
+            brownian=catalogue.SAMPLERS[settings.sampler].noise == "brownian",
+            variation=(settings.variation_seed, settings.variation_strength) if varied else None,
+            start_seed=settings.start_seed,
+        )
+
     embed = lru_cache(maxsize=2048)(lambda prompt: model.get_learned_conditioning([prompt]))
 
-    def latents_of(batch: Batch) -> torch.Tensor:
-        noise = noise_of(batch)
+    def latents_of(batch: Batch, on_step: Callable[[int], None]) -> torch.Tensor:
+        noise = noise_of()(batch)
         init = None
         if posterior is not None:
             init = model.get_first_stage_encoding(posterior, noise.posterior())
@@ -165,12 +174,65 @@ def generate(
             callback=lambda step, x0: on_step(len(batch)),
         )
 
+    def pictures_of(batch: Batch) -> list[np.ndarray | None]:
+        taken = 0  # steps, to be given back if they were for nothing
+
+        def step(images: int) -> None:
+            nonlocal taken
+            taken += images
+            on_step(images)
+
+        # its step sizes would be those of the whole batch, and each picture another one in company
+        parts = batch.parts(1) if settings.sampler == "dpm_adaptive" else [batch]
+        try:
+            with torch.inference_mode(), autocast:
+                decoded = model.decode_first_stage(torch.cat([latents_of(part, step) for part in parts]))
+                pixels = to_uint8(decoded)
+                finite = finite_images(decoded)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            on_step(-taken)
+            raise OutOfMemory from None  # without the frames that hold the tensors
+        return [image if ok else None for image, ok in zip(pixels, finite, strict=True)]
+
     autocast = torch.autocast(model.device.type, enabled=settings.autocast and model.device.type != "cpu")
+    first_size, largest = 0, None  # images; the largest batch that may fit, once one did not
     for batch in batches:
-        with torch.inference_mode(), autocast:
-            # its step sizes would be those of the whole batch, and each picture another one in company
-            parts = batch.singles() if settings.sampler == "dpm_adaptive" else [batch]
-            decoded = model.decode_first_stage(torch.cat([latents_of(part) for part in parts]))
-            pixels = to_uint8(decoded)
-            finite = finite_images(decoded)
-        yield batch, [image if ok else None for image, ok in zip(pixels, finite, strict=True)]
+        first_size = first_size or len(batch)
+        parts, pictures = batch.parts(largest or len(batch)), []
+        while parts:
+            try:
+                pictures += pictures_of(parts[0])
+                parts = parts[1:]
+            except OutOfMemory:
+                largest = _half(len(parts[0]), settings)
+                parts = [smaller for part in parts for smaller in part.parts(largest)]
+                if model.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        yield batch, pictures
+
+
+class OutOfMemory(Exception):
+    """A batch did not fit."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or this machine, has no more memory; only CUDA has a class for it."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(
+        re.search("out of memory|can't allocate memory|not enough memory", str(error))
+    )
+
+
+def _half(images: int, settings: Settings) -> int:
+    """The size of batch to try after `images` did not fit. InputError if there is none."""
+    size = f"{settings.width}x{settings.height}"
+    if images == 1:
+        raise InputError(f"out of memory with one image of {size}; take a smaller --H and --W")
+    if settings.rng == "compvis":
+        raise InputError(
+            f"out of memory with {images} images of {size}; the original's stream (--rng compvis) is drawn "
+            "for whole batches, so take a smaller --n_samples"
+        )
+    notice(f"out of memory with {images} images of {size} at once: going on with {images // 2}")
+    return images // 2

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 V1_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 V1_WEIGHTS = ("models/ldm/stable-diffusion-v1/model.ckpt", "models/ldm/stable-diffusion-v1/model.safetensors")
+SAFETY_FOLDER = "models/safety-checker"
 BUNDLED_CONFIG = "configs/scenes/scenes-64.yaml"
 BUNDLED_WEIGHTS = "models/scenes-64/model.safetensors"
 

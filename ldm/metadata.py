@@ -64,11 +64,6 @@ def encode_image(
     return file.getvalue()
 
 
-def encode_png(image: np.ndarray, settings: dict[str, Any] | None) -> bytes:
-    """`encode_image` as PNG."""
-    return encode_image(image, settings)
-
-
 def text_chunks(settings: dict[str, Any]) -> PngInfo:
     """Settings as the text chunks of a PNG file."""
     parameters, own = _texts(settings)

@@ -1,4 +1,4 @@
-"""Where images go: numbered PNG files that are never overwritten, the watermark, the grid of a run."""
+"""Where images go: numbered files that are never overwritten, the watermark, the grid of a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from ldm.errors import InputError
 from ldm.images import make_grid, of_one_size
-from ldm.metadata import encode_png
+from ldm.metadata import FORMATS, encode_image
 from ldm.record import RunRecord, is_running
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no later file will fit, either
@@ -38,8 +39,8 @@ class OutputFolder:
     file is there whole or not at all, and none replaces another. InputError if a file cannot be written.
     """
 
-    def __init__(self, outdir: str | Path):
-        self.path = Path(outdir)
+    def __init__(self, outdir: str | Path, format: str = "png", quality: int = 95):
+        self.path, self.format, self.quality = Path(outdir), format, quality
         self._grids = _NumberedFiles(Path(outdir), "grid-", digits=4)
         self._samples = _NumberedFiles(Path(outdir) / "samples", "", digits=5)
 
@@ -49,25 +50,34 @@ class OutputFolder:
         return self._samples.next
 
     def save_image(
-        self, image: np.ndarray, settings: dict[str, Any] | None, number: int | None = None
+        self, image: np.ndarray, settings: dict[str, Any] | None, name: str | None = None, again: bool = False
     ) -> Path:
         """Writes an image, uint8 [H, W, 3], with its settings, as the next sample; returns its path.
 
-        With a `number` under that one, unless a file that is not this very image has it.
+        A `name`, relative and without suffix, stands for the number; if another file has it, it becomes
+        name-2 and so on. `again`: the file may be there already, from a sitting that ended before it told.
         """
-        return self._samples.save(encode_png(image, settings), number)
+        data = encode_image(image, settings, self.format, self.quality)
+        return self._samples.save(data, self.format, name, again)
 
     def save_grid(self, grid: np.ndarray, settings: dict[str, Any] | None) -> Path:
-        """Writes a grid, uint8 [H, W, 3], with its settings, as the next grid; returns its path."""
-        return self._grids.save(encode_png(grid, settings))
+        """Writes a grid, uint8 [H, W, 3], with its settings, as the next grid; returns its path.
+
+        One that is too large for the folder's format is a PNG file.
+        """
+        format = self.format if max(grid.shape) <= LARGEST.get(self.format, max(grid.shape)) else "png"
+        return self._grids.save(encode_image(grid, settings, format, self.quality), format)
+
+
+LARGEST = {"jpg": 65_500, "webp": 16_383}  # pixels on a side
 
 
 class _NumberedFiles:
-    """The files `<prefix><number>.png` of one folder, which is listed once."""
+    """The files `<prefix><number>.<format>` of one folder, which is listed once."""
 
     def __init__(self, folder: Path, prefix: str, digits: int):
         self.folder, self.prefix, self.digits = folder, prefix, digits
-        name = re.compile(rf"{prefix}([0-9]{{{digits},}})\.png")
+        name = re.compile(rf"{prefix}([0-9]{{{digits},}})\.({'|'.join(FORMATS)})")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _temporary_file(folder, b"can this folder be written?"):
@@ -81,34 +91,38 @@ class _NumberedFiles:
             raise self._unwritable(error) from error
         self.next = max((int(match[1]) for match in found if match), default=-1) + 1
 
-    def save(self, data: bytes, number: int | None = None) -> Path:
-        """Writes a file under its number, or the first from `self.next` on that no other process took."""
+    def save(self, data: bytes, format: str, name: str | None = None, again: bool = False) -> Path:
+        """Writes a file under its name, or the first number from `self.next` on that nobody took."""
         try:
             with _temporary_file(self.folder, data) as temporary:
-                if number is not None:
-                    path = self._path(number)
+                for stem in self._numbers() if name is None else _variants(name):
+                    path = self.folder / f"{stem}.{format}"
+                    if name is not None and "/" in name:
+                        path.parent.mkdir(parents=True, exist_ok=True)
                     with suppress(FileExistsError):
                         _rename_to_new(temporary, path)
                         return path
-                    if path.read_bytes() == data:  # from a sitting that ended before it could tell
-                        return path
-                while True:
-                    path = self._path(self.next)
-                    self.next += 1
-                    with suppress(FileExistsError):
-                        _rename_to_new(temporary, path)
+                    if again and path.read_bytes() == data:
                         return path
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{self.prefix}{number:0{self.digits}d}.png"
+    def _numbers(self) -> Iterator[str]:
+        while True:
+            self.next += 1
+            yield f"{self.prefix}{self.next - 1:0{self.digits}d}"
 
     def _unwritable(self, error: OSError) -> CannotWrite:
         reason = "a file has that name" if isinstance(error, FileExistsError) else error.strerror
         full = error.errno in FULL
         advice = "make room, and --resume makes what is missing" if full else "choose another --outdir"
         return CannotWrite(f"cannot write to {self.folder.absolute()}: {reason}; {advice}", full)
+
+
+def _variants(name: str) -> Iterator[str]:
+    """The name, and those that stand for it where others have taken it."""
+    yield name
+    yield from (f"{name}-{i}" for i in count(2))
 
 
 @contextmanager
@@ -173,7 +187,7 @@ class PictureWriter:
     """Saves the pictures of a run, each with watermark and settings, and at the end their grids.
 
     Grids show up to 64 pictures each, read back from their files so that a long run needs no memory for them;
-    with `images` false, as they come. They have watermarks of their own.
+    with `images` false, as they come. They have watermarks of their own if their pictures do.
     """
 
     def __init__(
@@ -187,7 +201,7 @@ class PictureWriter:
     ):
         self.folder, self.record = folder, record
         self.save_images, self.save_grid, self.columns = images, grid, columns
-        self.watermark = watermark  # of the grids
+        self.watermark = watermark
         self.page: list[np.ndarray] = []
 
     def add(
@@ -196,20 +210,22 @@ class PictureWriter:
         image: np.ndarray,
         settings: dict[str, Any] | None,
         facts: dict[str, Any],
-        watermark: Watermarker | None = None,
-    ) -> None:
-        """Picture k, uint8 [H, W, 3], the settings to write into it, and what the manifest tells of it."""
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        """Picture k, uint8 [H, W, 3], the settings to write into it, and what the manifest tells of it.
+
+        Returns its line of the manifest. See `OutputFolder.save_image` for its `name`.
+        """
         file = None
         if self.save_images:
-            marked = watermark(image) if watermark else image
-            path = self.folder.save_image(marked, settings, self.record.first + k)
+            path = self.folder.save_image(self.marked(image), settings, name, self.record.resumed)
             file = path.relative_to(self.folder.path).as_posix()
         elif self.save_grid:
             self.page.append(image)
             if len(self.page) == PAGE:
                 self._save_page(self.page, settings)
                 self.page = []
-        self.record.add(k, file, facts)
+        return self.record.add(k, file, facts)
 
     def finish(self, settings: dict[str, Any] | None) -> None:
         """Save the grids that are still missing."""
@@ -224,8 +240,13 @@ class PictureWriter:
             images = [np.asarray(Image.open(self.folder.path / name).convert("RGB")) for name in names]
             self.record.add_grid(self._save_page(images, settings).name)
 
+    def marked(self, image: np.ndarray) -> np.ndarray:
+        """With the watermark, if there is one and the image is large enough."""
+        fits = self.watermark is not None and self.watermark.fits(*image.shape[:2])
+        return self.watermark(image) if fits else image
+
     def _save_page(self, images: list[np.ndarray], settings: dict[str, Any] | None) -> Path:
         grid = make_grid(of_one_size(images), self.columns)
         single = len(images) == 1 and self.save_images  # the file itself, which has its watermark
-        mark = self.watermark and not single
-        return self.folder.save_grid(self.watermark(grid) if mark else grid, settings)
+        marked = all(Watermarker.fits(*image.shape[:2]) for image in images) and not single
+        return self.folder.save_grid(self.marked(grid) if marked else grid, settings)

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any
+from typing import IO, Any
 
 from ldm.errors import InputError
 from ldm.metadata import FILE_SETTINGS
@@ -35,10 +35,11 @@ class RunRecord:
         self.first = 0
         self.done: dict[int, str | None] = {}
         self.grids: list[str] = []
+        self.resumed = False
 
     def start(self, next_number: int) -> None:
         """Claim the file numbers from `next_number` on, behind those that running runs have claimed."""
-        with locked(self.outdir):
+        with self._alone():
             claims = self._going_on().values()
             self.first = max([next_number, *(line["first"] + line["images"] for line in claims)])
             self._enter(first=self.first, images=self.images, settings=self.settings)
@@ -48,7 +49,7 @@ class RunRecord:
 
         Raises InputError that names the differences where it has only others.
         """
-        with locked(self.outdir):
+        with self._alone():
             runs = [line for line in read_lines(self.outdir / RUNS) if "settings" in line]
             if not runs:
                 return False
@@ -65,17 +66,27 @@ class RunRecord:
                 if line.get("run") == self.run and "grid" in line:
                     self.grids.append(line["grid"])
             self._enter(first=self.first, images=self.images)
+        self.resumed = True
+        self.refresh()
+        return True
+
+    def refresh(self) -> None:
+        """What is done, as the manifest tells it: other processes may have added to it."""
+        self.done = {}
         for line in read_lines(self.outdir / MANIFEST):
             mine = line.get("run") == self.run and "error" not in line
             if mine and (not line["file"] or (self.outdir / line["file"]).exists()):
                 self.done[line["image"]] = line["file"]
-        return True
 
-    def add(self, image: int, file: str | None, facts: dict[str, Any]) -> None:
-        """Image number `image` is finished: its file, relative to the folder, None if it came to nothing."""
+    def add(self, image: int, file: str | None, facts: dict[str, Any]) -> dict[str, Any]:
+        """Image number `image` is finished: its file, relative to the folder, None if it came to nothing.
+
+        Returns its line of the manifest.
+        """
         self.done[image] = file
         line = {"run": self.run, "image": image, "file": file, **without_folders(facts)}
         append(self.outdir / MANIFEST, line)
+        return line
 
     def add_grid(self, file: str) -> None:
         self.grids.append(file)
@@ -100,6 +111,12 @@ class RunRecord:
             elif "ended" in line:
                 claims.pop(line["run"], None)
         return {run: line for run, line in claims.items() if is_running(line["host"], line["pid"])}
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other run starts or is taken up in this folder meanwhile."""
+        with open(self.outdir / MANIFEST, "ab") as file, locked(file):
+            yield
 
     def missing(self) -> list[int]:
         return [k for k in range(self.images) if k not in self.done]
@@ -128,7 +145,7 @@ def _short(value: Any) -> str:
 def append(path: Path, line: dict[str, Any]) -> None:
     """One more line, on the disk when this returns; a torn one before it is closed off first."""
     data = json.dumps(line).encode() + b"\n"
-    with open(path, "a+b", buffering=0) as file:
+    with open(path, "a+b", buffering=0) as file, locked(file):
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)
@@ -154,16 +171,18 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time is inside, where the system can tell."""
+def locked(file: IO[bytes]) -> Iterator[None]:
+    """Only one process at a time is inside, where the system can tell; the lock ends with its process."""
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    with open(folder / RUNS, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
         yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def is_running(host: str, pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""What the sampling scripts do between their arguments and their last line."""
+"""One run of a sampling script, between its arguments and its last line."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ import argparse
 import hashlib
 import json
 import secrets
-import signal
-import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import IMAGE_OPTIONS, IMG2IMG_SCALE, SCALE, notice
+from ldm.cli import IMAGE_OPTIONS, IMG2IMG_SCALE, LOG, SCALE, log_to, notice, problem
 from ldm.errors import InputError
-from ldm.loading import ModelFiles, advised_scale, choose_model, native_size, read_config
-from ldm.outputs import CannotWrite, OutputFolder, PictureWriter, Watermarker
+from ldm.loading import (
+    BUNDLED_WEIGHTS,
+    SAFETY_FOLDER,
+    ModelFiles,
+    advised_scale,
+    choose_model,
+    find,
+    native_size,
+    read_config,
+)
+from ldm.making import Interrupt, Job, Kind, Safety, Telling, image_facts, make
+from ldm.names import file_name, unique_names
+from ldm.outputs import OutputFolder, PictureWriter, Watermarker
 from ldm.record import RunRecord
+from ldm.team import LeaderEnded, Team, find_place
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,58 +39,152 @@ if TYPE_CHECKING:
     from ldm.prompts import Batch, Line
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What images that may share a batch have in common."""
-
-    settings: Settings
-    init_image: np.ndarray | None
-    facts: dict[str, Any]  # what is told of each
-    watermark: Watermarker | None
-
-
 def render(args: argparse.Namespace) -> int:
     """From checked arguments to files: text to image, or with an `init_img` among them image to image.
 
     Returns the exit code: 1 if an image could not be made or saved, 130 if the user ended the run.
     """
+    team = Team(find_place(args.devices, args.num_nodes))
+    log_to(args.log_file, args.quiet or not team.leads)
+    return lead(args, team) if team.leads else follow(args, team)
+
+
+def lead(args: argparse.Namespace, team: Team) -> int:
+    """The run as the process sees it that has rank 0, or is alone: it checks, plans, and tells the end."""
     lines, own_args = prompt_lines(args)
     files, config = model_files(args)
     check_model(args, config)
+    check_team(args, team)
+    safety_mode = safety_of(args)
     # the output folder is tried, and a run to resume is found, before anything slow
     folder = output_folder(args)
     if args.resume and args.seed == -1:
         args.seed = RunRecord.last_settings(folder.path).get("seed", -1)
     args.seed = choose_seed(args.seed)
     kinds, batches = plan_run(args, lines, own_args, files, config)
-    record = RunRecord(folder.path, kinds[0].facts | told_of(args, lines, kinds), sum(map(len, batches)))
+    told = kinds[0].facts | told_of(args, lines, kinds) | {"safety": safety_mode}
+    record = RunRecord(folder.path, told, sum(map(len, batches)))
     resumed = args.resume and record.resume()
-    batches = remaining(batches, record.missing(), args.rng)
-    columns = args.n_rows or args.n_samples
-    writer = PictureWriter(
-        folder, record, not args.skip_save, not args.skip_grid, columns, kinds[0].watermark
-    )
-    if batches:
-        model = load(args, files, config)
+    todo = remaining(batches, record.missing(), args.rng)
+    writer = picture_writer(args, folder, record)
+    model = None
+    if todo:
+        team.join(choose_device(args.device).type)
+        model = load(args, files, config, team)
         check_prompts(model, [*(line.prompt for line in lines), *(own.negative_prompt for own in own_args)])
         for kind in kinds:
             tell_steps(kind)
     else:
         notice(f"all {record.images} images are there")
-        model = None
+        if team.place.started:  # the others wait to be told
+            team.join("cpu")
+    safety = load_safety(safety_mode, model)
     if not resumed:
         record.start(folder.next_number)
     with ending(record), Interrupt() as interrupt:
-        failed = make(model, kinds, batches, writer, interrupt, args.no_metadata) if batches else 0
+        job = team.share(Job(kinds, todo, file_names(args.filename, kinds, batches, record.first), record))
+        LOG.info("%d of %d images to make in %s", sum(map(len, todo)), record.images, folder.path.absolute())
+        lost = make(model, job, writer, team, interrupt, safety, telling_of(args, team)) if todo else 0
+        if lost and not interrupt.asked:  # what they have left
+            output_folder(args)  # without their temporary files
+            record.refresh()
+            job = replace(job, batches=remaining(batches, record.missing(), args.rng))
+            make(model, job, writer, Team(), interrupt, safety, telling_of(args, team))
+        if team.place.size > 1:
+            record.refresh()
         if not interrupt.asked:
             prompt = "\n".join(dict.fromkeys(line.prompt for line in lines))
             writer.finish(None if args.no_metadata else kinds[0].facts | {"prompt": prompt})
     if left := len(record.missing()):
         notice(f"{left} of {record.images} images are missing; the same command with --resume makes them")
-    if failed:
-        notice(f"{failed} of {record.images} images failed: manifest.jsonl says which")
-    print(args.outdir)
-    return 130 if interrupt.asked else 1 if failed else 0
+    if failed := team.count("failed", 0):
+        problem(f"{failed} of {record.images} images failed: manifest.jsonl says which")
+    if not args.json:
+        print(args.outdir)
+    return 130 if interrupt.asked else 1 if failed or left else 0
+
+
+def follow(args: argparse.Namespace, team: Team) -> int:
+    """The run as any other process sees it: rank 0 has checked everything, and says what there is to do."""
+    try:
+        team.join(choose_device(args.device).type)
+        job = team.share(None)
+    except LeaderEnded:  # it has told why
+        return 1
+    if not job.batches:
+        return 0
+    model = load(args, *model_files(args), team)
+    safety = load_safety(safety_of(args), model)
+    writer = picture_writer(args, output_folder(args), job.record)
+    with Interrupt() as interrupt:
+        make(model, job, writer, team, interrupt, safety, telling_of(args, team))
+    return 0
+
+
+def check_team(args: argparse.Namespace, team: Team) -> None:
+    """InputError for what several processes cannot do."""
+    if team.place.size == 1:
+        return
+    for wrong, why in (
+        (args.rng == "compvis", "--rng compvis is one stream for all images, so one process has to draw it"),
+        (args.skip_save, "--skip_save leaves nothing that grids could be made from"),
+        (":" in args.device, f"--device {args.device} is one device; name its kind, such as cuda"),
+        (args.device == "mps", "there is one mps device"),
+    ):
+        if wrong:
+            raise InputError(f"{team.place.size} processes (--devices, --num_nodes): {why}")
+    device = choose_device(args.device)
+    if device.type == "cuda":
+        import torch
+
+        if team.place.devices > torch.cuda.device_count():
+            raise InputError(f"--devices {team.place.devices}: this machine has {torch.cuda.device_count()}")
+
+
+def picture_writer(args: argparse.Namespace, folder: OutputFolder, record: RunRecord) -> PictureWriter:
+    mark = None if args.watermark == "none" else Watermarker(args.watermark)
+    columns = args.n_rows or args.n_samples
+    return PictureWriter(folder, record, not args.skip_save, not args.skip_grid, columns, mark)
+
+
+def telling_of(args: argparse.Namespace, team: Team) -> Telling:
+    return Telling(not args.no_metadata, args.json, team.leads and not args.quiet)
+
+
+def file_names(template: str, kinds: list[Kind], batches: list[Batch], first: int) -> dict[int, str]:
+    """The file of each image of a run, by its number within it, as --filename says."""
+    names = {}
+    for batch in batches:
+        facts = kinds[batch.kind].facts
+        for own, prompt in zip(image_facts(kinds[batch.kind].settings, batch), batch.prompts, strict=True):
+            number = {"number": first + own["image"], "prompt": prompt}
+            model = {"model": PurePath(facts["checkpoint"]).stem}
+            names[own["image"]] = file_name(template, facts | own | number | model)
+    numbers = sorted(names)
+    return dict(zip(numbers, unique_names(names[k] for k in numbers), strict=True))
+
+
+def safety_of(args: argparse.Namespace) -> str:
+    """What --safety comes to here: "on", "flag", "off", or "unchecked" for "auto" without a checker."""
+    there = find(SAFETY_FOLDER).is_dir()
+    if args.safety in ("on", "flag") and not there:
+        raise InputError(
+            f"--safety {args.safety}: there is no {SAFETY_FOLDER}; put the published config.json and "
+            "model.safetensors there, or choose --safety off"
+        )
+    return ("on" if there else "unchecked") if args.safety == "auto" else args.safety
+
+
+def load_safety(mode: str, model: LatentDiffusion | None) -> Safety:
+    """The checks for a mode of `safety_of`, on the model's device; a notice if pictures go unchecked."""
+    if model is None or mode == "off":
+        return Safety()
+    if mode == "unchecked":
+        notice(f"The pictures are unchecked: there is no {SAFETY_FOLDER} (told unless --safety off)")
+        return Safety()
+    from ldm.safety import load_safety_checker
+
+    return Safety(load_safety_checker(find(SAFETY_FOLDER), model.device), blacken=mode == "on")
 
 
 def plan_run(
@@ -108,8 +211,9 @@ def plan_run(
         key = repr(settings)
         if key not in kinds:
             numbers[key] = len(kinds)
-            facts, watermark = common | facts_of(args, settings), watermarker(args, height, width)
-            kinds[key] = Kind(settings, init, facts, watermark)
+            if args.watermark != "none" and not Watermarker.fits(height, width):
+                notice(f"No watermark: it needs 256x256 pixels and these pictures have {width}x{height}")
+            kinds[key] = Kind(settings, init, common | facts_of(args, settings))
         kind_of[id(own)] = numbers[key]
     batches = plan(
         [line.prompt for line in lines],
@@ -119,43 +223,6 @@ def plan_run(
         own_seeds(lines, own_args),
     )
     return list(kinds.values()), batches
-
-
-def make(
-    model: LatentDiffusion,
-    kinds: list[Kind],
-    batches: list[Batch],
-    writer: PictureWriter,
-    interrupt: Interrupt,
-    no_metadata: bool,
-) -> int:
-    """Make and save what the record lacks, until it is there or the user ends it; the number that failed."""
-    from ldm.generate import generate
-
-    missing, failed = set(writer.record.missing()), 0
-    steps = [kind.settings.steps_to_run for kind in kinds]
-    adaptive = any(kind.settings.sampler == "dpm_adaptive" for kind in kinds)
-    total = None if adaptive else sum(len(batch) * steps[batch.kind] for batch in batches)
-    with StepBar(sum(map(len, batches)), total) as bar:
-        for number, kind in enumerate(kinds):
-            mine = [batch for batch in batches if batch.kind == number]
-            if not mine or interrupt.asked:
-                continue
-            start = time.perf_counter()
-            for batch, images in generate(model, mine, kind.settings, bar.step, kind.init_image):
-                seconds = round((time.perf_counter() - start) / len(batch), 3)
-                own_facts = image_facts(kind.settings, batch)
-                for image, prompt, own in zip(images, batch.prompts, own_facts, strict=True):
-                    if own["image"] in missing:
-                        facts = kind.facts | {"prompt": prompt} | own
-                        told = facts | {"seconds": seconds, "nan": image is None}
-                        metadata = None if no_metadata else facts
-                        failed += not save(writer, own["image"], image, metadata, told, kind.watermark, bar)
-                bar.finish(len(batch))
-                start = time.perf_counter()
-                if interrupt.asked:
-                    break
-    return failed
 
 
 def tell_steps(kind: Kind) -> None:
@@ -173,11 +240,11 @@ def prompt_lines(args: argparse.Namespace) -> tuple[list[Line], list[argparse.Na
     if not args.from_file:
         return [Line(args.prompt)] * args.n_samples, [args] * args.n_samples
     lines = [line for line in read_prompts(args.from_file) for _ in range(args.repeat)]
-    variants: dict[tuple, argparse.Namespace] = {(): args}
+    variants: dict[str, argparse.Namespace] = {repr(()): args}  # seeds 1 and 1.0 are equal, and not the same
     for line in lines:
-        if line.options not in variants:
-            variants[line.options] = line_arguments(args, line)
-    return lines, [variants[line.options] for line in lines]
+        if repr(line.options) not in variants:
+            variants[repr(line.options)] = line_arguments(args, line)
+    return lines, [variants[repr(line.options)] for line in lines]
 
 
 def line_arguments(args: argparse.Namespace, line: Line) -> argparse.Namespace:
@@ -190,9 +257,10 @@ def line_arguments(args: argparse.Namespace, line: Line) -> argparse.Namespace:
                 raise InputError(f"no option {name!r} for a line; there are prompt, {', '.join(allowed)}")
         if args.rng == "compvis":
             raise InputError("options of its own with --rng compvis: that is one stream for all images")
-        if options.get("seed", 0) == -1:
+        own = args.variant(options)
+        if "seed" in options and own.seed == -1:
             raise InputError("a seed of -1; leave it out, and the line has the run's")
-        return args.variant(options)
+        return own
     except InputError as error:
         raise InputError(f"--from-file {line.place}: {error}") from error
 
@@ -205,34 +273,6 @@ def own_seeds(lines: list[Line], own_args: list[argparse.Namespace]) -> list[int
         own_seed = own.seed if any(name == "seed" for name, _ in line.options) else None
         seeds.append(seeds[-1] + 1 if again else own_seed)
     return seeds
-
-
-def save(
-    writer: PictureWriter,
-    k: int,
-    image: np.ndarray | None,
-    settings: dict[str, Any] | None,
-    told: dict[str, Any],
-    watermark: Watermarker | None,
-    bar: StepBar,
-) -> bool:
-    """Write image k and its line of the manifest; False, and a notice, if it is NaN or cannot be written.
-
-    Raises CannotWrite where no later image could be written, either.
-    """
-    if image is None:
-        bar.notice(f"image {k} ({told['prompt']!r}) came out as NaN and is skipped")
-        writer.record.add(k, None, told)
-        return False
-    try:
-        writer.add(k, image, settings, told, watermark)
-    except CannotWrite as error:
-        if error.full:
-            raise
-        bar.notice(f"image {k}: {error}")
-        writer.record.add(k, None, told | {"error": str(error)})
-        return False
-    return True
 
 
 @contextmanager
@@ -248,7 +288,7 @@ def ending(record: RunRecord) -> Iterator[None]:
 def told_of(args: argparse.Namespace, lines: list[Line], kinds: list[Kind]) -> dict[str, Any]:
     """What else a run's files depend on, prompts and init images as hashes that tell them from others."""
     text = json.dumps([(line.prompt, line.options) for line in lines]).encode()
-    told = {name: getattr(args, name) for name in ("n_iter", "watermark", "no_metadata")}
+    told = {name: getattr(args, name) for name in ("n_iter", "no_metadata", "format", "quality", "filename")}
     told["prompts"] = f"{len(lines)}, {_hash(text)}"
     if kinds[0].init_image is not None:
         told["init image"] = _hash(b"".join(kind.init_image.tobytes() for kind in kinds))
@@ -268,47 +308,19 @@ def remaining(batches: list[Batch], missing: list[int], rng: str) -> list[Batch]
     return [batches[i] for i in wanted]
 
 
-def image_facts(settings: Settings, batch: Batch) -> list[dict[str, int]]:
-    """Number and seeds of each image, to make it alone; in the original's one stream it has no seed."""
-    from ldm.sampling.noise import image_seed
-
-    facts = []
-    for k, given in zip(batch.numbers, batch.seeds or [None] * len(batch), strict=True):
-        own = {"image": k}
-        if settings.rng == "image":
-            own["seed"] = image_seed(settings.seed, k) if given is None else given
-            if settings.variation_seed is not None:
-                own["variation_seed"] = image_seed(settings.variation_seed, k)
-        facts.append(own)
-    return facts
-
-
-class Interrupt:
-    """The first Ctrl-C or SIGTERM asks the run to end after the batch in hand, a second one ends it."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self) -> Interrupt:
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere signals are not ours
-            self.before = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        notice("ending after the images in hand; once more ends at once")
-
-    def __exit__(self, *_: object) -> None:
-        for name, handler in self.before.items():
-            signal.signal(name, handler)
-
-
 def model_files(args: argparse.Namespace) -> tuple[ModelFiles, dict[str, Any]]:
     """The chosen model's files, with a notice if nobody chose them, and its `model:` section."""
     files = choose_model(args.config, args.ckpt)
+    if wanted := args.picture.get("model_hash"):
+        from ldm.checkpoint import fingerprint
+
+        if args.config is None and args.ckpt is None and wanted == fingerprint(find(BUNDLED_WEIGHTS)):
+            files = choose_model(None, BUNDLED_WEIGHTS)
+        elif wanted != fingerprint(files.weights):
+            maker = args.picture.get("checkpoint") or "another model"
+            notice(
+                f"--like: that picture is by {maker} ({wanted}), this is {files.weights.name}: it will differ"
+            )
     if files.notice:
         notice(files.notice)
     return files, read_config(files.config)
@@ -375,6 +387,7 @@ def settings_of(args: argparse.Namespace, files: ModelFiles, height: int, width:
         variation_strength=args.variation_strength,
         rng=args.rng,
         fixed_code=args.fixed_code,
+        start_seed=args.start_seed,
         autocast=args.precision == "autocast",
     )
 
@@ -382,7 +395,7 @@ def settings_of(args: argparse.Namespace, files: ModelFiles, height: int, width:
 def facts_of(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """The settings as an image tells them: those in use, the sampler's options among them."""
     facts = {name: value for name, value in vars(settings).items() if value is not None}
-    facts |= facts.pop("options")
+    facts |= facts.pop("options") | {"watermark": args.watermark}
     if hasattr(args, "init_img"):
         facts |= {"init_img": args.init_img, "resize": args.resize, "background": args.background}
     return facts
@@ -400,24 +413,16 @@ def output_folder(args: argparse.Namespace) -> OutputFolder:
     """Where pictures go; InputError if `--outdir` cannot be written."""
     if args.resume and args.skip_save:
         raise InputError("--resume with --skip_save: a run that saves no images cannot be taken up again")
-    return OutputFolder(args.outdir)
+    return OutputFolder(args.outdir, args.format, args.quality)
 
 
-def watermarker(args: argparse.Namespace, height: int, width: int) -> Watermarker | None:
-    """What marks the pictures, None if they are too small or `--watermark` is none."""
-    if args.watermark == "none":
-        return None
-    if not Watermarker.fits(height, width):
-        notice(f"No watermark: it needs 256x256 pixels and these pictures have {width}x{height}")
-        return None
-    return Watermarker(args.watermark)
-
-
-def load(args: argparse.Namespace, files: ModelFiles, config: dict[str, Any]) -> LatentDiffusion:
+def load(
+    args: argparse.Namespace, files: ModelFiles, config: dict[str, Any], team: Team | None = None
+) -> LatentDiffusion:
     """The model on its device; InputError if it is not what `--C` and `--f` say."""
     from ldm.loading import load_model
 
-    device = choose_device(args.device)
+    device = team.device if team and team.device else choose_device(args.device)
     model = load_model(config, files.weights, args.weights, args.allow_target)
     for flag, given, true in (("C", args.C, model.channels), ("f", args.f, model.first_stage_model.factor)):
         if given not in (None, true):
@@ -449,36 +454,6 @@ def check_prompts(model: LatentDiffusion, prompts: Iterable[str]) -> None:
     for prompt in dict.fromkeys(prompts):
         if lost := cut_off(prompt):
             notice(f"The prompt {prompt[:30]!r}… is longer than 77 tokens; cut off: {lost!r}")
-
-
-class StepBar:
-    """A progress bar over `steps` sampling steps of all images, None if unknown, and images/s at its end."""
-
-    def __init__(self, images: int, steps: int | None):
-        from tqdm import tqdm
-
-        self.finished = 0
-        self.bar = tqdm(total=steps, unit="step", desc=f"{images} images")
-
-    def __enter__(self) -> StepBar:
-        return self
-
-    def step(self, images: int) -> None:
-        """One step of a batch of `images` is done."""
-        self.bar.update(images)
-
-    def finish(self, images: int) -> None:
-        """A batch of `images` is done."""
-        self.finished += images
-
-    def notice(self, message: str) -> None:
-        """One line above the bar."""
-        self.bar.write(message, file=sys.stderr)
-
-    def __exit__(self, *_: object) -> None:
-        rate = self.finished / max(self.bar.format_dict["elapsed"], 1e-9)
-        self.bar.set_postfix_str(f"{rate:.2f} images/s")
-        self.bar.close()
 
 
 def choose_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ compare.py --x sampler ddim plms "Euler a" --y steps 5 10 20 takes every other o
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,6 +28,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[list[argparse.Names
         parser.add_argument(
             axis, nargs="+", required=True, metavar=("OPTION", "VALUE"), help=f"what the {where} vary"
         )
+    argv, picture = parser.like_picture(argv)
     args = parser.parse_args(argv)
     for name, fine in (
         ("n_samples", 1),
@@ -35,6 +37,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[list[argparse.Names
         ("resume", False),
         ("n_rows", 0),
         ("fixed_code", False),
+        ("devices", None),
+        ("num_nodes", None),
     ):
         if getattr(args, name) != fine:
             raise InputError(f"--{name} is not for compare.py: each cell of its sheet holds one picture")
@@ -47,6 +51,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[list[argparse.Names
         argv = [*argv, f"--seed={choose_seed(-1)}"]
         args = parser.parse_args(argv)
 
+    args.picture = picture
     (x, across), (y, down) = axes
     return args, [[parser.parse([*argv, f"--{x}={a}", f"--{y}={b}"]) for a in across] for b in down]
 
@@ -61,73 +66,70 @@ def _axis(flag: str, words: list[str], img2img: bool) -> tuple[str, list[str]]:
     return ("ddim_steps" if name == "steps" else name), values
 
 
+class Keeper:
+    """A writer of pictures that keeps them, too, by their numbers."""
+
+    def __init__(self, writer: Any):
+        self.writer, self.record, self.pictures = writer, writer.record, {}
+
+    def add(self, k: int, image: Any, *rest: Any) -> dict[str, Any]:
+        self.pictures[k] = image
+        return self.writer.add(k, image, *rest)
+
+
 def main(argv: list[str] | None = None) -> int:
     args, cells = parse(sys.argv[1:] if argv is None else argv)
+    cli.log_to(args.log_file, args.quiet)
 
-    from ldm.render import (
-        StepBar,
-        check_model,
-        check_prompts,
-        ending,
-        facts_of,
-        load,
-        model_facts,
-        model_files,
-        output_folder,
-        picture_size,
-        read_init,
-        settings_of,
-        watermarker,
-    )
+    from ldm import render
 
-    files, config = model_files(args)
-    check_model(args, config)
-    init_image = read_init(args)
-    height, width = init_image.shape[:2] if init_image is not None else picture_size(args, config)
-    folder, watermark = output_folder(args), watermarker(args, height, width)
+    files, config = render.model_files(args)
+    render.check_model(args, config)
+    safety_mode = render.safety_of(args)
+    init_image = render.read_init(args)
+    height, width = init_image.shape[:2] if init_image is not None else render.picture_size(args, config)
+    folder = render.output_folder(args)
 
     import numpy as np
 
-    from ldm.generate import generate
-    from ldm.outputs import PictureWriter
+    from ldm.making import Interrupt, Job, Kind, make
     from ldm.prompts import Batch
     from ldm.record import RunRecord
     from ldm.sheet import contact_sheet
+    from ldm.team import Team
 
-    model = load(args, files, config)
-    check_prompts(model, [text for row in cells for own in row for text in (own.prompt, own.negative_prompt)])
-    settings = [[settings_of(own, files, height, width) for own in row] for row in cells]
-    flat = [own for row in settings for own in row]
-    adaptive = any(own.sampler == "dpm_adaptive" for own in flat)
-    common, rows, missing = model_facts(args, files), [], 0
+    flat = [own for row in cells for own in row]
+    kinds, batches, common = [], [], render.model_facts(args, files)
+    for k, own in enumerate(flat):
+        settings = render.settings_of(own, files, height, width)
+        kinds.append(Kind(settings, init_image, common | render.facts_of(own, settings)))
+        # the seed is the picture's own: it does not move on from cell to cell
+        batches.append(Batch((own.prompt,), (k,), seeds=(settings.seed,), kind=k))
     record = RunRecord(folder.path, common | {"x": args.x, "y": args.y}, len(flat))
+    args.skip_grid, skip_sheet = True, args.skip_grid
+    writer = Keeper(render.picture_writer(args, folder, record))
+    model = render.load(args, files, config)
+    render.check_prompts(model, [text for own in flat for text in (own.prompt, own.negative_prompt)])
+    safety, team = render.load_safety(safety_mode, model), Team()
     record.start(folder.next_number)
-    writer = PictureWriter(folder, record, images=not args.skip_save, grid=False)
-    total = None if adaptive else sum(own.steps_to_run for own in flat)
-    with ending(record), StepBar(len(flat), total) as bar:
-        for row, own_settings in zip(cells, settings, strict=True):
-            rows.append([])
-            for own, chosen in zip(row, own_settings, strict=True):
-                ((_, (image,)),) = generate(model, [Batch((own.prompt,), (0,))], chosen, bar.step, init_image)
-                bar.finish(1)
-                if image is None:
-                    bar.notice(f"the picture in row {len(rows)}, column {len(rows[-1]) + 1} came out as NaN")
-                    missing += 1
-                    record.add(len(record.done), None, {"nan": True})
-                    image = np.zeros((height, width, 3), np.uint8)
-                else:
-                    facts = common | facts_of(own, chosen) | {"prompt": own.prompt}
-                    writer.add(len(record.done), image, None if args.no_metadata else facts, facts, watermark)
-                rows[-1].append(image)
+    job = Job(kinds, batches, render.file_names(args.filename, kinds, batches, record.first), record)
+    with render.ending(record), Interrupt() as interrupt:
+        make(model, job, writer, team, interrupt, safety, render.telling_of(args, team))
+    if interrupt.asked:
+        return 130
+    black = np.zeros((height, width, 3), np.uint8)
+    pictures = [writer.pictures.get(k, black) for k in range(len(flat))]
+    rows = [pictures[i : i + len(cells[0])] for i in range(0, len(flat), len(cells[0]))]
     title = f"{args.y[0]} by {args.x[0]}"
     if "prompt" not in (args.x[0], args.y[0]):
         title += f": {args.prompt}"
     sheet = contact_sheet(rows, args.x[1:], args.y[1:], title)
-    facts = common | facts_of(args, settings[0][0]) | {"prompt": args.prompt, "x": args.x, "y": args.y}
-    if not args.skip_grid:
-        folder.save_grid(watermark(sheet) if watermark else sheet, None if args.no_metadata else facts)
-    print(args.outdir)
-    return 1 if missing else 0
+    facts = kinds[0].facts | {"prompt": args.prompt, "x": args.x, "y": args.y}
+    if not skip_sheet:
+        folder.save_grid(writer.writer.marked(sheet), None if args.no_metadata else facts)
+    if not args.json:
+        print(args.outdir)
+    return 1 if team.count("failed", 0) else 0
 
 
 if __name__ == "__main__":

@@ -75,8 +75,9 @@ def evaluate(args: argparse.Namespace) -> None:
     from ldm.data.evaluation import check, evaluation_scenes, markdown_table, marked_grid, round_trip, score
     from ldm.data.scenes import caption, render
     from ldm.generate import Settings, generate
+    from ldm.making import StepBar
     from ldm.prompts import plan
-    from ldm.render import StepBar, load
+    from ldm.render import load
 
     detector = load_detector(find(args.detector))
     model = load(args, files, config)

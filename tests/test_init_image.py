@@ -200,11 +200,11 @@ def test_broken_exif_is_passed_over(opened, cut) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_of_several_pictures_the_first_is_used(opened, capsys, kind) -> None:
+def test_of_several_pictures_the_first_is_used(opened, caplog, kind) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE, WHITE)]
     pixels = opened(frames[0], kind, save_all=True, append_images=frames[1:])
     assert np.abs(pixels[4, 4] - RED).max() <= 2
-    assert capsys.readouterr().err.endswith("holds 3 pictures; the first one is used\n")
+    assert caplog.messages[0].endswith("holds 3 pictures; the first one is used")
 
 
 def test_previews_in_a_photo_are_not_worth_a_word(opened, capsys) -> None:

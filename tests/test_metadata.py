@@ -21,7 +21,6 @@ from ldm.metadata import (
     _comment_text,
     a1111_parameters,
     encode_image,
-    encode_png,
     exif,
     parse_a1111,
     read_metadata,
@@ -107,10 +106,6 @@ def test_pictures_without_settings(tmp_path, format):
     assert read_metadata(path) is None
     with pytest.raises(NoSettings, match=r"picture\.\w+ carries no settings"):
         settings_from_picture(path)
-
-
-def test_encode_png_is_encode_image():
-    assert encode_png(pixels(), SETTINGS) == encode_image(pixels(), SETTINGS, "png")
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -103,7 +103,7 @@ def test_foreign_files_do_not_shift_the_numbers(tmp_path):
     (tmp_path / "samples").mkdir()
     for name in (
         "notes.txt",
-        "00003.jpg",
+        "00003.gif",
         "abc.png",
         "00007 copy.png",
         "00005.png.bak",

@@ -69,7 +69,7 @@ def txt2img(command, model) -> Txt2Img:
 
 def process(*argv: object, cwd: Path, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, argv)],
+        [sys.executable, SCRIPT, "--safety", "off", *map(str, argv)],
         cwd=cwd,
         env=os.environ | env,
         stdout=subprocess.PIPE,
@@ -169,8 +169,8 @@ def test_help_and_argument_errors_do_not_wait_for_torch(tmp_path, argv, code):
     [
         ("--H 510", "--H 510 is not a multiple of 8; the nearest is 512"),
         ("--W 99", "--W 99 is not a multiple of 8; the nearest is 96"),
-        ("--H 4", "at least 8"),
-        ("--H -64", "at least 8"),
+        ("--H 4", "8 … 65,536"),
+        ("--H -64", "8 … 65,536"),
         ("--ddim_steps 0", "0 is not a whole number in range: 1 … 1,000"),
         ("--ddim_steps 1001", "1 … 1,000"),
         ("--ddim_steps abc", "1 … 1,000"),

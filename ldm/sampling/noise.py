@@ -207,12 +207,14 @@ def noise_source(
     init_image: bool = False,
     brownian: bool = False,
     variation: tuple[int, float] | None = None,
+    start_seed: int | None = None,
 ) -> Callable[[Batch], Noise]:
     """The noise of each batch of a run: `rng` is "image" or "compvis", `shape` is one image's [c, h, w].
 
     Image k has the seed that its batch gives it, or `seed + k`, modulo 2^63, and is varied towards
-    `variation`'s (seed + k, strength). `fixed_code` starts every batch from the first one's noise, drawn for
-    `n_samples` images. Only per-image noise is `brownian` or varied.
+    `variation`'s (seed + k, strength). `fixed_code` starts every batch from equal noise, that of `start_seed`
+    (by default `seed`), in the original's stream drawn for `n_samples` images. Only per-image noise is
+    `brownian` or varied.
     """
     if rng == "compvis":
         generator = torch.Generator(device).manual_seed(seed)
@@ -227,19 +229,25 @@ def noise_source(
             generator, (len(batch), *shape), rows(code, batch), rows(posterior, batch)
         )
 
-    def own(seed: int, batch: Batch, fixed_code: bool, given: Sequence[int | None] | None) -> ImageNoise:
+    def own(seed: int, batch: Batch, first: int | None, given: Sequence[int | None] | None) -> ImageNoise:
         given = given or [None] * len(batch)
         seeds = [image_seed(seed, k) if g is None else g for g, k in zip(given, batch.numbers, strict=True)]
-        starts = [image_seed(seed, batch.position + i) for i in range(len(batch))] if fixed_code else None
+        starts = None if first is None else start_seeds(first, batch)
         return ImageNoise(seeds, shape, device, starts, brownian)
 
     def image_noise(batch: Batch) -> ImageNoise | VariedNoise:
-        noise = own(seed, batch, fixed_code, batch.seeds)
+        first = (seed if start_seed is None else start_seed) if fixed_code else None
+        noise = own(seed, batch, first, batch.seeds)
         if variation is None:
             return noise
-        return VariedNoise(noise, own(variation[0], batch, False, None), variation[1])
+        return VariedNoise(noise, own(variation[0], batch, None, None), variation[1])
 
     return image_noise
+
+
+def start_seeds(first: int, batch: Batch) -> list[int]:
+    """With --fixed_code: the seeds from whose noise the images of a batch start."""
+    return [image_seed(first, batch.position + i) for i in range(len(batch))]
 
 
 def image_seed(seed: int, k: int) -> int:
