@@ -71,6 +71,9 @@ def picture_facts(file: str, expected: list[str]) -> dict[str, Any]:
         error = {"error": str(malformed)}
     known = settings or {}
     facts |= {name: known.get(name) for name in ("seed", "model_hash")}
+    mark = known.get("watermark")
+    if isinstance(mark, str) and mark.isprintable() and mark not in ("", "none"):
+        expected = [*expected, mark]
     facts |= {"watermark": read_watermark(pixels, expected)}
     facts |= {"nsfw_content_detected": known.get("nsfw_content_detected")}
     return facts | {"settings": settings} | error

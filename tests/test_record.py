@@ -344,7 +344,30 @@ def test_two_runs_at_once_number_their_files_without_gaps(model, tmp_path) -> No
     assert sorted(line["file"] for line in lines) == names
 
 
-def test_memory_stays_flat(txt2img: Command) -> None:
+def resident(pid: int) -> int:
+    """Bytes of memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_thousands_of_images(model, tmp_path) -> None:
+    """After 5,000 images within 5 % of what it is after 500."""
+    run = start(tmp_path, model, "--n_samples", 50, "--n_iter", 110, "--ddim_steps", 1)
+    path, seen = tmp_path / MANIFEST, {}
+    end = time.monotonic() + 300
+    while len(seen) < 2 and time.monotonic() < end and run.poll() is None:
+        images = path.read_bytes().count(b"\n") if path.exists() else 0
+        if images >= (5000 if seen else 500):
+            seen[images] = resident(run.pid)
+        time.sleep(0.02)
+    _, err = run.communicate()
+    assert (run.returncode, len(seen)) == (0, 2), err[-300:]
+    before, after = seen.values()
+    assert after < 1.05 * before
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 5500
+
+
+def test_grids_are_paged(txt2img: Command) -> None:
     """Pictures that are saved are not kept: their grids are made from the files, 64 at a time."""
     result = txt2img("--n_iter", 40, "--n_samples", 4, "--ddim_steps", 1)
     assert [name for name in result.files if name.startswith("grid")] == [
