@@ -292,9 +292,39 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--f", type=number(int, 1), help="downsampling factor (default: the model's)")
     add(
         "--precision",
-        choices=("full", "autocast"),
-        default="autocast",
-        help="autocast is full precision on a CPU",
+        choices=("full", "autocast", "half", "bf16"),
+        help="of weights and activations: half on a GPU, full on a CPU; bf16 is faster on CPUs that have it",
+    )
+    add(
+        "--vae_tiling",
+        action="store_true",
+        help="encode and decode large pictures in blended tiles: less memory, slightly other colours",
+    )
+    add(
+        "--attention_slicing",
+        action="store_true",
+        help="attention in slices where the device has no fused kernel: less memory",
+    )
+    add(
+        "--low_vram",
+        nargs="?",
+        const="parts",
+        choices=("parts", "max"),
+        help="weights are on the GPU only while they work; max: the UNet block by block",
+    )
+    add(
+        "--deepcache",
+        type=number(int, 1, 1000),
+        default=1,
+        metavar="N",
+        help="the UNet's deep features at every N-th call only: faster, approximate (1)",
+    )
+    add(
+        "--tome",
+        type=number(float, 0, 0.75),
+        default=0.0,
+        metavar="RATIO",
+        help="merge this share of self-attention's tokens: faster, approximate (0)",
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--devices", type=number(int, 1), metavar="N", help="processes on this machine, one to a device (1)")

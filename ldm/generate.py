@@ -186,7 +186,8 @@ def generate(
         parts = batch.parts(1) if settings.sampler == "dpm_adaptive" else [batch]
         try:
             with torch.inference_mode(), autocast:
-                decoded = model.decode_first_stage(torch.cat([latents_of(part, step) for part in parts]))
+                latents = torch.cat([latents_of(part, step) for part in parts])
+                decoded = decode(model, latents)
                 pixels = to_uint8(decoded)
                 finite = finite_images(decoded)
         except RuntimeError as error:
@@ -211,6 +212,21 @@ def generate(
                 if model.device.type == "cuda":
                     torch.cuda.empty_cache()
         yield batch, pictures
+
+
+def decode(model: LatentDiffusion, latents: torch.Tensor) -> torch.Tensor:
+    """Images [b, 3, h, w] of latents. A decoder that fails in low precision works in float32 from then on.
+
+    Those of SD 1 and 2 hold values beyond what float16 can express on some pictures.
+    """
+    images = model.decode_first_stage(latents)
+    single = torch.promote_types(images.dtype, torch.float32) == images.dtype
+    if single or images.isfinite().all() or not latents.isfinite().all():
+        return images
+    notice("the autoencoder yields NaN in low precision: it decodes in float32 from here on")
+    model.first_stage_model.float()
+    with torch.autocast(model.device.type, enabled=False):
+        return model.decode_first_stage(latents)
 
 
 class OutOfMemory(Exception):

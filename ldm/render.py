@@ -95,6 +95,7 @@ def lead(args: argparse.Namespace, team: Team) -> int:
         if not interrupt.asked:
             prompt = "\n".join(dict.fromkeys(line.prompt for line in lines))
             writer.finish(None if args.no_metadata else kinds[0].facts | {"prompt": prompt})
+    tell_peak(args, model)
     if left := len(record.missing()):
         notice(f"{left} of {record.images} images are missing; the same command with --resume makes them")
     if failed := team.count("failed", 0):
@@ -388,7 +389,7 @@ def settings_of(args: argparse.Namespace, files: ModelFiles, height: int, width:
         rng=args.rng,
         fixed_code=args.fixed_code,
         start_seed=args.start_seed,
-        autocast=args.precision == "autocast",
+        autocast=precision_of(args) == "autocast",
     )
 
 
@@ -396,6 +397,9 @@ def facts_of(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """The settings as an image tells them: those in use, the sampler's options among them."""
     facts = {name: value for name, value in vars(settings).items() if value is not None}
     facts |= facts.pop("options") | {"watermark": args.watermark}
+    changes = {"vae_tiling": args.vae_tiling, "deepcache": args.deepcache, "tome": args.tome}
+    plain = {"vae_tiling": False, "deepcache": 1, "tome": 0}
+    facts |= {name: value for name, value in changes.items() if value != plain[name]}
     if hasattr(args, "init_img"):
         facts |= {"init_img": args.init_img, "resize": args.resize, "background": args.background}
     return facts
@@ -420,14 +424,59 @@ def load(
     args: argparse.Namespace, files: ModelFiles, config: dict[str, Any], team: Team | None = None
 ) -> LatentDiffusion:
     """The model on its device; InputError if it is not what `--C` and `--f` say."""
+    import torch
+
     from ldm.loading import load_model
 
     device = team.device if team and team.device else choose_device(args.device)
-    model = load_model(config, files.weights, args.weights, args.allow_target)
+    dtype = {"half": torch.float16, "bf16": torch.bfloat16}.get(precision_of(args))
+    model = load_model(config, files.weights, args.weights, args.allow_target, dtype)
     for flag, given, true in (("C", args.C, model.channels), ("f", args.f, model.first_stage_model.factor)):
         if given not in (None, true):
             raise InputError(f"--{flag} {given} does not fit this model: its value is {true}")
-    return model.to(device)
+    return optimize(model, args, device)
+
+
+def optimize(model: LatentDiffusion, args: argparse.Namespace, device: torch.device) -> LatentDiffusion:
+    """The model on its device, with what --vae_tiling and its like ask for."""
+    if args.attention_slicing:
+        from ldm.optimize.slicing import slice_attention
+
+        slice_attention(model)
+    if args.vae_tiling:
+        from ldm.optimize.tiling import tile_first_stage
+
+        tile_first_stage(model)
+    if args.tome or args.deepcache > 1:
+        from ldm.optimize.approximate import merge_similar_tokens, reuse_deep_features
+
+        merge_similar_tokens(model, args.tome)
+        reuse_deep_features(model, args.deepcache)
+    if not args.low_vram:
+        return model.to(device)
+    from ldm.optimize.offload import offload
+
+    if device.type == "cpu":
+        notice("--low_vram: on a CPU there is only one memory, and nothing to save")
+        return model
+    offload(model, device, by_layer=args.low_vram == "max")
+    return model
+
+
+def precision_of(args: argparse.Namespace) -> str:
+    """--precision, or what is best on the device: half on a GPU, full on a CPU."""
+    if args.precision is None:
+        return "half" if choose_device(args.device).type == "cuda" else "full"
+    return args.precision
+
+
+def tell_peak(args: argparse.Namespace, model: LatentDiffusion | None) -> None:
+    """The memory that a run took which was to save it."""
+    if model is not None and (args.low_vram or args.vae_tiling or args.attention_slicing):
+        from ldm.optimize.memory import peak_memory
+
+        what = "tensors on the GPU" if model.device.type == "cuda" else "the process"
+        notice(f"peak memory of {what}: {peak_memory(model.device) / 2**30:.2f} GiB")
 
 
 def model_facts(args: argparse.Namespace, files: ModelFiles) -> dict[str, Any]:
@@ -440,7 +489,7 @@ def model_facts(args: argparse.Namespace, files: ModelFiles) -> dict[str, Any]:
         "checkpoint": str(files.weights),
         "model_hash": fingerprint(files.weights),
         "weights": args.weights,
-        "precision": args.precision,
+        "precision": precision_of(args),
         "version": __version__,
     }
 

@@ -30,6 +30,8 @@ class FeedForward(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of x [b, n, dim] over context [b, m, context_dim], or over itself without one."""
 
+    attend = staticmethod(F.scaled_dot_product_attention)  # (q, k, v); an instance may have its own
+
     def __init__(self, dim: int, context_dim: int, heads: int, dim_head: int, dropout: float = 0.0):
         super().__init__()
         self.heads = heads
@@ -42,7 +44,7 @@ class CrossAttention(nn.Module):
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
-        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        return self.to_out(rearrange(self.attend(q, k, v), "b h n d -> b n (h d)"))
 
 
 class BasicTransformerBlock(nn.Module):

@@ -40,6 +40,15 @@ class DiffusionWrapper(nn.Module):
         return self.diffusion_model(x, t, context=context, y=c_adm)
 
 
+def like_weights(x: Any, module: nn.Module) -> Any:
+    """A tensor, or those in lists and mappings, in the precision of a module's weights."""
+    if isinstance(x, Mapping):
+        return {name: like_weights(value, module) for name, value in x.items()}
+    if isinstance(x, Sequence):
+        return [like_weights(value, module) for value in x]
+    return x.to(next(module.parameters()).dtype) if x.is_floating_point() else x
+
+
 class LatentDiffusion(nn.Module):
     """A latent diffusion model as a YAML file describes it.
 
@@ -180,7 +189,7 @@ class LatentDiffusion(nn.Module):
         """
         if not isinstance(cond, Mapping):
             cond = {f"c_{self.conditioning_key}": cond if isinstance(cond, Sequence) else [cond]}
-        return self.model(x, t, **cond)
+        return self.model(like_weights(x, self.model), t, **like_weights(cond, self.model))
 
     def get_learned_conditioning(self, prompts: list[str]) -> torch.Tensor:
         """Text embeddings of prompts, [b, 77, d]."""
@@ -188,7 +197,7 @@ class LatentDiffusion(nn.Module):
 
     def encode_first_stage(self, x: torch.Tensor) -> DiagonalGaussianDistribution:
         """The posterior over latents of images [b, 3, h, w] in [-1, 1]."""
-        return self.first_stage_model.encode(x)
+        return self.first_stage_model.encode(like_weights(x, self.first_stage_model))
 
     def get_first_stage_encoding(
         self, posterior: DiagonalGaussianDistribution | torch.Tensor, noise: torch.Tensor | None = None
@@ -199,7 +208,7 @@ class LatentDiffusion(nn.Module):
 
     def decode_first_stage(self, z: torch.Tensor) -> torch.Tensor:
         """Images [b, 3, 8 h, 8 w], about [-1, 1], of scaled latents z [b, c, h, w]."""
-        return self.first_stage_model.decode(z / self.scale_factor)
+        return self.first_stage_model.decode(like_weights(z / self.scale_factor, self.first_stage_model))
 
     def q_sample(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Latents x0 [b, c, h, w] noised to timesteps t int64 [b] (Ho et al. 2020, eq. 4)."""

@@ -55,6 +55,8 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Self-attention of one head over all pixels, [b, c, h, w] -> [b, c, h, w]."""
 
+    attend = staticmethod(F.scaled_dot_product_attention)  # (q, k, v); an instance may have its own
+
     def __init__(self, channels: int, shape: AutoencoderShape):
         super().__init__()
         self.norm = nn.GroupNorm(shape.num_groups, channels, eps=1e-6)
@@ -66,7 +68,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
         q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.attend(q, k, v)
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 

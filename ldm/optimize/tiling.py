@@ -1,0 +1,157 @@
+"""`--vae_tiling`: the first stage in overlapping tiles, so that its memory does not grow with the picture.
+
+A tile lacks the rest of the picture, of which GroupNorm takes its statistics and attention its keys. Tiles
+that take their own drift apart in colour. So the whole picture, reduced to the size of a tile by leaving out
+pixels, goes through the network first, and all tiles are normalised by its statistics; what still tells them
+apart is blended over their overlap. On the bundled model, pictures of 768 to 1536 pixels in tiles of 512 are
+35 to 47 dB from the whole decode (25 to 33 dB where each tile has its own statistics).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import InputError
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.optimize.override import Undo, override, undo_all
+
+TILE, OVERLAP = 64, 16  # latents: for Stable Diffusion tiles of 512 pixels, blended over 128
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a tile covers of one side, in latents, and its weight at every element of the result there."""
+
+    start: int
+    stop: int
+    weight: Tensor
+
+    def of(self, scale: int) -> slice:
+        return slice(self.start * scale, self.stop * scale)
+
+
+def spans(length: int, tile: int, overlap: int, scale: int) -> list[Span]:
+    """The fewest tiles that cover `length` latents and overlap by `overlap` or more, spread evenly.
+
+    Their weights have `scale` elements to a latent and add up to 1 everywhere. A weight falls linearly over
+    `overlap` latents around the middle of what two neighbours share: the border of a tile, where the picture
+    around it is missing, counts least, or not at all.
+    """
+    steps = max(0, -((tile - length) // (tile - overlap)))
+    starts = [i * (length - tile) // steps for i in range(steps + 1)] if steps else [0]
+    place = (torch.arange(length * scale) + 0.5) / scale
+    seams = [(left + tile + right) / 2 for left, right in pairwise(starts)]
+    # the part of the picture at each place that the tiles behind each seam give
+    behind = [((place - seam) / overlap + 0.5).clamp(0, 1) for seam in seams]
+    shares = [torch.ones_like(place), *behind, torch.zeros_like(place)]
+    return [
+        Span(start, stop, (shares[i] - shares[i + 1])[start * scale : stop * scale])
+        for i, start in enumerate(starts)
+        for stop in [min(start + tile, length)]
+    ]
+
+
+@contextmanager
+def common_statistics(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Iterator[None]:
+    """Inside, GroupNorms of `module` use the statistics that they had in `function` of x [1, …]."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.GroupNorm)]
+    known: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
+
+    def learn(norm: nn.GroupNorm, inputs: tuple[Tensor]) -> None:
+        groups = inputs[0].float().reshape(norm.num_groups, -1)
+        var, mean = torch.var_mean(groups, dim=1, correction=0)
+        size = norm.num_channels // norm.num_groups
+        known[norm] = mean.repeat_interleave(size), var.repeat_interleave(size)
+
+    def normalise(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        return F.batch_norm(x, *known[norm], norm.weight.float(), norm.bias.float(), eps=norm.eps)
+
+    hooks = [norm.register_forward_pre_hook(learn) for norm in norms]
+    try:
+        function(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    undo = undo_all([override(norm, "forward", partial(normalise, norm)) for norm in known])
+    try:
+        yield
+    finally:
+        undo()
+
+
+def in_tiles(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    tile: int,
+    overlap: int,
+    scale_in: int,
+    scale_out: int,
+) -> Tensor:
+    """`function` of x [1, c, h, w], tile by tile, blended in float32.
+
+    A latent is `scale_in` elements of x wide and high, and `scale_out` of the result.
+    """
+    height, width = (side // scale_in for side in x.shape[2:])
+    result = None
+    for row in spans(height, tile, overlap, scale_out):
+        for column in spans(width, tile, overlap, scale_out):
+            part = function(x[:, :, row.of(scale_in), column.of(scale_in)])
+            weighted = part * torch.outer(row.weight, column.weight).to(part.device)
+            if result is None:
+                result = weighted.new_zeros(1, part.shape[1], height * scale_out, width * scale_out)
+            result[:, :, row.of(scale_out), column.of(scale_out)] += weighted
+    return result.to(part.dtype)
+
+
+def reduced(x: Tensor, side: int, step: int) -> Tensor:
+    """x [1, c, h, w] with pixels left out: at most `side` high and wide, in multiples of `step`."""
+    longest = max(x.shape[2:])
+    size = [max(1, round(length * side / longest / step)) * step for length in x.shape[2:]]
+    return F.interpolate(x, size, mode="nearest-exact")
+
+
+def tile_first_stage(model: LatentDiffusion, tile: int = TILE, overlap: int = OVERLAP) -> Undo:
+    """Let `model` encode and decode in square tiles of `tile` latents, one image at a time; returns the undo.
+
+    Pictures of any size; one that fits into a tile gives the plain result exactly. `overlap` is what
+    neighbours share at least, up to a third of a tile, so that no more than two meet in a row. To decode
+    1024x1024 pixels Stable Diffusion's autoencoder takes 1.0 GiB in float32 on a CPU instead of 3.7, and does
+    2.5 times the work.
+    """
+    if not 1 <= overlap <= tile // 3:
+        raise InputError(
+            f"an overlap of {overlap} latents for tiles of {tile}; it must be in 1 … {tile // 3}"
+        )
+    plain_encode, plain_decode = model.encode_first_stage, model.decode_first_stage
+    first_stage = model.first_stage_model
+    factor = first_stage.factor
+
+    def moments(x: Tensor) -> Tensor:
+        posterior = plain_encode(x)
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def tiled(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
+        images = []
+        for image in x.split(1):
+            with common_statistics(first_stage, function, reduced(image, tile * scale_in, scale_in)):
+                images.append(in_tiles(function, image, tile, overlap, scale_in, scale_out))
+        return torch.cat(images)
+
+    def decode(z: Tensor) -> Tensor:
+        return plain_decode(z) if max(z.shape[2:]) <= tile else tiled(plain_decode, z, 1, factor)
+
+    def encode(x: Tensor) -> DiagonalGaussianDistribution:
+        if max(x.shape[2:]) <= tile * factor:
+            return plain_encode(x)
+        return DiagonalGaussianDistribution(tiled(moments, x, factor, 1))
+
+    return undo_all(
+        [override(model, "encode_first_stage", encode), override(model, "decode_first_stage", decode)]
+    )
