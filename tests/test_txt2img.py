@@ -52,7 +52,7 @@ ORIGINAL_FLAGS = {
     "--config": None,
     "--ckpt": None,
     "--seed": 42,
-    "--precision": "autocast",
+    "--precision": None,  # half on a GPU, full on a CPU
 }
 
 

@@ -37,9 +37,8 @@ def slice_attention(model: nn.Module, limit: int = LIMIT) -> Undo:
     """Let every attention of the UNet and of the autoencoder in `model` work in slices; returns the undo.
 
     Up to `limit` elements of the attention matrix are held at once, and as many for the softmax, where torch
-    has no fused kernel for the device, the type or the layout; fused kernels never hold it. The autoencoder's
-    attention, on transposed views, has none: for 1024x1024 pixels in float32 on a CPU it takes 2.4 GiB whole
-    and 0.5 GiB in slices. Equal to the plain result to rounding.
+    has no fused kernel for the device, the type or the layout; fused kernels never hold it.
+    Equal to the plain result to rounding.
     """
     if limit < 1:
         raise ValueError(f"an attention slice of {limit} elements; at least 1")
