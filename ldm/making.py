@@ -246,6 +246,7 @@ class StepBar:
         self.team.count("images", images)
 
     def __exit__(self, *_: object) -> None:
+        self.step(0)  # what the others did since this process's last step
         rate = self.team.count("images", 0) / max(time.perf_counter() - self.start, 1e-9)
         self.bar.set_postfix_str(f"{rate:.2f} images/s")
         self.bar.close()
