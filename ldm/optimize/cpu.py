@@ -1,84 +1,148 @@
-"""Speed on a CPU: weights in the layout that oneDNN's kernels read.
+"""Speed on a CPU: memory is kept, upsampling folded into convolutions, 16-bit weights in oneDNN's layout.
 
-torch keeps weights in plain order and lets oneDNN reorder them in every call. Reordered once, when the model
-is built, the same numbers are read in place (https://uxlfoundation.github.io/oneDNN/, "Memory Format
-Propagation"). The operators are those of torch's own compiler on CPUs; they are private, so each type is
-tried on tiny layers first, and a torch without them leaves the model plain.
+What each gains is measured by `benchmarks/benchmark.py --only cpu`.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.modules.diffusionmodules import model as first_stage
+from ldm.modules.diffusionmodules import openaimodel as unet
 from ldm.optimize.override import Undo, override, undo_all
 
 NO_ACTIVATION = ("none", [], "")  # oneDNN could fuse one into the layer
 
+# glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_memory() -> bool:
+    """Have this process keep the memory of freed tensors for the next ones; False where that cannot be told.
+
+    glibc gives large blocks back to the system at once, and takes them anew, page by page and zeroed: a
+    quarter of the time of a decoder's call. Kept is what the largest call needs (mallopt(3)).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library than glibc
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, 2**31 - 1) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def quarter_kernels(weight: Tensor) -> list[Tensor]:
+    """The 3x3 kernels [o, i, 3, 3] after nearest upsampling by two, as 2x2 ones on the small image.
+
+    One for each of the pixels (0, 0), (0, 1), (1, 0), (1, 1) of a square that came of one pixel. Two of three
+    taps in a row meet the same pixel, so they are added up.
+    """
+
+    def halves(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        a, b, c = w.unbind(dim)
+        return torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)
+
+    return [kernel.contiguous() for rows in halves(weight, 2) for kernel in halves(rows, 3)]
+
+
+def upsampled_conv(kernels: list[Tensor], bias: Tensor | None, x: Tensor) -> Tensor:
+    """What the 3x3 convolution gives for x [b, c, h, w] upsampled to twice its size: [b, o, 2 h, 2 w]."""
+    b, _, h, w = x.shape
+    out = x.new_empty(b, len(kernels[0]), 2 * h, 2 * w)
+    padded = F.pad(x, (1, 1, 1, 1))
+    places = ((i, j) for i in (0, 1) for j in (0, 1))
+    for (i, j), kernel in zip(places, kernels, strict=True):
+        out[:, :, i::2, j::2] = F.conv2d(padded[:, :, i : i + h + 1, j : j + w + 1], kernel, bias)
+    return out
+
+
+def fold_upsampling(model: nn.Module) -> Undo:
+    """Upsample and convolve in one, with 4 / 9 of the multiplications; returns the undo.
+
+    Only float32 weights: with 16-bit ones oneDNN is slower on the four small kernels than on the large one.
+    The result equals the plain one to rounding (https://arxiv.org/abs/1609.07009). Where the upsampled image
+    is cut to an odd size the plain forward is called.
+    """
+    steps: list[Undo] = []
+    for module in model.modules():
+        ours = isinstance(module, unet.Upsample | first_stage.Upsample)
+        if ours and module.conv.weight is not None and module.conv.weight.dtype == torch.float32:
+            kernels = quarter_kernels(module.conv.weight.detach())
+            steps.append(override(module, "forward", partial(_upsample, module, kernels, module.forward)))
+    return undo_all(steps)
+
+
+def _upsample(
+    module: nn.Module,
+    kernels: list[Tensor],
+    plain: Callable[..., Tensor],
+    x: Tensor,
+    size: torch.Size | None = None,
+) -> Tensor:
+    if x.dtype != kernels[0].dtype or size not in (None, (2 * x.shape[2], 2 * x.shape[3])):
+        return plain(x) if size is None else plain(x, size)
+    return upsampled_conv(kernels, module.conv.bias, x)
+
 
 def packed_conv(conv: nn.Conv2d) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The reordered weight, and the convolution [b, c_in, h, w] -> [b, c_out, h, w] that reads it."""
-    geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+    padding, stride, dilation = list(conv.padding), list(conv.stride), list(conv.dilation)
+    geometry = (padding, stride, dilation, conv.groups)
     packed = torch._C._nn.mkldnn_reorder_conv2d_weight(conv.weight.detach().to_mkldnn(), *geometry)
 
     def forward(x: Tensor) -> Tensor:
+        if x.dtype != packed.dtype:  # an autoencoder that yielded NaN goes on in float32
+            weight = packed.to_dense().to(x.dtype)
+            return F.conv2d(x, weight, conv.bias, stride, padding, dilation, conv.groups)
         return torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, *geometry, *NO_ACTIVATION)
 
     return packed, forward
 
 
-def packed_linear(linear: nn.Linear) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The reordered weight, and the layer [..., in] -> [..., out] that reads it."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-
-    def forward(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, linear.bias, *NO_ACTIVATION)
-
-    return packed, forward
-
-
 def can_prepack(dtype: torch.dtype) -> bool:
-    """Whether this torch and processor run prepacked layers of the type, and run them right."""
+    """Whether this torch and processor run prepacked convolutions of the type, and run them right."""
     if not torch.backends.mkldnn.is_available():
         return False
-    x = torch.ones(1, 16, 2, 2, dtype=dtype)
-    conv, linear = nn.Conv2d(16, 16, 1, dtype=dtype), nn.Linear(16, 16, dtype=dtype)
+    x, conv = torch.ones(1, 16, 2, 2, dtype=dtype), nn.Conv2d(16, 16, 1, dtype=dtype)
     try:
         with torch.no_grad():
-            same = torch.allclose(packed_conv(conv)[1](x), conv(x), rtol=1e-2, atol=1e-2)
-            row = x[:, :, 0, 0]
-            return same and torch.allclose(packed_linear(linear)[1](row), linear(row), rtol=1e-2, atol=1e-2)
+            return torch.allclose(packed_conv(conv)[1](x), conv(x), rtol=1e-2, atol=1e-2)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
 
 
 def prepack(model: nn.Module) -> Undo:
-    """Reorder the weights of every convolution and linear layer in `model`, once; returns the undo.
+    """Reorder the 16-bit weights of every convolution in `model`, once; returns the undo.
 
-    For inference, on a CPU, with the weights in their final type: until the undo the layers' `weight` is None
-    and `state_dict` lacks it, so that no weight is held twice. The undo reorders it back, bit for bit.
-    The result equals the plain one to rounding. Layers that oneDNN cannot take stay plain.
+    torch keeps weights in plain order and lets oneDNN reorder them in every call. Reordered ones are read in
+    place (https://uxlfoundation.github.io/oneDNN/, "Memory Format Propagation"). Linear layers and float32,
+    which takes no part of this, gain nothing. The operators are those of torch's own compiler on CPUs; they
+    are private, so they are tried first, and a torch without them leaves the model plain.
+
+    For inference with the weights in their final type: until the undo the layers' `weight` is None and
+    `state_dict` lacks it, so that no weight is held twice. The undo reorders it back, bit for bit. The result
+    equals the plain one to rounding.
     """
     usable = cache(can_prepack)
     steps: list[Undo] = []
     for module in model.modules():
         # a subclass may do more in its forward than the layer does
         if (
-            type(module) is nn.Conv2d
-            and module.padding_mode == "zeros"
-            and not isinstance(module.padding, str)
+            type(module) is not nn.Conv2d
+            or module.padding_mode != "zeros"
+            or isinstance(module.padding, str)
+            or "forward" in vars(module)  # packed already, or under another optimisation
         ):
-            pack = packed_conv
-        elif type(module) is nn.Linear:
-            pack = packed_linear
-        else:
             continue
-        weight = module.weight
-        if weight is None or weight.device.type != "cpu" or "forward" in vars(module):
-            continue  # packed already, elsewhere, or under another optimisation
-        if usable(weight.dtype):
-            packed, forward = pack(module)
+        device, dtype = module.weight.device.type, module.weight.dtype
+        if device == "cpu" and dtype in (torch.bfloat16, torch.float16) and usable(dtype):
+            packed, forward = packed_conv(module)
             module.weight = None
             steps += [partial(give_back, module, packed), override(module, "forward", forward)]
     return undo_all(steps)
