@@ -439,8 +439,6 @@ def load(
 
 def optimize(model: LatentDiffusion, args: argparse.Namespace, device: torch.device) -> LatentDiffusion:
     """The model on its device, with what that is fast with, and what --vae_tiling and its like ask for."""
-    if device.type == "cpu":
-        speed_up_on_cpu(model)
     if args.attention_slicing:
         from ldm.optimize.slicing import slice_attention
 
@@ -454,6 +452,8 @@ def optimize(model: LatentDiffusion, args: argparse.Namespace, device: torch.dev
 
         merge_similar_tokens(model, args.tome)
         reuse_deep_features(model, args.deepcache)
+    if device.type == "cpu":
+        speed_up_on_cpu(model)
     if not args.low_vram:
         return model.to(device)
     from ldm.optimize.offload import offload
@@ -468,10 +468,12 @@ def optimize(model: LatentDiffusion, args: argparse.Namespace, device: torch.dev
 def speed_up_on_cpu(model: LatentDiffusion) -> None:
     """What changes no more than the order of a sum."""
     from ldm.optimize.cpu import fold_upsampling, keep_memory, prepack
+    from ldm.optimize.guidance import share_prefix
 
     keep_memory()
     fold_upsampling(model)  # of float32 weights
     prepack(model)  # those of 16 bits
+    share_prefix(model)
 
 
 def precision_of(args: argparse.Namespace) -> str:
