@@ -326,6 +326,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATIO",
         help="merge this share of self-attention's tokens: faster, approximate (0)",
     )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the UNet and the decoder for the GPU: slow to start, faster after (kept on disk)",
+    )
+    add(
+        "--eager",
+        action="store_true",
+        help="plain PyTorch, the reference: no recorded steps on a GPU, nothing folded or shared on a CPU",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--devices", type=number(int, 1), metavar="N", help="processes on this machine, one to a device (1)")
     add("--num_nodes", type=number(int, 1), metavar="M", help="machines that work on this run together (1)")

@@ -452,28 +452,45 @@ def optimize(model: LatentDiffusion, args: argparse.Namespace, device: torch.dev
 
         merge_similar_tokens(model, args.tome)
         reuse_deep_features(model, args.deepcache)
-    if device.type == "cpu":
-        speed_up_on_cpu(model)
-    if not args.low_vram:
-        return model.to(device)
-    from ldm.optimize.offload import offload
+    if args.low_vram and device.type != "cpu":
+        from ldm.optimize.offload import offload
 
-    if device.type == "cpu":
-        notice("--low_vram: on a CPU there is only one memory, and nothing to save")
+        offload(model, device, by_layer=args.low_vram == "max")
         return model
-    offload(model, device, by_layer=args.low_vram == "max")
+    if args.low_vram:
+        notice("--low_vram: on a CPU there is only one memory, and nothing to save")
+    model.to(device)
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    # what follows knows how our UNet is made, not how that of another package is (--allow_target)
+    if not args.eager and isinstance(model.model.diffusion_model, UNetModel):
+        speed_up(model, args, device)
     return model
 
 
-def speed_up_on_cpu(model: LatentDiffusion) -> None:
-    """What changes no more than the order of a sum."""
-    from ldm.optimize.cpu import fold_upsampling, keep_memory, prepack
-    from ldm.optimize.guidance import share_prefix
+def speed_up(model: LatentDiffusion, args: argparse.Namespace, device: torch.device) -> None:
+    """What a device is fast with. On CUDA no bit changes, elsewhere and with --compile the order of sums."""
+    if args.compile and device.type == "cpu":
+        notice("--compile: on a CPU it is no faster than what is done without it")
+    elif args.compile:
+        from ldm.optimize.compile import compile_model
 
-    keep_memory()
-    fold_upsampling(model)  # of float32 weights
-    prepack(model)  # those of 16 bits
-    share_prefix(model)
+        compile_model(model)
+    if device.type == "cpu":
+        from ldm.optimize.cpu import fold_upsampling, keep_memory, prepack
+        from ldm.optimize.guidance import share_prefix
+
+        keep_memory()
+        fold_upsampling(model)  # of float32 weights
+        prepack(model)  # those of 16 bits
+        share_prefix(model)
+    if device.type == "cuda":
+        from ldm.optimize.context import keep_context
+        from ldm.optimize.graph import graph_unet
+
+        if args.deepcache == 1:  # else not every step runs the same kernels
+            graph_unet(model)
+        keep_context(model)
 
 
 def precision_of(args: argparse.Namespace) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from commands import Result, refused
+from test_optimize_graph import Recorder
 
 from ldm import render
 from ldm.generate import decode
@@ -109,6 +110,42 @@ def test_modes_are_applied_and_named(bundled: Command, argv: str, key: str | Non
     else:
         again = bundled("--like", result.paths[0], folder="again")
         assert psnr(again.images[0], result.images[0]) > 45
+
+
+def test_eager_is_the_reference_and_the_default_is_near_it(bundled: Command) -> None:
+    result, eager = bundled(), bundled("--eager", folder="eager")
+    assert eager.code == 0
+    for image, other in zip(result.images, eager.images, strict=True):
+        assert psnr(image, other) > 60
+
+
+def test_compiling_is_for_gpus(bundled: Command) -> None:
+    result = bundled("--compile", "--steps", 2)
+    assert result.code == 0
+    assert "--compile: on a CPU it is no faster than what is done without it" in result.err
+
+
+def test_what_a_gpu_does_unasked_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps recorded, keys and values kept: as `load` applies them, with a recorder that runs on a CPU."""
+    from ldm.cli import txt2img_parser
+    from ldm.generate import Settings, generate
+    from ldm.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, ROOT, load_model, read_config
+    from ldm.optimize import graph
+    from ldm.prompts import plan
+
+    recorder = Recorder()
+    monkeypatch.setattr(graph, "CudaCapture", lambda device: recorder)
+
+    def pictures(model: LatentDiffusion) -> list[np.ndarray]:
+        batches = plan(["a red cube", "a blue sphere", "a green cone"], 2, 2)
+        settings = Settings(height=64, width=64, steps=5, guidance_end=0.8)
+        return [image for _, images in generate(model, batches, settings) for image in images]
+
+    model = load_model(read_config(ROOT / BUNDLED_CONFIG), ROOT / BUNDLED_WEIGHTS)
+    plain = pictures(model)
+    render.speed_up(model, txt2img_parser().parse([]), torch.device("cuda"))
+    assert all(np.array_equal(a, b) for a, b in zip(pictures(model), plain, strict=True))
+    assert (recorder.captured, recorder.replayed) == (3, 20)  # batches of 4, 2 and 1, four batches of 5 steps
 
 
 def test_bad_values(bundled: Command) -> None:

@@ -36,7 +36,9 @@ class DiffusionWrapper(nn.Module):
         c_adm: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x = torch.cat([x, *c_concat], dim=1)
-        context = torch.cat(list(c_crossattn), dim=1) if len(c_crossattn) else None
+        context = None
+        if len(c_crossattn):  # a single one is not copied: from step to step it is the same object
+            context = c_crossattn[0] if len(c_crossattn) == 1 else torch.cat(list(c_crossattn), dim=1)
         return self.diffusion_model(x, t, context=context, y=c_adm)
 
 

@@ -1,0 +1,67 @@
+"""`--compile`: torch's compiler over the UNet and the decoder, which fuses norms, activations and sums.
+
+What it makes is kept on disk, so that a second run of the same model, shapes and torch starts sooner
+(https://docs.pytorch.org/docs/stable/torch.compiler.html).
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.cli import notice
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.optimize.override import Undo, override, undo_all
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept between runs, unless TORCHINDUCTOR_CACHE_DIR says another place."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "stable-diffusion-toolkit" / "inductor"
+
+
+def compiled(plain: Callable, name: str, tell: Callable[[str], None] = notice) -> Callable:
+    """`plain`, compiled when it is first called; where that fails it is called as it is, which is told."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    fast = torch.compile(plain)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal fast
+        if fast is not None:
+            try:
+                return fast(*args, **kwargs)
+            except TorchDynamoException as error:
+                fast = None
+                tell(f"--compile: the {name} goes on without: {' '.join(str(error).split()):.200}")
+        return plain(*args, **kwargs)
+
+    return forward
+
+
+def compile_model(model: LatentDiffusion, tell: Callable[[str], None] = notice) -> Undo:
+    """Compile `model`'s UNet and decoder, with channels last in memory; returns the undo.
+
+    The result equals the plain one to rounding. The first call of each shape takes as long as compiling does,
+    a minute or more where the disk has nothing of it. Applied before `graph_unet`, which then records what
+    was compiled.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+    parts = {"UNet": model.model.diffusion_model}
+    if isinstance(model.first_stage_model, AutoencoderKL):
+        parts["decoder"] = model.first_stage_model.decoder
+    steps: list[Undo] = []
+    for name, module in parts.items():
+        steps.append(channels_last(module))
+        steps.append(override(module, "forward", compiled(module.forward, name, tell)))
+    return undo_all(steps)
+
+
+def channels_last(module: nn.Module) -> Undo:
+    """Convolutions' weights, and so what they compute, with channels last in memory; returns the undo."""
+    module.to(memory_format=torch.channels_last)
+    return lambda: module.to(memory_format=torch.contiguous_format)
