@@ -101,6 +101,14 @@ def number(kind: type, low: float, high: float = LARGEST) -> Callable[[str], flo
     return parse
 
 
+def number_or_auto(text: str) -> float | str:
+    """The argparse type of a count that can be found out."""
+    try:
+        return text if text == "auto" else number(int, 1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or auto") from None
+
+
 def txt2img_parser(prog: str = "txt2img.py", description: str = "Text to image.") -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=description)
     add_prompt_arguments(parser, outdir="outputs/txt2img-samples")
@@ -248,7 +256,13 @@ def add_sampling_arguments(
         type=number(int, 1),
         default=n_samples,
         metavar="N",
-        help=f"batch size: images of one prompt, or prompts of the file ({n_samples})",
+        help=f"images of one prompt in a round, or prompts of the file ({n_samples})",
+    )
+    add(
+        "--batch_size",
+        type=number_or_auto,
+        metavar="N",
+        help="images sampled together (n_samples); auto: as many as fit into memory",
     )
     add(
         "--seed",
@@ -409,6 +423,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.start_seed is not None and (not args.fixed_code or args.rng == "compvis"):
         raise InputError(f"--start_seed {args.start_seed} is for --fixed_code with --rng image")
+    if args.batch_size is not None and (args.rng == "compvis" or args.fixed_code):
+        why = "--rng compvis draws" if args.rng == "compvis" else "--fixed_code starts"
+        raise InputError(
+            f"--batch_size {args.batch_size}: {why} for n_samples images at a time; leave it out"
+        )
     for name in ("H", "W"):
         size = getattr(args, name)
         if size is not None and size % (args.f or 8):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import loading
 from ldm.cli import one_line
 from ldm.errors import InputError
+from ldm.host import host_memory
 from ldm.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, SAFETY_FOLDER, V1_WEIGHTS, find
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def packages() -> Findings:
 
 
 def memory() -> Findings:
-    total, available = _memory()
+    total, available = host_memory()
     if available < V1_BYTES:
         advice = f"Stable Diffusion v1's weights take {V1_BYTES / GIB:.1f} GiB; close other programs"
         yield note(f"only {available / GIB:.1f} of {total / GIB:.1f} GiB RAM are available", advice)
@@ -358,19 +359,6 @@ def _setup_argument(name: str) -> Any:
 def _numbers(version: str) -> tuple[int, ...]:
     """Major and minor number: ">=3.11" -> (3, 11); () of no version, which any other is not below."""
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
-
-
-def _memory() -> tuple[float, float]:
-    """Bytes of RAM, all and available, within the container's limit if there is one."""
-    try:
-        rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-        kib = {row[0]: int(row[1]) for row in rows}
-        total, available = 1024 * kib["MemTotal:"], 1024 * kib["MemAvailable:"]
-    except FileNotFoundError:  # macOS does not tell what is available
-        total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    most = float(limit.read_text().replace("max", "inf")) if limit.exists() else float("inf")
-    return min(total, most), min(available, most)
 
 
 def _shown(path: Path) -> Path:

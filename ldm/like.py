@@ -70,7 +70,7 @@ def arguments_like(settings: dict[str, Any], given: Collection[str], known: Coll
         raise InputError(f"it was made from {source} by image to image; use img2img.py with --init-img")
     if "init_img" in settings and "init_img" not in given:
         raise InputError(f"it was made from {settings['init_img']}; give that as --init-img")
-    alone = settings.get("image", 0) == 0 and settings.get("n_samples", 1) == 1
+    alone = settings.get("image", 0) == 0 and settings.get("batch_size", settings.get("n_samples", 1)) == 1
     if settings.get("rng") == "compvis" and "rng" not in given and not alone:
         raise InputError(
             f"it is image {settings.get('image')} of a run in the original's one stream (--rng compvis), "

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,19 @@ class Batch:
         seeds = self.seeds and self.seeds[start:end]
         numbers = self.numbers[start:end]
         return Batch(self.prompts[start:end], numbers, seeds, self.kind, self.position + start)
+
+
+def regroup(batches: Sequence[Batch], size: int) -> list[Batch]:
+    """The same images, `size` at a time, of all rounds; those of a kind follow each other."""
+    regrouped = []
+    for kind, members in groupby(sorted(batches, key=lambda batch: batch.kind), lambda batch: batch.kind):
+        parts = list(members)
+        prompts = tuple(chain.from_iterable(part.prompts for part in parts))
+        numbers = tuple(chain.from_iterable(part.numbers for part in parts))
+        seeds = tuple(chain.from_iterable(part.seeds or [None] * len(part) for part in parts))
+        own = seeds if any(seed is not None for seed in seeds) else None
+        regrouped += Batch(prompts, numbers, own, kind).parts(size)
+    return regrouped
 
 
 def plan(

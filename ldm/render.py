@@ -58,25 +58,32 @@ def lead(args: argparse.Namespace, team: Team) -> int:
     safety_mode = safety_of(args)
     # the output folder is tried, and a run to resume is found, before anything slow
     folder = output_folder(args)
-    if args.resume and args.seed == -1:
-        args.seed = RunRecord.last_settings(folder.path).get("seed", -1)
+    if args.resume:  # what was chosen then
+        before = RunRecord.last_settings(folder.path)
+        args.seed = before.get("seed", -1) if args.seed == -1 else args.seed
+        args.batch_size = before.get("batch_size", "auto") if args.batch_size == "auto" else args.batch_size
     args.seed = choose_seed(args.seed)
     kinds, batches = plan_run(args, lines, own_args, files, config)
+    model = None
+    if args.batch_size == "auto":
+        team.join(choose_device(args.device).type)
+        model = load(args, files, config, team)
+        kinds, batches = fit(model, kinds, batches)
     told = kinds[0].facts | told_of(args, lines, kinds) | {"safety": safety_mode}
     record = RunRecord(folder.path, told, sum(map(len, batches)))
     resumed = args.resume and record.resume()
     todo = remaining(batches, record.missing(), args.rng)
     writer = picture_writer(args, folder, record)
-    model = None
     if todo:
-        team.join(choose_device(args.device).type)
-        model = load(args, files, config, team)
+        if model is None:
+            team.join(choose_device(args.device).type)
+            model = load(args, files, config, team)
         check_prompts(model, [*(line.prompt for line in lines), *(own.negative_prompt for own in own_args)])
         for kind in kinds:
             tell_steps(kind)
     else:
         notice(f"all {record.images} images are there")
-        if team.place.started:  # the others wait to be told
+        if team.place.started and model is None:  # the others wait to be told
             team.join("cpu")
     safety = load_safety(safety_mode, model)
     if not resumed:
@@ -223,7 +230,30 @@ def plan_run(
         [kind_of[id(own)] for own in own_args],
         own_seeds(lines, own_args),
     )
-    return list(kinds.values()), batches
+    if args.batch_size in (None, "auto"):
+        return list(kinds.values()), batches
+    return sampled_together(args.batch_size, list(kinds.values()), batches)
+
+
+def sampled_together(size: int, kinds: list[Kind], batches: list[Batch]) -> tuple[list[Kind], list[Batch]]:
+    """The run with batches of `size` images, and its images telling so."""
+    from ldm.prompts import regroup
+
+    kinds = [replace(kind, facts=kind.facts | {"batch_size": size}) for kind in kinds]
+    return kinds, regroup(batches, size)
+
+
+LARGEST_BATCH = 64  # beyond 16 a GPU gains nothing, and what is lost to an interrupt only grows
+
+
+def fit(model: LatentDiffusion, kinds: list[Kind], batches: list[Batch]) -> tuple[list[Kind], list[Batch]]:
+    """The run with as many images at once as fit into memory, by its largest kind; told."""
+    from ldm.optimize.memory import largest_batch
+
+    largest = max((kind.settings for kind in kinds), key=lambda settings: settings.height * settings.width)
+    size = largest_batch(model, largest, min(LARGEST_BATCH, sum(map(len, batches))))
+    notice(f"--batch_size auto: {size} images at once")
+    return sampled_together(size, kinds, batches)
 
 
 def tell_steps(kind: Kind) -> None:

@@ -32,6 +32,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[list[argparse.Names
     args = parser.parse_args(argv)
     for name, fine in (
         ("n_samples", 1),
+        ("batch_size", None),
         ("n_iter", 1),
         ("from_file", None),
         ("resume", False),

@@ -144,7 +144,7 @@ def test_torch_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_memory", lambda: (8 * doctor.GIB, doctor.GIB))
+    monkeypatch.setattr(doctor, "host_memory", lambda: (8 * doctor.GIB, doctor.GIB))
     assert str(one(doctor.memory())).startswith("--  only 1.0 of 8.0 GiB RAM are available: ")
 
 
