@@ -25,12 +25,14 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, emb_channels: int, out_channels: int, dropout: float, num_groups: int):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(num_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            nn.GroupNorm(num_groups, channels),
+            nn.SiLU(inplace=True),  # a normalised copy needs no second one
+            nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(num_groups, out_channels),
-            nn.SiLU(),
+            nn.SiLU(inplace=True),
             nn.Dropout(dropout),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
@@ -41,8 +43,11 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        h = self.in_layers(x)
+        h += self.emb_layers(emb)[:, :, None, None]
+        h = self.out_layers(h)
+        h += self.skip_connection(x)
+        return h
 
 
 class Downsample(nn.Module):
@@ -189,7 +194,9 @@ class UNetModel(nn.Module):
                 self.output_blocks.append(Block(*layers))
 
         self.out = nn.Sequential(
-            nn.GroupNorm(num_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            nn.GroupNorm(num_groups, channels),
+            nn.SiLU(inplace=True),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         nn.init.zeros_(self.out[2].weight)
         nn.init.zeros_(self.out[2].bias)
