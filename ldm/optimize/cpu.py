@@ -1,6 +1,6 @@
 """Speed on a CPU: memory is kept, upsampling folded into convolutions, 16-bit weights in oneDNN's layout.
 
-What each gains is measured by `benchmarks/benchmark.py --only cpu`.
+What they gain together is measured by `benchmarks/benchmark.py --only peers`.
 """
 
 import ctypes
