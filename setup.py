@@ -26,5 +26,8 @@ setup(
         "tqdm",
         "transformers",
     ],
-    extras_require={"test": ["diffusers", "hypothesis", "pytest", "ruff"]},
+    extras_require={
+        "test": ["diffusers", "hypothesis", "pytest", "ruff"],
+        "benchmark": ["accelerate", "diffusers", "matplotlib"],
+    },
 )

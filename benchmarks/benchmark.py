@@ -279,9 +279,7 @@ def measure_unet(options: argparse.Namespace) -> list[Row]:
     config = V1_UNET if has_diffusers else None
     readings = in_fresh_process(time_unets, ROOT / V1_CONFIG, v1_weights(options), options.latents, config, 5)
     ours = median(readings["ours"])
-    what = (
-        f"one guided step of the v1 UNet, {size} latents, float32, {readings['threads']} threads, median of 5"
-    )
+    what = f"a plain v1 UNet step (`--eager`), {size} latents, float32, {readings['threads']} threads"
     rows = [Row(what, "", f"{ours:.2f} s", values=readings)]
     what, target = "… against diffusers' `UNet2DConditionModel` in the same process", "no slower"
     if not has_diffusers:
@@ -293,6 +291,97 @@ def measure_unet(options: argparse.Namespace) -> list[Row]:
         Row(what, target, f"{ours / theirs:.3f} of its {theirs:.2f} s", ours <= theirs),
         Row("… largest difference of the two outputs, same weights", "", difference),
     ]
+
+
+# this toolkit and diffusers, as their users get them
+
+NAMES = {"full": "float32", "half": "float16", "bf16": "bfloat16"}
+TARGETS = {  # parts of diffusers' time on two CPU cores
+    ("full", "step 1"): 0.90,
+    ("bf16", "step 1"): 0.85,
+    ("full", "decode"): 0.90,
+    ("bf16", "decode"): 0.90,
+}
+LARGEST_PEAK = 6.5e9  # bytes, of a float32 image on a CPU
+GPU_IMAGE = 0.49  # seconds, 50 steps
+
+
+def measure_peers(options: argparse.Namespace) -> list[Row]:
+    from peers import makers, plot, race
+
+    weights = v1_weights(options)
+    has_diffusers = find_spec("diffusers") is not None
+    files = {"config": ROOT / V1_CONFIG, "weights": weights, "diffusers": weights.with_name("v1-diffusers")}
+    if has_diffusers and not (files["diffusers"] / "text_encoder/model.safetensors").exists():
+        notice("writing the weights in diffusers' layout, once")
+        in_fresh_process(write_for_diffusers, files)
+    cpu = options.device == "cpu"
+    steps = options.steps or (5 if cpu else 50)
+    batches = options.batches or ([1, 2] if cpu else [1, 4, 8, 16])
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in options.precisions or (["full", "bf16"] if cpu else ["half"]):
+            notice(f"peers: {NAMES[precision]}")
+            makes = makers(files, precision, options.device, has_diffusers)
+            found[NAMES[precision]] = race(makes, steps, batches, options.repeats, Path(folder))
+    if find_spec("matplotlib"):
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        facts = machine(options.device)
+        title = f"SD 1.5 layout, 512x512, {facts['GPU'] or facts['CPU']}, torch {facts['torch']}"
+        plot(found, steps, title, RESULTS / f"{options.name}.png")
+    else:
+        notice("no plot: pip install matplotlib")
+    return [row for name, contenders in found.items() for row in peer_rows(name, contenders, steps, cpu)]
+
+
+def write_for_diffusers(files: dict[str, Path]) -> None:
+    from diffusers_names import save_for_diffusers
+
+    from ldm.loading import load_model, read_config
+
+    save_for_diffusers(load_model(read_config(files["config"]), files["weights"]), files["diffusers"])
+
+
+def peer_rows(precision: str, contenders: dict[str, dict], steps: int, cpu: bool) -> list[Row]:
+    """What one precision came to: this toolkit's figure, then the others', with its part of each."""
+    ours, theirs = contenders["this"], contenders.get("diffusers")
+
+    def row(what: str, key: str, show: Callable[[float], str], target: float | None = None) -> Row:
+        others = {name: readings[key] for name, readings in contenders.items() if name != "this"}
+        told = [f"{name} {show(value)} ({ours[key] / value:.2f}x)" for name, value in others.items()]
+        text, met = "", None
+        if target is not None:
+            text = f"<= {target:.2f} of diffusers' time"
+            met = None if theirs is None else ours[key] <= target * theirs[key]
+        return Row(f"{precision}: {what}", text, "; ".join([show(ours[key]), *told]), met, contenders)
+
+    def seconds(value: float) -> str:
+        return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+    short = next(key for key, name in NAMES.items() if name == precision)
+    rows = [
+        row("start and load", "load", seconds),
+        row("text encoder, two prompts", "text", seconds),
+        row("one guided UNet step", "step 1", seconds, TARGETS.get((short, "step 1")) if cpu else None),
+        row("decoder", "decode", seconds, TARGETS.get((short, "decode")) if cpu else None),
+        row(f"one image, {steps} DDIM steps, with its PNG", "image", seconds),
+        row("peak memory of that image", "peak", lambda value: f"{value / 1e9:.2f} GB"),
+    ]
+    image, peak = rows[-2:]
+    if cpu and short == "full":
+        peak.target, peak.met = f"< {LARGEST_PEAK / 1e9} GB", ours["peak"] < LARGEST_PEAK
+    if not cpu and steps == 50:
+        best = min(readings["image"] for name, readings in contenders.items() if name.startswith("this"))
+        image.target, image.met = f"<= {GPU_IMAGE} s", best <= GPU_IMAGE
+    for key in ours:
+        if key.startswith("step ") and key != "step 1":
+            batch = int(key.split()[1])
+            rows.append(row(f"one guided UNet step of {batch} images", key, seconds))
+    differences = "; ".join(f"{name} {c['difference']:.1e}" for name, c in contenders.items())
+    rows.append(Row(f"{precision}: largest difference to `--eager`, of the largest output", "", differences))
+    for one in rows[1:]:
+        one.values = {}  # the first row has all readings
+    return rows
 
 
 # numbers of calls
@@ -554,6 +643,70 @@ def measure_runs(options: argparse.Namespace) -> list[Row]:
     ]
 
 
+# approximations: what they gain, and what they change
+
+APPROXIMATIONS = (
+    "--deepcache 2",
+    "--deepcache 3",
+    "--deepcache 5",
+    "--tome 0.5",
+    "--guidance_end 0.8",
+    "--guidance_end 0.6",
+)
+
+
+def approximations(steps: int, images: int) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds of three runs of the bundled model, and each picture's PSNR in dB to the exact, by flags."""
+    import numpy as np
+
+    from ldm.cli import txt2img_parser
+    from ldm.data.scenes import caption, random_scene
+    from ldm.generate import generate
+    from ldm.loading import choose_model, read_config
+    from ldm.prompts import plan
+    from ldm.render import load, settings_of
+
+    rng = np.random.default_rng(0)
+    batches = plan([caption(random_scene(rng)) for _ in range(images)], 1, 1)
+    models: dict[str, tuple] = {}
+    for flags in ("", *APPROXIMATIONS):
+        argv = ["--config", str(ROOT / BUNDLED_CONFIG), "--steps", str(steps), "--device", "cpu"]
+        argv += flags.split()
+        args = txt2img_parser().parse(argv)
+        files = choose_model(args.config, None)
+        models[flags] = load(args, files, read_config(files.config)), settings_of(args, files, 64, 64)
+
+    def pictures(name: str) -> np.ndarray:
+        return np.stack([made[0] for _, made in generate(models[name][0], batches, models[name][1])])
+
+    exact = pictures("").astype(float)
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for name in models:
+        errors = ((pictures(name) - exact) ** 2).mean(axis=(1, 2, 3))
+        found[name] = [], list(10 * np.log10(255**2 / np.maximum(errors, 1e-6)))
+    for _ in range(3):
+        for name in models:
+            found[name][0].append(seconds(lambda name=name: pictures(name)))
+    return found
+
+
+def measure_approximations(options: argparse.Namespace) -> list[Row]:
+    steps, images = 50, 16
+    found = in_fresh_process(approximations, steps, images)
+    whole = median(found[""][0])
+    what = f"`{{}}`, {images} pictures of the bundled model, {steps} DDIM steps, one at a time"
+    return [
+        Row(
+            what.format(name),
+            "",
+            f"{whole / median(times):.2f}x the speed; {min(psnr):.0f} to {max(psnr):.0f} dB to the exact",
+            values={"seconds": times, "exact seconds": found[""][0], "psnr": psnr},
+        )
+        for name, (times, psnr) in found.items()
+        if name
+    ]
+
+
 # image to image: what stays of the picture, and what comes of the prompt
 
 
@@ -610,10 +763,12 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "image": measure_image,
     "load": measure_load,
     "unet": measure_unet,
+    "peers": measure_peers,
     "calls": measure_calls,
     "samplers": measure_samplers,
     "sheet": measure_sheet,
     "runs": measure_runs,
+    "approximations": measure_approximations,
     "img2img": measure_img2img,
 }
 
@@ -625,11 +780,17 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on; nothing that tells whose machine it is."""
+    gpu = None
+    if device != "cpu":
+        import torch
+
+        gpu = torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
     return {
+        "GPU": gpu,
         "CPU": names[0] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
@@ -684,6 +845,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="keeps 4.3 GB of stand-in weights (outputs/benchmark-cache)",
     )
+    add("--device", default="cpu", help="of the part `peers`: cpu or cuda (cpu)")
+    add("--precisions", nargs="+", choices=NAMES, help="of the part `peers` (full and bf16; on a GPU half)")
+    add("--steps", type=number(int, 1, 1000), help="of the image of `peers` (5; on a GPU 50)")
+    add("--batches", nargs="+", type=number(int, 1), help="batch sizes for `peers` (1 2; on a GPU 1 4 8 16)")
+    add("--repeats", type=number(int, 1), default=5, help="readings of each time of `peers` (5)")
     add(
         "--latents",
         type=number(int, 8, 128),
@@ -699,7 +865,7 @@ def main(argv: list[str] | None = None) -> int:
     if not re.fullmatch(r"[\w-][\w.-]*", options.name):
         raise InputError(f"--name {options.name!r} is no file name: use letters, digits, - and _")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    facts, parts = machine(), {}
+    facts, parts = machine(options.device), {}
     for part in dict.fromkeys(options.only):
         notice(f"{part} …")
         parts[part] = PARTS[part](options)
