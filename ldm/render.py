@@ -517,10 +517,12 @@ def speed_up(model: LatentDiffusion, args: argparse.Namespace, device: torch.dev
     if device.type == "cuda":
         from ldm.optimize.context import keep_context
         from ldm.optimize.graph import graph_unet
+        from ldm.optimize.timesteps import keep_timesteps
 
         if args.deepcache == 1:  # else not every step runs the same kernels
             graph_unet(model)
         keep_context(model)
+        keep_timesteps(model)
 
 
 def precision_of(args: argparse.Namespace) -> str:

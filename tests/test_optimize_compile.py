@@ -12,6 +12,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.optimize.compile import cache_folder, compile_model, compiled
 from ldm.optimize.context import keep_context
 from ldm.optimize.graph import graph_unet
+from ldm.optimize.timesteps import keep_timesteps
 from ldm.util import instantiate_from_config
 
 
@@ -60,6 +61,7 @@ def test_what_was_compiled_is_recorded(model: LatentDiffusion, front_half: None)
     compile_model(model, told.append)
     graph_unet(model, recorder)
     keep_context(model)
+    keep_timesteps(model)
     results = [*outputs(model), *outputs(model)]
     assert told == []
     assert all(relative_difference(a, b) < 2e-6 for a, b in zip(results, [*plain, *plain], strict=True))

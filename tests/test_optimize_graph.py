@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.optimize.context import keep_context
 from ldm.optimize.graph import CudaCapture, GraphRunner, Recording, graph_unet
+from ldm.optimize.override import undo_all
+from ldm.optimize.timesteps import keep_timesteps
 from ldm.util import instantiate_from_config
 
 
@@ -224,10 +227,13 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_on_a_gpu_a_replay_has_the_bits_of_the_eager_call(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["alone", "with what is kept"])
+def test_on_a_gpu_a_replay_has_the_bits_of_the_eager_call(dtype: torch.dtype, kept: bool) -> None:
     model = tiny_model().to("cuda", dtype)
     expected = [*steps(model), *steps(model, 1)]
     _, undo = graph_unet(model)
+    if kept:
+        undo = undo_all([undo, keep_context(model), keep_timesteps(model)])
     for _ in range(3):
         got = [*steps(model), *steps(model, 1)]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

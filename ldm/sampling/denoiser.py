@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,16 @@ def stack(uncond: "Conditioning", cond: "Conditioning") -> "Conditioning":
     if isinstance(cond, Tensor):
         return torch.cat([uncond.expand_as(cond), cond])
     return [stack(u, c) for u, c in zip(uncond, cond, strict=True)]
+
+
+@lru_cache(maxsize=4096)
+def timesteps(timestep: float, count: int, device: torch.device) -> Tensor:
+    """`timestep`, [count] times, not to be written to.
+
+    The same object for the same arguments, so that what is computed from it can be kept (`keep_timesteps`).
+    """
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return torch.full((count,), timestep, device=device)
 
 
 def rescale_guidance(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
@@ -71,7 +82,7 @@ class Denoiser:
     def _model_output(self, x: Tensor, sigma: float) -> Tensor:
         guided = self.guided and self.interval[0] < sigma <= self.interval[1]
         x_model = torch.cat([x, x]) if guided else x
-        t = torch.full((len(x_model),), self.discretization.timestep(sigma), device=x.device)
+        t = timesteps(self.discretization.timestep(sigma), len(x_model), x.device)
         output = self.model.apply_model(x_model, t, self.both if guided else self.cond).float()
         if not guided:
             return output

@@ -210,10 +210,7 @@ class UNetModel(nn.Module):
     ) -> torch.Tensor:
         if (y is None) != (self.label_emb is None):
             raise ValueError("class labels must be given if, and only if, the model has them")
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
-        if y is not None:
-            emb = emb + self.label_emb(y)
-
+        emb = self.embed(timesteps, y, x.dtype)
         h, skips = x, []
         for block in self.input_blocks:
             h = self.run(block, h, emb, context)
@@ -223,6 +220,11 @@ class UNetModel(nn.Module):
             h = torch.cat([h, skips.pop()], dim=1)
             h = self.run(block, h, emb, context, skips[-1].shape[2:] if skips else None)
         return self.out(h)
+
+    def embed(self, timesteps: torch.Tensor, y: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """The embedding [b, 4 model_channels] of timesteps [b] and class labels."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+        return emb if y is None else emb + self.label_emb(y)
 
     def run(self, block: Block, *inputs) -> torch.Tensor:
         """The block's output; with use_checkpoint its activations are computed again for the gradients."""
