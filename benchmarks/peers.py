@@ -18,6 +18,7 @@ PROMPT = "a red cube on top of a blue sphere"
 SCALE = 7.5
 SIDE = 64  # latents
 TIMESTEP = 700.0
+STEPS = 50  # of an image, for images/s
 
 
 def noise(batch: int, device: Any) -> Any:
@@ -208,26 +209,26 @@ def contenders(makes: dict[str, partial]) -> Iterator[dict[str, Contender]]:
 
 
 def in_turn(running: dict[str, Contender], repeats: int, method: str, *given: Any) -> dict[str, list[float]]:
-    """Seconds of each call after a first one, every contender's before the next round."""
-    for contender in running.values():
-        contender.call(method, *given)
-    readings: dict[str, list[float]] = {name: [] for name in running}
+    """Seconds of a first call and of `repeats` more, every contender's before the next round."""
+    readings = {name: [contender.call(method, *given)[0]] for name, contender in running.items()}
     for _ in range(repeats):
         for name, contender in running.items():
             readings[name].append(contender.call(method, *given)[0])
     return readings
 
 
-def makers(files: dict[str, Path], precision: str, device: str, has_diffusers: bool) -> dict[str, partial]:
-    """Who there is to compare, by name; compilers only on a GPU."""
+def makers(
+    files: dict[str, Path], precision: str, device: str, has_diffusers: bool, compiled: bool
+) -> dict[str, partial]:
+    """Who there is to compare, by name. On a CPU `--compile` does nothing for this toolkit."""
     ours = partial(partial, Ours, files, precision, device)
     theirs = partial(partial, Diffusers, files, precision, device)
     found = {"this": ours(()), "this --eager": ours(("--eager",))}
-    if device != "cpu":
+    if compiled and device != "cpu":
         found["this --compile"] = ours(("--compile",))
     if has_diffusers:
         found["diffusers"] = theirs(False)
-    if has_diffusers and device != "cpu":
+    if has_diffusers and compiled:
         found["diffusers compiled"] = theirs(True)
     return found
 
@@ -240,13 +241,16 @@ def race(
 
     with contenders(makes) as running:
         found: dict[str, dict[str, Any]] = {
-            name: {"load": contender.load_seconds} for name, contender in running.items()
+            name: {"load": contender.load_seconds, "first": contender.load_seconds}
+            for name, contender in running.items()
         }
 
         def note(what: str, readings: dict[str, list[float]]) -> None:
-            for name, seconds in readings.items():
+            for name, (first, *seconds) in readings.items():
                 found[name][what] = median(seconds)
-                found[name].setdefault("readings", {})[what] = seconds
+                found[name].setdefault("readings", {})[what] = [first, *seconds]
+                if not what.startswith("step ") or what == "step 1":
+                    found[name]["first"] += first
 
         note("text", in_turn(running, 2 * repeats, "text"))
         note("step 1", in_turn(running, repeats, "step", 1))
@@ -257,6 +261,9 @@ def race(
         for batch in batches:
             if batch != 1:
                 note(f"step {batch}", in_turn(running, repeats, "step", batch))
+        for one in found.values():
+            for batch in batches:
+                one[f"images/s {batch}"] = batch / (STEPS * one[f"step {batch}"] + batch * one["decode"])
         outputs = {name: contender.call("step", 1, wanted=True)[1] for name, contender in running.items()}
     plain = outputs["this --eager"]
     for name, output in outputs.items():
@@ -286,13 +293,13 @@ def plot(found: dict[str, dict[str, dict[str, Any]]], steps: int, title: str, pa
             bars = left.bar([k + i * width for k in range(len(parts))], heights, width, label=name)
             texts = [f"{readings[part]:.3g}" for part in parts]
             left.bar_label(bars, texts, fontsize=6, rotation=90, padding=2)
-            sizes = [int(key.split()[1]) for key in readings if key.startswith("step ")]
-            rates = [b / (50 * readings[f"step {b}"] + b * readings["decode"]) for b in sizes]
+            sizes = [int(key.split()[1]) for key in readings if key.startswith("images/s ")]
+            rates = [readings[f"images/s {size}"] for size in sizes]
             right.plot(sizes, rates, "o-", label=name)
         left.set_xticks([k + 0.4 - width / 2 for k in range(len(parts))], parts.values(), fontsize=8)
         left.set_ylim(0, 1.25)
         left.set_title(f"{precision}: seconds, as parts of the slowest (image: {steps} steps)", fontsize=9)
-        right.set_title(f"{precision}: images/s of 50 guided steps, over the batch size", fontsize=9)
+        right.set_title(f"{precision}: images/s of {STEPS} guided steps, over the batch size", fontsize=9)
         right.set_xticks(sizes)
         right.set_ylim(0)
         right.legend(fontsize=7)
