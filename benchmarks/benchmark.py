@@ -399,6 +399,26 @@ def peer_rows(precision: str, contenders: dict[str, dict], steps: int, cpu: bool
     return rows
 
 
+def measure_ideas(options: argparse.Namespace) -> list[Row]:
+    """What each optimisation gains, alone."""
+    from peers import gains
+
+    files = {"config": ROOT / V1_CONFIG, "weights": v1_weights(options)}
+    rows = []
+    for precision in options.precisions or (["full", "bf16"] if options.device == "cpu" else ["half"]):
+        notice(f"ideas: {NAMES[precision]}")
+        found = gains(files, precision, options.device, options.repeats)
+        times = {ideas: {part: median(of[part]) for part in of} for ideas, of in found.items()}
+        for ideas, ours in times.items():
+            told = f"step {ours['step']:.3g} s, decode {ours['decode']:.3g} s"
+            if ideas:
+                before = times[ideas[:-1] if ideas[0] != "compiled" else ideas[1:]]
+                told += "; gain {step:.3f}x, {decode:.3f}x".format_map({k: before[k] / ours[k] for k in ours})
+            name = ", ".join(ideas) or "plain (`--eager`)"
+            rows.append(Row(f"{NAMES[precision]}: {name}", "", told, values=found[ideas]))
+    return rows
+
+
 # numbers of calls
 
 
@@ -779,6 +799,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "load": measure_load,
     "unet": measure_unet,
     "peers": measure_peers,
+    "ideas": measure_ideas,
     "calls": measure_calls,
     "samplers": measure_samplers,
     "sheet": measure_sheet,
@@ -860,12 +881,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="keeps 4.3 GB of stand-in weights (outputs/benchmark-cache)",
     )
-    add("--device", default="cpu", help="of the part `peers`: cpu or cuda (cpu)")
-    add("--precisions", nargs="+", choices=NAMES, help="of the part `peers` (full and bf16; on a GPU half)")
+    add("--device", default="cpu", help="of `peers` and `ideas`: cpu or cuda (cpu)")
+    add(
+        "--precisions", nargs="+", choices=NAMES, help="of `peers` and `ideas` (full and bf16; on a GPU half)"
+    )
     add("--compiled", action="store_true", help="torch.compile in `peers` too (on a GPU always)")
     add("--steps", type=number(int, 1, 1000), help="of the image of `peers` (5; on a GPU 50)")
     add("--batches", nargs="+", type=number(int, 1), help="batch sizes for `peers` (1 2; on a GPU 1 4 8 16)")
-    add("--repeats", type=number(int, 1), default=5, help="readings of each time of `peers` (5)")
+    add("--repeats", type=number(int, 1), default=5, help="readings of each time of `peers` and `ideas` (5)")
     add(
         "--latents",
         type=number(int, 8, 128),

@@ -73,6 +73,52 @@ class Ours:
             Image.fromarray(images[0]).save(path)
 
 
+class Ideas(Ours):
+    """The plain toolkit with some of what makes it fast."""
+
+    def __init__(self, files: dict[str, Path], precision: str, device: str, ideas: tuple[str, ...]):
+        from ldm.optimize import compile, context, cpu, graph, guidance, timesteps
+
+        super().__init__(files, precision, device, ("--eager",))
+        apply = {
+            "memory kept": lambda model: cpu.keep_memory() and cpu.return_memory(model),
+            "upsampling folded": cpu.fold_upsampling,
+            "weights in oneDNN's layout": cpu.prepack,
+            "prefix shared": guidance.share_prefix,
+            "compiled": compile.compile_model,
+            "graphs": graph.graph_unet,
+            "keys and values kept": context.keep_context,
+            "timesteps kept": timesteps.keep_timesteps,
+        }
+        for idea in ideas:
+            apply[idea](self.model)
+
+
+def combinations(precision: str, device: str) -> list[tuple[str, ...]]:
+    """Nothing, what pays most, and that with each of the others alone."""
+    if device != "cpu":
+        more = ("keys and values kept", "timesteps kept")
+        return [(), ("graphs",), *(("graphs", one) for one in more), ("compiled", "graphs")]
+    more = ("upsampling folded" if precision == "full" else "weights in oneDNN's layout", "prefix shared")
+    return [(), ("memory kept",), *(("memory kept", one) for one in more)]
+
+
+def gains(
+    files: dict[str, Path], precision: str, device: str, repeats: int
+) -> dict[tuple[str, ...], dict[str, list[float]]]:
+    """Seconds of a guided step and of a decode with each of the combinations, in turn."""
+    makes = {
+        " + ".join(ideas): partial(Ideas, files, precision, device, ideas)
+        for ideas in combinations(precision, device)
+    }
+    with contenders(makes) as running:
+        found = {method: in_turn(running, repeats, method) for method in ("step", "decode")}
+    return {
+        ideas: {method: found[method][name][1:] for method in found}
+        for ideas, name in zip(combinations(precision, device), makes, strict=True)
+    }
+
+
 class Diffusers:
     """diffusers' pipeline from a folder in its own layout, with torch's compiler if asked for."""
 

@@ -507,10 +507,11 @@ def speed_up(model: LatentDiffusion, args: argparse.Namespace, device: torch.dev
 
         compile_model(model)
     if device.type == "cpu":
-        from ldm.optimize.cpu import fold_upsampling, keep_memory, prepack
+        from ldm.optimize.cpu import fold_upsampling, keep_memory, prepack, return_memory
         from ldm.optimize.guidance import share_prefix
 
-        keep_memory()
+        if keep_memory():
+            return_memory(model)
         fold_upsampling(model)  # of float32 weights
         prepack(model)  # those of 16 bits
         share_prefix(model)

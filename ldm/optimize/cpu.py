@@ -16,6 +16,7 @@ from ldm.modules.diffusionmodules import model as first_stage
 from ldm.modules.diffusionmodules import openaimodel as unet
 from ldm.optimize.override import Undo, override, undo_all
 
+LARGE = 64 * 64  # a layer's pixels, all images', from which on memory is given back
 NO_ACTIVATION = ("none", [], "")  # oneDNN could fuse one into the layer
 
 # glibc's malloc.h
@@ -35,6 +36,33 @@ def keep_memory() -> bool:
     except AttributeError:  # another C library than glibc
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, 2**31 - 1) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def return_memory(model: nn.Module) -> Undo:
+    """Give memory that is kept, but free, back around a large decode and where it doubles its resolution.
+
+    What is free lies between what is in use, too short for tensors four times as large: without this a
+    process of the v1 layout grows to 7.5 GB in float32, with it to 6.4, and a decode takes 1.06x the time.
+    Returns the undo; does nothing where `keep_memory` does not.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library than glibc, or another system
+        return undo_all([])
+
+    def give_back_large(module: nn.Module, inputs: tuple[Tensor], *output: Tensor) -> None:
+        x = inputs[0]
+        if x.numel() // x.shape[1] >= LARGE:
+            trim(0)
+
+    decoders = [module for module in model.modules() if isinstance(module, first_stage.Decoder)]
+    steps: list[Undo] = []
+    for decoder in decoders:
+        steps.append(decoder.register_forward_hook(give_back_large, always_call=True).remove)
+        upsamplings = [module for module in decoder.modules() if isinstance(module, first_stage.Upsample)]
+        for module in (decoder, *upsamplings):
+            steps.append(module.register_forward_pre_hook(give_back_large).remove)
+    return undo_all(steps)
 
 
 def quarter_kernels(weight: Tensor) -> list[Tensor]:
