@@ -347,7 +347,7 @@ def plot(found: dict[str, dict[str, dict[str, Any]]], steps: int, title: str, pa
         left.set_title(f"{precision}: seconds, as parts of the slowest (image: {steps} steps)", fontsize=9)
         right.set_title(f"{precision}: images/s of {STEPS} guided steps, over the batch size", fontsize=9)
         right.set_xticks(sizes)
-        right.set_ylim(0)
+        right.set_ylim(0, 1.1 * right.get_ylim()[1])
         right.legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
