@@ -55,7 +55,8 @@ def reuse_deep_features(model: LatentDiffusion, every: int) -> Undo:
     """Compute the deep features of `model`'s UNet only at each `every`-th call of a run; returns the undo.
 
     1 gives the plain result. A call of the v1 UNet in between takes 9 % of a whole one. Pictures of the
-    bundled model, 50 steps of ddim, are 43 to 59 dB from the exact ones at 2, 39 to 54 at 3, 37 to 45 at 5.
+    bundled model, 50 steps of ddim, are 34 to 56 dB from the exact ones at 2, 23 to 52 at 3, 21 to 44 at 5
+    (`benchmarks/benchmark.py --only approximations`).
     The timestep is read on the host and decides, so this cannot be recorded as a graph. Samplers that call
     the model several times a step reuse across those calls too.
     """
@@ -137,7 +138,7 @@ def merge_similar_tokens(model: LatentDiffusion, ratio: float) -> Undo:
     """Let self-attention at the latents' resolution work on 1 - `ratio` of its tokens; returns the undo.
 
     0 gives the plain result; at 0.75 only one token of four is left. At 0.5 a step of the v1 UNet at 64x64
-    latents takes 0.91 of its time, and pictures of the bundled model are 32 to 40 dB from the exact ones.
+    latents takes 0.91 of its time, and pictures of the bundled model are 25 to 43 dB from the exact ones.
     """
     if not 0 <= ratio <= 0.75:
         raise InputError(f"a share of {ratio:g} merged tokens; it must be in 0 … 0.75")

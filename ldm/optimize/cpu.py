@@ -1,6 +1,6 @@
 """Speed on a CPU: memory is kept, upsampling folded into convolutions, 16-bit weights in oneDNN's layout.
 
-What they gain together is measured by `benchmarks/benchmark.py --only peers`.
+What each gains is measured by `benchmarks/benchmark.py --only ideas`.
 """
 
 import ctypes
@@ -20,10 +20,10 @@ NO_ACTIVATION = ("none", [], "")  # oneDNN could fuse one into the layer
 
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-ANY_SIZE = 2**31 - 1
-LARGEST_KEPT = 60 * 2**20  # bytes, during a decode
 
-LARGE = 64 * 64  # latents, from which on a decode is worth a tidy-up
+# from where on it is worth the time to give memory back
+LARGE_IMAGE = 64 * 64  # latents
+LARGE_TENSOR = 64 * 2**20  # bytes
 
 
 def glibc() -> ctypes.CDLL | None:
@@ -42,37 +42,39 @@ def keep_memory() -> bool:
     """
     libc = glibc()
     return libc is not None and bool(
-        libc.mallopt(M_MMAP_THRESHOLD, ANY_SIZE) and libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1) and libc.mallopt(M_TRIM_THRESHOLD, -1)
     )
 
 
 def return_memory(model: nn.Module) -> Undo:
-    """Keep less of it around decodes: none of what is free before and after, no blocks over `LARGEST_KEPT`.
+    """Give memory that is kept, but free, back around a large decode and within it; returns the undo.
 
-    A decoder's tensors grow fourfold from level to level and fit no hole that smaller ones left: without this
-    a process of the v1 layout grows to 7.5 GB in float32, with it to 6.0, and a decode takes 1.2x the time.
-    Returns the undo; does nothing where `keep_memory` does not.
+    A decoder's tensors grow from level to level and fit no hole that smaller ones left: without this a
+    process of the v1 layout grows to 7.5 GB in float32, with it to 6.3, and a decode takes 1.15x the time.
+    Does nothing where `keep_memory` does not.
     """
-    if (libc := glibc()) is None:
+    libc = glibc()
+    if libc is None:
         return undo_all([])
 
-    def trim(z: Tensor) -> None:
-        if z.numel() // z.shape[1] >= LARGE:
+    def around(decoder: nn.Module, inputs: tuple[Tensor], *output: Tensor | None) -> None:
+        z = inputs[0]
+        if z.numel() // z.shape[1] >= LARGE_IMAGE:
             libc.malloc_trim(0)
 
-    def before(decoder: nn.Module, inputs: tuple[Tensor]) -> None:
-        trim(inputs[0])
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
-
-    def after(decoder: nn.Module, inputs: tuple[Tensor], output: Tensor | None) -> None:
-        libc.mallopt(M_MMAP_THRESHOLD, ANY_SIZE)
-        trim(inputs[0])
+    def within(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        if inputs[0].nbytes >= LARGE_TENSOR:
+            libc.malloc_trim(0)
 
     steps: list[Undo] = []
-    for module in model.modules():
-        if isinstance(module, first_stage.Decoder):
-            steps.append(module.register_forward_pre_hook(before).remove)
-            steps.append(module.register_forward_hook(after, always_call=True).remove)
+    for decoder in model.modules():
+        if not isinstance(decoder, first_stage.Decoder):
+            continue
+        steps.append(decoder.register_forward_pre_hook(around).remove)
+        steps.append(decoder.register_forward_hook(around, always_call=True).remove)
+        for layer in decoder.modules():
+            if isinstance(layer, first_stage.ResnetBlock | first_stage.Upsample):
+                steps.append(layer.register_forward_pre_hook(within).remove)
     return undo_all(steps)
 
 
