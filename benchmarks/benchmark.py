@@ -26,9 +26,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.cli import Parser, notice, number, run
+from ldm.cli.entry import run
+from ldm.cli.parser import Parser, number
 from ldm.errors import InputError
-from ldm.loading import BUNDLED_CONFIG, ROOT, V1_CONFIG
+from ldm.log import notice
+from ldm.weights.loading import BUNDLED_CONFIG, ROOT, V1_CONFIG
 
 RESULTS = ROOT / "benchmarks/results"
 GIB = 2**30
@@ -128,8 +130,8 @@ def write_weights(config: Path, path: Path) -> None:
     from pseudo_weights import pseudo_state_dict
     from safetensors.torch import save_file
 
-    from ldm.loading import read_config
     from ldm.util import instantiate_from_config
+    from ldm.weights.loading import read_config
 
     with torch.device("meta"):
         wanted = instantiate_from_config(read_config(config)).state_dict()
@@ -163,9 +165,14 @@ def load_and_use(config: Path, weights: Path, latents: int | None) -> dict[str, 
     """
     import torch
 
-    from ldm.loading import load_model, read_config
+    from ldm.weights.loading import load_model, read_config
 
-    for module in ("checkpoint", "models.autoencoder", "models.diffusion.ddpm", "modules.encoders.modules"):
+    for module in (
+        "weights.checkpoint",
+        "models.autoencoder",
+        "models.diffusion.ddpm",
+        "modules.encoders.modules",
+    ):
         import_module(f"ldm.{module}")
     import_module("ldm.modules.diffusionmodules.openaimodel")
     section = read_config(config)
@@ -234,7 +241,7 @@ def time_unets(
     """
     import torch
 
-    from ldm.loading import load_model, read_config
+    from ldm.weights.loading import load_model, read_config
 
     model = load_model(read_config(config), weights)
     unet = model.model.diffusion_model
@@ -338,7 +345,7 @@ def measure_peers(options: argparse.Namespace) -> list[Row]:
 def write_for_diffusers(files: dict[str, Path]) -> None:
     from diffusers_names import save_for_diffusers
 
-    from ldm.loading import load_model, read_config
+    from ldm.weights.loading import load_model, read_config
 
     save_for_diffusers(load_model(read_config(files["config"]), files["weights"]), files["diffusers"])
 
@@ -456,8 +463,8 @@ class CountingModel:
 
 def count_calls(sampler: str, steps: int, prompts: list[str], n_iter: int, n_samples: int) -> CountingModel:
     """The model after a guided run."""
-    from ldm.generate import Settings, generate
-    from ldm.prompts import plan
+    from ldm.pipeline.generate import Settings, generate
+    from ldm.sampling.batches import plan
 
     model = CountingModel()
     settings = Settings(height=64, width=64, sampler=sampler, steps=steps)
@@ -511,8 +518,7 @@ def sampler_overheads(latents: int, steps: int) -> dict[str, float]:
     """Seconds per step of each sampler, guidance and noise included, model calls excluded; best of 3 runs."""
     import torch
 
-    from ldm import catalogue
-    from ldm.sampling import SAMPLERS, Denoiser, default_trajectory, sample
+    from ldm.sampling import SAMPLERS, Denoiser, catalogue, default_trajectory, sample
     from ldm.sampling.noise import ImageNoise
 
     model = ConstantModel(latents)
@@ -568,9 +574,9 @@ def measure_sheet(options: argparse.Namespace) -> list[Row]:
 
 def bookkeeping_share(images: int) -> tuple[float, float]:
     """Seconds that metadata, encoding, writing and the manifest take in a run, and those of the run."""
-    from ldm import making
-    from ldm.cli import txt2img_parser
-    from ldm.render import render
+    from ldm.cli.parser import txt2img_parser
+    from ldm.runs import worker as making
+    from ldm.runs.render import render
 
     spent: list[float] = []
     making.save = timed(making.save, spent)
@@ -615,7 +621,7 @@ def images_per_second(devices: int, images: int) -> float:
 
 def resume_seconds(lines: int) -> float:
     """How long it takes to find what a run lacks whose manifest has so many lines."""
-    from ldm.record import MANIFEST, RunRecord
+    from ldm.runs.manifest import MANIFEST, RunRecord
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -694,12 +700,12 @@ def approximations(steps: int, images: int) -> dict[str, tuple[list[float], list
     """Seconds of three runs of the bundled model, and each picture's PSNR in dB to the exact, by flags."""
     import numpy as np
 
-    from ldm.cli import txt2img_parser
-    from ldm.data.scenes import caption, random_scene
-    from ldm.generate import generate
-    from ldm.loading import choose_model, read_config
-    from ldm.prompts import plan
-    from ldm.render import load, settings_of
+    from ldm.cli.parser import txt2img_parser
+    from ldm.pipeline.generate import generate
+    from ldm.runs.render import load, settings_of
+    from ldm.sampling.batches import plan
+    from ldm.scenes.scenes import caption, random_scene
+    from ldm.weights.loading import choose_model, read_config
 
     rng = np.random.default_rng(0)
     batches = plan([caption(random_scene(rng)) for _ in range(images)], 1, 1)
@@ -750,12 +756,12 @@ def image_to_image(prompt: str, strengths: list[float]) -> dict[float, tuple[flo
     """For each strength over 8 seeds: mean PSNR in dB to the round trip, and what a detector reads."""
     import numpy as np
 
-    from ldm.data.detector import load_detector
-    from ldm.data.scenes import caption
-    from ldm.generate import Settings, generate
-    from ldm.init_image import open_picture
-    from ldm.loading import BUNDLED_WEIGHTS, load_model, read_config
-    from ldm.prompts import plan
+    from ldm.images.init_image import open_picture
+    from ldm.pipeline.generate import Settings, generate
+    from ldm.sampling.batches import plan
+    from ldm.scenes.detector import load_detector
+    from ldm.scenes.scenes import caption
+    from ldm.weights.loading import BUNDLED_WEIGHTS, load_model, read_config
 
     model = load_model(read_config(ROOT / BUNDLED_CONFIG), ROOT / BUNDLED_WEIGHTS)
     detector = load_detector(ROOT / "models/scenes-64/detector.safetensors")

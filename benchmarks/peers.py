@@ -36,8 +36,8 @@ class Ours:
     """The toolkit as its commands set it up, with further flags."""
 
     def __init__(self, files: dict[str, Path], precision: str, device: str, flags: tuple[str, ...] = ()):
-        from ldm.cli import txt2img_parser
-        from ldm.render import load, model_files
+        from ldm.cli.parser import txt2img_parser
+        from ldm.runs.render import load, model_files
 
         argv = ["--config", str(files["config"]), "--ckpt", str(files["weights"]), "--precision", precision]
         args = txt2img_parser().parse([*argv, "--device", device, *flags])
@@ -65,8 +65,8 @@ class Ours:
     def image(self, steps: int, path: Path) -> None:
         from PIL import Image
 
-        from ldm.generate import Settings, generate
-        from ldm.prompts import plan
+        from ldm.pipeline.generate import Settings, generate
+        from ldm.sampling.batches import plan
 
         settings = Settings(8 * SIDE, 8 * SIDE, steps=steps, scale=SCALE)
         for _, images in generate(self.model, plan([PROMPT], 1, 1), settings):

@@ -12,8 +12,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
+from ldm.cli import entry
+from ldm.cli import parser as cli
 from ldm.errors import InputError
+from ldm.log import log_to
 
 AXES = ("prompt", *cli.IMAGE_OPTIONS, "rng")
 
@@ -47,7 +49,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[list[argparse.Names
     if axes[0][0] == axes[1][0]:
         raise InputError(f"--x and --y both vary {args.x[0]}; give two different options")
     if args.seed == -1:
-        from ldm.render import choose_seed
+        from ldm.runs.render import choose_seed
 
         argv = [*argv, f"--seed={choose_seed(-1)}"]
         args = parser.parse_args(argv)
@@ -80,9 +82,9 @@ class Keeper:
 
 def main(argv: list[str] | None = None) -> int:
     args, cells = parse(sys.argv[1:] if argv is None else argv)
-    cli.log_to(args.log_file, args.quiet)
+    log_to(args.log_file, args.quiet)
 
-    from ldm import render
+    from ldm.runs import render
 
     files, config = render.model_files(args)
     render.check_model(args, config)
@@ -93,11 +95,11 @@ def main(argv: list[str] | None = None) -> int:
 
     import numpy as np
 
-    from ldm.making import Interrupt, Job, Kind, make
-    from ldm.prompts import Batch
-    from ldm.record import RunRecord
-    from ldm.sheet import contact_sheet
-    from ldm.team import Team
+    from ldm.images.sheets import contact_sheet
+    from ldm.runs.manifest import RunRecord
+    from ldm.runs.processes import Team
+    from ldm.runs.worker import Interrupt, Job, Kind, make
+    from ldm.sampling.batches import Batch
 
     flat = [own for row in cells for own in row]
     kinds, batches, common = [], [], render.model_facts(args, files)
@@ -134,4 +136,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(entry.run(main))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
+from ldm.cli import entry
+from ldm.cli import parser as cli
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show where a probe fails")
     args = parser.parse_args(argv)
 
-    from ldm.doctor import examine
+    from ldm.cli.doctor import examine
 
     findings = []
     for finding in examine(args.outdir, args.debug):
@@ -35,4 +36,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(entry.run(main))

@@ -7,9 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import catalogue, cli
+from ldm.cli import entry
+from ldm.cli import parser as cli
 from ldm.errors import InputError
-from ldm.loading import BUNDLED_CONFIG, choose_model, find, native_size, read_config
+from ldm.sampling import catalogue
+from ldm.weights.loading import BUNDLED_CONFIG, choose_model, find, native_size, read_config
 
 COLUMNS = 20  # pictures in a row of a grid
 
@@ -40,9 +42,9 @@ def train(args: argparse.Namespace) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.data.detector import load_detector, save_detector, train_detector
-    from ldm.data.evaluation import markdown_table, score
-    from ldm.data.scenes import random_scene, render
+    from ldm.scenes.detector import load_detector, save_detector, train_detector
+    from ldm.scenes.scenes import random_scene, render
+    from ldm.scenes.scores import markdown_table, score
 
     path = find(args.detector)
     training = train_detector(args.detector_steps)
@@ -71,13 +73,13 @@ def evaluate(args: argparse.Namespace) -> None:
     import numpy as np
     from PIL import Image
 
-    from ldm.data.detector import load_detector
-    from ldm.data.evaluation import check, evaluation_scenes, markdown_table, marked_grid, round_trip, score
-    from ldm.data.scenes import caption, render
-    from ldm.generate import Settings, generate
-    from ldm.making import StepBar
-    from ldm.prompts import plan
-    from ldm.render import load
+    from ldm.pipeline.generate import Settings, generate
+    from ldm.runs.render import load
+    from ldm.runs.worker import StepBar
+    from ldm.sampling.batches import plan
+    from ldm.scenes.detector import load_detector
+    from ldm.scenes.scenes import caption, render
+    from ldm.scenes.scores import check, evaluation_scenes, markdown_table, marked_grid, round_trip, score
 
     detector = load_detector(find(args.detector))
     model = load(args, files, config)
@@ -134,4 +136,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(entry.run(main))

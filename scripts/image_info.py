@@ -10,8 +10,10 @@ import argparse
 import json
 from typing import Any
 
-from ldm import cli
+from ldm.cli import entry
+from ldm.cli import parser as cli
 from ldm.errors import InputError
+from ldm.log import notice, one_line
 
 SHOWN_FIRST = {"seed", "model_hash", "nsfw_content_detected"}  # not once more among the settings
 
@@ -40,11 +42,11 @@ def main(argv: list[str] | None = None) -> int:
             facts = picture_facts(file, args.watermark)
         except InputError as error:
             unread += 1
-            cli.notice(f"image_info.py: error: {cli.one_line(error)}")
+            notice(f"image_info.py: error: {one_line(error)}")
             continue
         if "error" in facts:
             wrong += 1
-            cli.notice(f"image_info.py: error: {cli.one_line(facts['error'])}")
+            notice(f"image_info.py: error: {one_line(facts['error'])}")
         print(json.dumps(facts) if args.json else as_text(facts), flush=True)
     if unread == len(args.files):
         return 2
@@ -55,8 +57,8 @@ def picture_facts(file: str, expected: list[str]) -> dict[str, Any]:
     """What a picture tells; an `error` among it if its settings are malformed. InputError if it is none."""
     import numpy as np
 
-    from ldm.metadata import NoSettings, open_picture, settings_from_picture
-    from ldm.watermark import read_watermark
+    from ldm.images.metadata import NoSettings, open_picture, settings_from_picture
+    from ldm.images.watermark import read_watermark
 
     with open_picture(file) as image:
         width, height = image.size
@@ -101,4 +103,4 @@ def _plain(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(entry.run(main))

@@ -6,16 +6,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
+from ldm.cli import entry
+from ldm.cli import parser as cli
 
 
 def main(argv: list[str] | None = None) -> int:
     args = cli.img2img_parser().parse(sys.argv[1:] if argv is None else argv)
 
-    from ldm.render import render
+    from ldm.runs.render import render
 
     return render(args)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(entry.run(main))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
+from ldm.cli import entry
+from ldm.cli import parser as cli
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,10 +34,16 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from ldm.loading import read_config, read_section
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.training import FirstStageTask, LatentDiffusionTask, save_weights, train, training_config
+    from ldm.training.training import (
+        FirstStageTask,
+        LatentDiffusionTask,
+        save_weights,
+        train,
+        training_config,
+    )
     from ldm.util import instantiate_from_config
+    from ldm.weights.loading import read_config, read_section
 
     bases = [Path(base) for base in args.base]
     sections = [read_section(base, "training") for base in bases]
@@ -55,4 +62,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(entry.run(main))

@@ -10,8 +10,8 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from ldm.metadata import read_metadata
-from ldm.record import MANIFEST, RUNS
+from ldm.images.metadata import read_metadata
+from ldm.runs.manifest import MANIFEST, RUNS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

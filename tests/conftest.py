@@ -14,7 +14,7 @@ from commands import SCRIPTS, Result, lines, script
 from golden_files import manifest, pseudo_state_dict
 from safetensors.torch import save_file
 
-from ldm import cli
+from ldm.cli import entry
 from ldm.modules.encoders import modules as encoders
 
 CLIPTokenizer = functools.cache(encoders.CLIPTokenizer)  # it takes longer to make than a tiny picture
@@ -49,7 +49,7 @@ def command(
         words = [str(SCRIPTS / f"{name}.py"), "--outdir", str(tmp_path / folder), *map(str, argv)]
         monkeypatch.setattr(sys, "argv", words)
         try:
-            code = cli.run(script(name).main)
+            code = entry.run(script(name).main)
         except SystemExit as end:  # argparse
             code = end.code
         out, err = capsys.readouterr()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.cli import notice
+from ldm.log import notice
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.optimize.override import Undo, override, undo_all

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.cli import notice
+from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.optimize.override import Undo, override, undo_all
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from ldm.generate import Settings, generate
-from ldm.host import host_memory
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.prompts import plan
+from ldm.pipeline.generate import Settings, generate
+from ldm.pipeline.host import host_memory
+from ldm.sampling.batches import plan
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,17 +1,26 @@
-"""Diffusion sampling out of four independent choices: schedule, denoiser, sampler, noise."""
+"""Diffusion sampling out of four independent choices: schedule, denoiser, sampler, noise.
 
-from ldm.sampling.denoiser import Denoiser
-from ldm.sampling.run import default_trajectory, sample
-from ldm.sampling.samplers import SAMPLERS
-from ldm.sampling.schedule import SCHEDULES, Discretization, Trajectory, trajectory
+What needs torch is imported when it is first asked for, so that names and options can be checked without it.
+"""
 
-__all__ = [
-    "SAMPLERS",
-    "SCHEDULES",
-    "Denoiser",
-    "Discretization",
-    "Trajectory",
-    "default_trajectory",
-    "sample",
-    "trajectory",
-]
+from importlib import import_module
+from typing import Any
+
+_PLACES = {
+    "Denoiser": "denoiser",
+    "default_trajectory": "run",
+    "sample": "run",
+    "SAMPLERS": "samplers",
+    "SCHEDULES": "schedule",
+    "Discretization": "schedule",
+    "Trajectory": "schedule",
+    "trajectory": "schedule",
+}
+
+__all__ = [*_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(import_module(f"ldm.sampling.{_PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

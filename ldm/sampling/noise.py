@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ldm.prompts import MAX_SEED, Batch
+from ldm.sampling.batches import MAX_SEED, Batch
 
 
 def image_generator(seed: int) -> torch.Generator:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ldm import catalogue
+from ldm.sampling import catalogue
 from ldm.sampling.denoiser import Denoiser
 from ldm.sampling.noise import Noise
 from ldm.sampling.samplers import SAMPLERS, Callback

@@ -1,0 +1,86 @@
+"""Prompts from a file, plain lines or JSON lines, and the batches they make."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Line:
+    """A prompt with the options of its own."""
+
+    prompt: str
+    options: tuple[tuple[str, Any], ...] = ()
+    place: str = ""  # where it stands, for error messages: "prompts.jsonl, line 7"
+
+
+def read_prompts(path: str) -> list[Line]:
+    """The prompts of a UTF-8 text file, or of standard input for "-", in order, without blank lines.
+
+    Plain text has one prompt per line; what is in a line stays as it is. If the first line is a JSON object,
+    or the file's name ends in .jsonl or .json, each line is one, with "prompt" and options named as on the
+    command line. A byte order mark and the line ends of any system are fine. InputError, with the number of
+    the line, if the file cannot be read, is not UTF-8 text or JSON, or holds no prompt.
+    """
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"--from-file {path}: {error.strerror}") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_text(path, data, error.start) from error
+    if "\0" in text:
+        raise _not_text(path, data, data.index(0))
+
+    lines = _numbered(text.splitlines())
+    if not lines:
+        raise InputError(f"--from-file {path}: no prompt in it; write one per line")
+    # In JSON text, what Unicode has for line ends beside these stands for itself.
+    json_lines = _numbered(re.split(r"\r\n|\n|\r", text))
+    if path.endswith((".jsonl", ".json")) or isinstance(_json(json_lines[0][1]), dict):
+        return [_json_line(line, f"{path}, line {i}") for i, line in json_lines]
+    return [Line(line, place=f"{path}, line {i}") for i, line in lines]
+
+
+def _numbered(lines: list[str]) -> list[tuple[int, str]]:
+    """Numbers, from 1, and content of lines that are not blank."""
+    # Files put together with `cat` have byte order marks in the middle, too.
+    numbered = [(i, line.removeprefix("\ufeff")) for i, line in enumerate(lines, 1)]
+    return [(i, line) for i, line in numbered if line.strip()]
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_line(text: str, place: str) -> Line:
+    content = _json(text)
+    if not isinstance(content, dict):
+        raise InputError(f'--from-file {place}: no JSON object such as {{"prompt": "a red cube", "seed": 7}}')
+    prompt = content.pop("prompt", None)
+    if not isinstance(prompt, str):
+        raise InputError(f'--from-file {place}: its "prompt" is missing or no text')
+    for name, value in content.items():
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            told = f"{json.dumps(name)[1:-1]:.50} {json.dumps(value):.50}"  # of one line, whatever they hold
+            raise InputError(f"--from-file {place}: the {told} is no number or text")
+    return Line(prompt, tuple(content.items()), place)
+
+
+def _not_text(path: str, data: bytes, position: int) -> InputError:
+    line = len((data[:position] + b".").splitlines())
+    return InputError(
+        f"--from-file {path}: line {line} holds the byte 0x{data[position]:02x}, which is not UTF-8 text; "
+        "save the prompts as UTF-8"
+    )

@@ -1,0 +1,139 @@
+"""Pictures that users give: any file that Pillow decodes by itself -> RGB pixels as the model takes them."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
+
+from ldm.errors import InputError
+from ldm.log import notice
+
+# Those decoded in this process: Pillow would run Ghostscript on an EPS file.
+READABLE = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")
+LANCZOS = Image.Resampling.LANCZOS
+
+
+def read_init_image(
+    path: str, height: int | None, width: int | None, resize: str, background: str, max_pixels: int
+) -> np.ndarray:
+    """The picture in a file, fitted as the model takes it: uint8 [H, W, 3].
+
+    See `open_picture` and `fit`. InputError also if the result would have more than `max_pixels` pixels.
+    """
+    picture = open_picture(path, background, max_pixels)
+    width, height = target_size(picture.size, height, width)
+    if width * height > max_pixels:
+        raise InputError(f"{path} would become {width}x{height}: more than --max_pixels {max_pixels:,}")
+    return np.asarray(fit(picture, height, width, resize, background))
+
+
+def open_picture(path: str, background: str = "white", max_pixels: int = 64_000_000) -> Image.Image:
+    """The picture in a file, the first if there are more: upright, opaque, RGB, in sRGB if it has a profile.
+
+    Transparency shows `background`, a colour by name or as #rrggbb. 16-bit grey is scaled to 8 bits, as are
+    integers in 0 … 65535 and floats in 0 … 1. InputError if the header tells of more than `max_pixels` pixels
+    (nothing is decoded then), if the file cannot be read or if it is damaged.
+    """
+    colour = parse_colour(background)
+    try:
+        with _pixel_limit(max_pixels), Image.open(path, formats=READABLE) as image:
+            frames = getattr(image, "n_frames", 1)
+            kind = image.format
+            image.load()
+            # In place the pixels are turned first: the rest of the EXIF data may be broken as it likes.
+            with suppress(Exception):
+                ImageOps.exif_transpose(image, in_place=True)
+            picture = _to_rgb(image, colour)
+    except Image.DecompressionBombError as error:
+        pixels = int(re.search(r"\d+", str(error))[0])  # the error tells it nowhere else
+        raise InputError(f"{path} has {pixels:,} pixels, more than --max_pixels {max_pixels:,}") from error
+    except UnidentifiedImageError as error:
+        what = "is damaged or no picture" if Path(path).stat().st_size else "is empty, not a picture"
+        raise InputError(f"{path} {what}; these can be read: {', '.join(READABLE)}") from error
+    except Exception as error:  # the decoders raise anything on a damaged file
+        detail = str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or f"damaged or not supported ({detail})"
+        raise InputError(f"cannot read the picture {path}: {reason}") from error
+    if frames > 1 and kind != "MPO":  # a camera's JPEG file with its previews
+        notice(f"{path} holds {frames} pictures; the first one is used")
+    return picture
+
+
+def parse_colour(text: str) -> tuple[int, int, int]:
+    """A colour by name or as #rrggbb -> (red, green, blue), each 0 … 255; InputError for another."""
+    try:
+        return ImageColor.getcolor(text, "RGB")
+    except ValueError as error:
+        raise InputError(f"--background {text!r} is no colour; white and #ff8000 are") from error
+
+
+def target_size(size: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
+    """(width, height) that a picture of `size`, also (width, height), gets.
+
+    With neither given, both are the picture's, floored to multiples of 64 as in the original, at least 64.
+    With one given, the other follows the aspect ratio, rounded to a multiple of 8, at least 8.
+    """
+    if height is None and width is None:
+        return max(64, size[0] // 64 * 64), max(64, size[1] // 64 * 64)
+    width = width or max(8, round(height * size[0] / size[1] / 8) * 8)
+    return width, height or max(8, round(width * size[1] / size[0] / 8) * 8)
+
+
+def fit(picture: Image.Image, height: int, width: int, how: str, background: str = "white") -> Image.Image:
+    """An RGB picture in a new size, by LANCZOS: "stretch" ignores the aspect ratio, "crop" keeps the middle
+    of what covers the size, "pad" keeps the whole picture, centred on the background colour."""
+    size = (width, height)
+    if how == "crop":
+        return ImageOps.fit(picture, size, LANCZOS)
+    if how == "pad":
+        return ImageOps.pad(picture, size, LANCZOS, color=parse_colour(background))
+    return picture.resize(size, LANCZOS)
+
+
+@contextmanager
+def _pixel_limit(max_pixels: int) -> Iterator[None]:
+    """Pillow raises DecompressionBombError beyond `max_pixels`, also inside its decoders, and never warns.
+
+    Its own limit, which is one for the whole process, comes back at the end.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    try:
+        Image.MAX_IMAGE_PIXELS = max_pixels / 2  # it warns above this, and raises above twice this
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """A loaded image of any mode -> RGB."""
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    if image.has_transparency_data or image.mode == "P":
+        image = image.convert("RGBA")
+    if profile := image.info.get("icc_profile"):
+        with suppress(Exception):  # broken, or not for this mode: colours as they are
+            mode = "RGBA" if image.mode == "RGBA" else "RGB"
+            source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, source, target, outputMode=mode)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of integers in 0 … 65535 or floats in 0 … 1 -> L, or LA if one grey is transparent."""
+    values, top = np.asarray(image), 1 if image.mode == "F" else 65535
+    if not ((values >= 0) & (values <= top)).all():
+        raise ValueError(f"its greys run from {values.min():g} to {values.max():g}, not within 0 … {top}")
+    grey = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.uint8(255) * (values != image.info["transparency"])))
+    return grey

@@ -1,0 +1,81 @@
+"""The benchmark's helpers; no timing is asserted."""
+
+import importlib
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+benchmark = importlib.import_module("benchmark")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A YAML file of a tiny v1, with two blocks a level as the full one has, and its weights beside it."""
+    config = OmegaConf.load(ROOT / "tests/golden/configs/mini-v1.yaml")
+    config.model.params.unet_config.params.num_res_blocks = 2
+    config.model.params.unet_config.params.context_dim = 64
+    config.model.params.cond_stage_config.params = {"width": 64, "layers": 1, "heads": 4}
+    path = tmp_path_factory.mktemp("tiny") / "tiny.yaml"
+    OmegaConf.save(config, path)
+    benchmark.write_weights(path, path.with_suffix(".safetensors"))
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *argv: str) -> dict:
+    monkeypatch.setattr(benchmark, "RESULTS", folder)
+    assert benchmark.main([*argv, "--name", "test"]) == 0
+    return json.loads((folder / "test.json").read_text())
+
+
+def test_calls_are_counted_and_written(monkeypatch, tmp_path, capsys):
+    record = run(monkeypatch, tmp_path, "--only", "calls")
+    assert [row["met"] for row in record["parts"]["calls"]] == [True] * 4
+    assert capsys.readouterr().out == (tmp_path / "test.md").read_text()
+    assert "| model calls, plms, N = 20, guided | N + 1 | 21 |" in (tmp_path / "test.md").read_text()
+
+
+def test_results_tell_the_machine_but_not_whose_it_is(monkeypatch, tmp_path):
+    record = run(monkeypatch, tmp_path, "--only", "calls")
+    assert record["machine"]["torch"] == torch.__version__.partition("+")[0]
+    for text in ((tmp_path / name).read_text() for name in ("test.json", "test.md")):
+        assert str(ROOT) not in text
+        assert socket.gethostname() not in text
+
+
+def test_a_missed_target_shows():
+    row = benchmark.Row("a", "< 1 s", "2 s", met=False)
+    assert benchmark.markdown({}, [row]).splitlines()[-1] == "| a | < 1 s | 2 s **(missed)** |"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_loading_is_measured_stage_by_stage(tiny):
+    readings = benchmark.load_and_use(tiny, tiny.with_suffix(".safetensors"), latents=8)
+    assert list(readings["memory"]) == ["imports", "load", "touch", "UNet", "decoder"]
+    assert 0 < readings["load"] <= readings["load and touch"]
+
+
+def test_stand_in_weights_are_made_once(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "in_fresh_process", lambda function, *args: function(*args))
+    weights = benchmark.stand_in_weights(tiny, tmp_path / "cache/tiny.safetensors")
+    assert list(weights.parent.iterdir()) == [weights]
+    monkeypatch.setattr(benchmark, "write_weights", None)
+    assert benchmark.stand_in_weights(tiny, weights) == weights
+    with pytest.raises(InputError, match="--cache"):
+        benchmark.stand_in_weights(tiny, weights / "file as folder.safetensors")
+
+
+def test_the_diffusers_twin_computes_the_same(tiny):
+    pytest.importorskip("diffusers")
+    theirs = {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64, "attention_head_dim": 4}
+    readings = benchmark.time_unets(tiny, tiny.with_suffix(".safetensors"), 8, theirs, repeats=1)
+    assert readings["largest output"] > 0.1
+    assert readings["difference"] < 1e-5 * readings["largest output"]

@@ -1,0 +1,325 @@
+"""`scripts/doctor.py`: what it finds here, and in installations that are broken on purpose."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from commands import SCRIPTS, Result, refused
+from safetensors.torch import save_file
+
+from ldm.cli import doctor
+from ldm.cli.doctor import Finding
+from ldm.weights import loading
+
+ROOT = loading.ROOT
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+V1 = loading.V1_WEIGHTS[0]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of this repository's models, to be broken."""
+    folder = tmp_path / "repository"
+    (folder / "models/scenes-64").mkdir(parents=True)
+    (folder / "models/ldm/stable-diffusion-v1").mkdir(parents=True)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / loading.BUNDLED_WEIGHTS).symlink_to(ROOT / loading.BUNDLED_WEIGHTS)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(loading, "ROOT", folder)
+    return folder
+
+
+def replace(path: Path, content: bytes | str) -> None:
+    path.unlink()
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def one(findings: doctor.Findings) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+def test_all_is_well(command: Callable[..., Result], place: Path) -> None:
+    result = command("doctor")
+    assert (result.code, result.err, result.folder.exists()) == (0, [], False)
+    assert {line[:4] for line in result.out} == {"ok  ", "--  "}
+    for start in (
+        "ok  Python 3.",
+        f"ok  numpy {metadata.version('numpy')}",
+        f"ok  torch {torch.__version__} (built for ",
+        "ok  CPU cores: ",
+        "ok  cpu: float32 works",
+        "ok  bundled model models/scenes-64/model.safetensors: 12 million weights, all there, model hash ",
+        "--  no Stable Diffusion weights are linked",
+        "--  no folder models/safety-checker: pictures are unchecked",
+    ):
+        assert sum(line.startswith(start) for line in result.out) == 1, start
+
+
+def test_a_process_prints_one_json_list(tmp_path: Path) -> None:
+    argv = [sys.executable, SCRIPTS / "doctor.py", "--json", "--outdir", tmp_path / "no/folder"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.stderr == ""
+    findings = json.loads(result.stdout)
+    assert {tuple(finding) for finding in findings} == {("state", "what", "advice")}
+    assert result.returncode == any(finding["state"] == "broken" for finding in findings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_needs_no_torch() -> None:
+    code = f"import sys; sys.modules['torch'] = None; sys.argv = ['doctor.py', '--help']; {run_script()}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--json" in result.stdout
+
+
+def run_script() -> str:
+    return f"import runpy; runpy.run_path({str(SCRIPTS / 'doctor.py')!r}, run_name='__main__')"
+
+
+def test_wrong_arguments(command: Callable[..., Result]) -> None:
+    refused(command("doctor", "--jsn"), "--jsn")
+
+
+def test_broken_things_give_code_1(
+    command: Callable[..., Result], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are still examined, and a probe that fails is a finding."""
+    replace(place / loading.BUNDLED_WEIGHTS, LFS_POINTER)
+    monkeypatch.setattr(doctor, "memory", lambda: 1 / 0)
+    result = command("doctor", "--json")
+    assert (result.code, result.err) == (1, [])
+    found = [finding for finding in json.loads("".join(result.out)) if finding["state"] == "broken"]
+    assert [finding["what"].partition(":")[0] for finding in found] == ["memory", "bundled model"]
+    assert "ZeroDivisionError" in found[0]["what"]
+    with pytest.raises(ZeroDivisionError):
+        list(doctor.examine("out", debug=True))
+
+
+def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "einops":
+            raise metadata.PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setitem(sys.modules, "regex", None)
+    found = [str(finding) for finding in doctor.packages() if finding.state == "broken"]
+    pip = "python -m pip install -c constraints.txt"
+    assert found == [
+        f"!!  einops is not installed: {pip} einops",
+        f"!!  regex 1.2 is installed, but its module regex is not there: {pip} --force-reinstall regex",
+    ]
+    monkeypatch.setattr(doctor, "_setup_argument", lambda name: ["numpy>=2.1", "tqdm>=0.9"])
+    assert list(map(str, doctor.packages())) == [
+        f"!!  numpy 1.2 is older than 2.1: {pip} numpy",
+        "ok  tqdm 1.2",
+    ]
+
+
+def test_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 9))
+    assert one(doctor.python()).advice == "install Python >=3.11 and run `make demo`"
+
+
+def test_torch_missing(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One finding, and none about what needs torch."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = command("doctor")
+    assert result.code == 1
+    assert [line for line in result.out if line.startswith("!!")] == result.out[-1:]
+    assert result.out[-1].startswith("!!  torch cannot be imported (")
+
+
+def test_torch_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert one(doctor.torch_build()).what == "torch 2.9.1+cpu is too old for torch>=2.11"
+
+
+def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "host_memory", lambda: (8 * doctor.GIB, doctor.GIB))
+    assert str(one(doctor.memory())).startswith("--  only 1.0 of 8.0 GiB RAM are available: ")
+
+
+def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/inside"):
+        finding = one(doctor.output_folder(str(tmp_path / name)))
+        assert finding.state == "broken"
+        assert "Not a directory" in finding.what
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert one(doctor.output_folder(str(tmp_path / "link"))).state == "broken"
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=doctor.GIB / 2))
+    finding = one(doctor.output_folder(str(tmp_path / "new/folder")))
+    assert (finding.state, finding.what[-13:]) == ("note", " 0.5 GiB free")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "built", "said", "visible", "state", "words"),
+    [
+        (False, "13.2", "", None, "note", "pictures are computed on the CPU"),
+        (True, "13.2", "driver too old", None, "broken", "torch cannot use it (driver too old)"),
+        (True, None, "", None, "broken", "torch is built without CUDA"),
+        (True, "13.2", "", "", "note", "CUDA_VISIBLE_DEVICES hides it"),
+    ],
+)
+def test_no_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: bool,
+    built: str | None,
+    said: str,
+    visible: str | None,
+    state: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(["nvidia0"] if gpu else []))
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    finding = doctor._no_cuda([said] if said else [])
+    assert finding.state == state
+    assert words in str(finding)
+
+
+def test_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="NVIDIA GeForce GTX 1660", major=7, minor=5)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (5 * doctor.GIB, 6 * doctor.GIB))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a"])
+    _, found, warning = doctor.devices()
+    name = "cuda:0: NVIDIA GeForce GTX 1660, 5.0 of 6.0 GiB free, compute capability 7.5"
+    assert str(found) == f"ok  {name}"
+    assert warning.advice == "use --precision full"
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    _, found, _ = doctor.devices()
+    assert found.state == "broken"
+    assert found.what == f"{name}, for which this torch has no code (only sm_80, sm_90)"
+
+
+def test_code_for_a_gpu() -> None:
+    assert doctor.runs_on(["sm_80", "sm_90"], (8, 9))
+    assert doctor.runs_on(["sm_80", "compute_90"], (12, 0))
+    assert doctor.runs_on(["sm_120"], (12, 0))
+    assert not doctor.runs_on(["sm_90"], (8, 9))
+    assert not doctor.runs_on(["sm_80", "sm_90"], (12, 0))
+    assert not doctor.runs_on(["sm_80", "compute_90"], (7, 5))
+
+
+def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN, wrong values and errors: of consequence only where pictures are made of them."""
+
+    def compute(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+        values, seconds = torch.ones(9), {torch.float32: 3.0, torch.bfloat16: 6.0}.get(dtype, 1.0)
+        if dtype == torch.float16:
+            return values * (float("nan") if device == "cuda:0" else 1.5), seconds
+        if dtype == torch.bfloat16 and device == "cuda:0":
+            raise RuntimeError("no kernel\nimage")
+        return values, seconds
+
+    monkeypatch.setattr(doctor, "compute", compute)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert list(map(str, doctor.precisions())) == [
+        "ok  cpu: float32 works",
+        "--  cpu: float16 does not work (its values are off by 50 %): pictures do not need it",
+        "ok  cpu: bfloat16 works, 2.0 times as slow as float32",
+        "ok  cuda:0: float32 works",
+        "!!  cuda:0: float16 does not work (its values are NaN): use --precision full",
+        "--  cuda:0: bfloat16 does not work (RuntimeError: no kernel image): pictures do not need it",
+    ]
+
+
+def test_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm.modules.encoders import tokenizer
+
+    assert one(doctor.vocabulary()).state == "ok"
+    monkeypatch.setattr(tokenizer, "vocabulary_file", lambda: tmp_path / "vocabulary")
+    assert one(doctor.vocabulary()).state == "broken"
+
+
+def models() -> list[Finding]:
+    """What examine() finds about the bundled model and the linked weights."""
+    found = doctor.examine("out")
+    return [finding for finding in found if finding.what.startswith(("bundled", "linked", "models/ldm"))]
+
+
+@pytest.fixture
+def only_models(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("packages", "precisions", "devices"):
+        monkeypatch.setattr(doctor, name, lambda: iter([]))
+    return place
+
+
+def test_bundled_model(only_models: Path) -> None:
+    weights = only_models / loading.BUNDLED_WEIGHTS
+    whole = weights.read_bytes()
+    for content, words in (
+        (LFS_POINTER, "a git-LFS pointer instead of the weights: run `git lfs pull`"),
+        (whole[:1000], "is cut short"),
+        (whole[:-1], "is cut short"),
+        ("", "is empty"),
+        ("nonsense", "is not a checkpoint"),
+    ):
+        replace(weights, content)
+        finding = one(models())
+        assert finding.state == "broken"
+        assert words in finding.what
+    weights.unlink()
+    assert "no checkpoint at" in one(models()).what
+
+
+def test_linked_weights(only_models: Path, model: tuple[Path, Path]) -> None:
+    link = only_models / V1
+    link.symlink_to("/nowhere/sd-v1-4.ckpt")
+    found = models()[1]
+    assert str(found) == (
+        f"!!  {V1} is a link to nowhere (/nowhere/sd-v1-4.ckpt): "
+        f"link it again with ln -sf /path/to/sd-v1-4.ckpt {V1}"
+    )
+    link.unlink()
+    link.symlink_to(model[1])  # the miniature is not what v1-inference.yaml asks for
+    assert (models()[1].state, "have another shape" in models()[1].what) == ("broken", True)
+
+
+def test_linked_weights_that_fit(
+    only_models: Path, model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = only_models / V1
+    link.symlink_to(model[1])
+    monkeypatch.setattr(loading, "V1_CONFIG", str(model[0]))
+    found = models()[1]
+    assert found.state == "ok"
+    assert found.what.startswith(f"linked weights {V1}: ")
+    assert "million weights, all there, model hash " in found.what
+
+
+def test_safety_checker(place: Path) -> None:
+    folder = place / doctor.SAFETY_FOLDER
+    assert one(doctor.safety_checker()).state == "note"
+    folder.symlink_to("/nowhere")
+    assert "not complete" in one(doctor.safety_checker()).what
+    folder.unlink()
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    assert "not complete" in one(doctor.safety_checker()).what
+    torch.save({"concept_embeds": torch.zeros(17, 8)}, folder / "pytorch_model.bin")
+    assert "config.json is not JSON" in one(doctor.safety_checker()).what
+    (folder / "config.json").write_text("{}")
+    assert str(one(doctor.safety_checker())).endswith("pytorch_model.bin: 1 tensors")
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, folder / "model.safetensors")
+    assert str(one(doctor.safety_checker())).endswith("model.safetensors: 2 tensors")
+    (folder / "model.safetensors").write_text(LFS_POINTER)
+    assert "git-LFS pointer" in next(f.what for f in doctor.examine("out") if f.what.startswith("safety"))

@@ -1,0 +1,207 @@
+"""--like: a picture's settings as the command's, under the flags that are given."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import Result, refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ldm.cli import parser as cli
+from ldm.cli.like import FLAGS, arguments_like
+from ldm.errors import InputError
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def base(model: tuple[Path, Path]) -> list[object]:
+    return ["--config", model[0], "--ckpt", model[1], "--watermark", "none"]
+
+
+@pytest.fixture
+def txt2img(command: Command, base: list[object]) -> Command:
+    return lambda *argv, folder="out": command("txt2img", *base, *map(str, argv), folder=folder)
+
+
+SETTINGS = [
+    "--ddim_steps 3 --seed 7 --negative_prompt dog --scale 3.5 --H 24",
+    "--sampler euler_ancestral --schedule karras --rho 5 --steps 4 --eta 0.7 --s_noise 1.1",
+    "--sampler dpmpp_sde --steps 3 --cfg_rescale 0.5 --guidance_end 0.8 --variation_seed 9 "
+    "--variation_strength 0.3",
+    "--plms --steps 5",
+    "--dpm_solver --steps 4 --guidance_start 0.3",
+    "--timesteps 999,700.5,100 --ddim_eta 0.5",
+    "--sigmas 10,3.3,0.2,0 --sampler heun --s_churn 2 --s_tmin 0.1 --s_tmax 8",
+    "--fixed_code --steps 3 --ddim_eta 1",
+    "--seed -1 --steps 2",
+]
+
+
+@pytest.mark.parametrize("argv", SETTINGS)
+def test_a_picture_is_made_again(txt2img: Command, argv: str) -> None:
+    """At batch size 1 pixel for pixel, from its file alone; out of a larger batch to a level."""
+    argv = ["--prompt", 'a cat: 50 %, "o"', *argv.split()]
+    alone = txt2img(*argv, "--n_samples", 1, "--n_iter", 3, folder="alone")
+    again = txt2img("--like", alone.paths[2])
+    assert again.code == 0
+    assert len(again.paths) == 1
+    assert np.array_equal(again.images[0], alone.images[2])
+    changes = {"image", "seed", "n_samples", "variation_seed"}
+    assert {k: v for k, v in again.settings[0].items() if k not in changes} == {
+        k: v for k, v in alone.settings[2].items() if k not in changes
+    }
+    together = txt2img(*argv, "--seed", 7, "--n_samples", 3, "--n_iter", 1, folder="together")
+    again = txt2img("--like", together.paths[1], folder="again")
+    assert abs(again.images[0] - together.images[1]).max() <= 1
+
+
+@pytest.mark.parametrize("format", ["jpg", "webp"])
+def test_from_other_formats(txt2img: Command, format: str) -> None:
+    argv = ["--prompt", "a cat", "--steps", 3, "--n_samples", 1, "--n_iter", 1]
+    plain = txt2img(*argv, folder="plain")
+    txt2img(*argv, "--format", format, folder="other")
+    again = txt2img("--like", plain.folder.parent / f"other/samples/00000.{format}")
+    assert np.array_equal(again.images[0], plain.images[0])
+
+
+def test_image_to_image(command: Command, base, tmp_path: Path, txt2img: Command) -> None:
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "init.png")
+    argv = [
+        "--init-img",
+        tmp_path / "init.png",
+        "--strength",
+        0.6,
+        "--steps",
+        5,
+        "--H",
+        16,
+        "--resize",
+        "crop",
+    ]
+    first = command("img2img", *base, *argv, "--n_samples", 1)
+    again = command(
+        "img2img", *base, "--like", first.paths[0], "--init-img", tmp_path / "init.png", folder="b"
+    )
+    assert np.array_equal(again.images[0], first.images[0])
+    refused(
+        command("img2img", *base, "--like", first.paths[0], folder="c"),
+        "it was made from init.png; give that as --init-img",
+    )
+    refused(txt2img("--like", first.paths[0], folder="d"), "from init.png by image to image; use img2img.py")
+
+
+def test_other_flags_override(txt2img: Command) -> None:
+    first = txt2img("--sampler", "euler_ancestral", "--eta", 0.5, "--schedule", "karras", "--steps", 3)
+    again = txt2img("--like", first.paths[1], "--plms", "--scale", 2, "--n_samples", 2, folder="b")
+    assert again.code == 0
+    told = again.settings[1]
+    assert (told["sampler"], told["scale"], told["steps"], told["seed"]) == ("plms", 2.0, 3, 44)
+    assert not {"schedule", "eta"} & told.keys()
+    again = txt2img("--like", first.paths[1], "--steps", 5, "--prompt", "a dog", "--seed", 1, folder="c")
+    told = again.settings[0]
+    assert (told["sampler"], told["eta"], told["schedule"]) == ("euler_ancestral", 0.5, "karras")
+    assert (told["steps"], told["prompt"], told["seed"]) == (5, "a dog", 1)
+    lists = txt2img("--timesteps", "900,400", folder="d")
+    told = txt2img("--like", lists.paths[0], "--steps", 4, folder="e").settings[0]
+    assert (told["steps"], "timesteps" in told) == (4, False)
+
+
+def test_from_the_text_of_other_tools(txt2img: Command, tmp_path: Path) -> None:
+    text = "a cat\nNegative prompt: a dog\nSteps: 3, Sampler: Euler a, Schedule type: Karras, CFG scale: 4, "
+    text += "Seed: 5, Size: 16x24, Model hash: 0123456789, Model: v1-5, Clip skip: 2"
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_text("parameters", text)
+    Image.new("RGB", (16, 24)).save(tmp_path / "a.png", pnginfo=chunks)
+    result = txt2img("--like", tmp_path / "a.png")
+    assert result.code == 0
+    assert (
+        "--like: that picture is by v1-5 (0123456789), this is tiny.safetensors: it will differ" in result.err
+    )
+    told = result.settings[0]
+    assert (told["prompt"], told["negative_prompt"], told["steps"], told["scale"]) == ("a cat", "a dog", 3, 4)
+    assert (told["sampler"], told["schedule"], told["seed"]) == ("euler_ancestral", "karras", 5)
+    assert (told["width"], told["height"]) == (16, 24)
+
+
+def test_the_bundled_model_is_found_by_its_hash(command: Command) -> None:
+    first = command("txt2img", "--prompt", "a red cube", "--steps", 2, "--n_samples", 1, "--n_iter", 1)
+    again = command("txt2img", "--like", first.paths[0], folder="b")
+    assert np.array_equal(first.images[0], again.images[0])
+    assert not any("will differ" in line for line in again.err)
+
+
+def picture(path: Path, told: object) -> Path:
+    """A picture that claims these settings."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_text("stable-diffusion", json.dumps(told))
+    Image.new("RGB", (16, 16)).save(path, pnginfo=chunks)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"prompt": "a", "steps": 0}, "--like, or a flag that does not go with it: argument --ddim_steps"),
+        ({"prompt": "a", "seed": {"a": 1}}, "is not a whole number in range"),
+        ({"prompt": "a", "height": 17}, "--H 17 is not a multiple of 8"),
+        ({"prompt": "a", "sampler": "../../x"}, "--sampler ../../x is not known"),
+        (
+            {"prompt": "a", "rng": "compvis", "image": 3, "n_samples": 2},
+            "image 3 of a run in the original's one",
+        ),
+    ],
+)
+def test_unusable_settings_are_refused(txt2img: Command, tmp_path: Path, told, words: str) -> None:
+    refused(txt2img("--like", picture(tmp_path / "a.png", told)), "--like", words)
+
+
+def test_pictures_without_settings_are_refused(txt2img: Command, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    refused(txt2img("--like", tmp_path / "a.png"), "--like:", "carries no settings")
+    refused(txt2img("--like", tmp_path / "no.png"), "--like:", "No such file")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    refused(txt2img("--like", tmp_path / "b.png"), "--like:", "b.png")
+
+
+def test_compare_takes_it_too(command: Command, base, txt2img: Command) -> None:
+    first = txt2img("--sampler", "heun", "--steps", 3, "--prompt", "a cat")
+    sheet = command(
+        "compare", *base, "--like", first.paths[1], "--x", "scale", 1, 2, "--y", "steps", 2, 3, folder="s"
+    )
+    assert sheet.code == 0
+    assert [(s["sampler"], s["seed"], s["prompt"]) for s in sheet.settings] == [("heun", 43, "a cat")] * 4
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.dictionaries(st.sampled_from([*FLAGS, "image", "n_samples", "init_img", "outdir"]), values, max_size=8)
+)
+def test_whatever_a_picture_tells(told: dict) -> None:
+    """Any settings make a namespace or an InputError, and reach no option that pictures never tell."""
+    parser = cli.txt2img_parser()
+    known = vars(parser.parse_args([]))
+    try:
+        words = arguments_like(told, set(), known)
+        args = parser.parse_args(words)
+        changed = {name for name, value in vars(args).items() if value != known[name]}
+        cli.check_arguments(args)
+    except InputError:
+        return
+    assert changed <= {*FLAGS.values(), "n_samples", "n_iter"}
+    assert all(isinstance(getattr(args, name), str) for name in ("prompt", "negative_prompt", "watermark"))

@@ -1,0 +1,359 @@
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldm.cli.parser import IMAGE_OPTIONS, img2img_parser, txt2img_parser
+from ldm.cli.prompts import Line, read_prompts
+from ldm.errors import InputError
+from ldm.runs.render import line_arguments
+from ldm.sampling.batches import Batch, plan
+
+ROOT = Path(__file__).parents[2]
+
+
+def read(tmp_path: Path, data: bytes) -> list[str]:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(data)
+    return [line.prompt for line in read_prompts(str(path))]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", [True, False], ids=["last line ended", "last line open"])
+def test_line_ends_of_every_system(tmp_path, end, last):
+    assert read(tmp_path, ("a cat" + end + "a dog" + end * last).encode()) == ["a cat", "a dog"]
+
+
+def test_byte_order_marks_are_no_part_of_a_prompt(tmp_path):
+    """Also in the middle, where `cat a.txt b.txt` leaves one."""
+    assert read(tmp_path, "\ufeffa cat\r\n\ufeffa dog\r\n\ufeff\r\n".encode()) == ["a cat", "a dog"]
+
+
+def test_blank_lines_are_skipped(tmp_path):
+    """The original made an image of the empty prompt for each."""
+    assert read(tmp_path, b"\na cat\n\n  \t\na dog\n\n") == ["a cat", "a dog"]
+
+
+def test_lines_stay_as_they_are(tmp_path):
+    assert read(tmp_path, b'  a  "cat", 8k # really\t\n') == ['  a  "cat", 8k # really\t']
+
+
+def test_utf8_in_any_locale(tmp_path):
+    """The original decoded the file in the encoding of the user's locale: garbage or a crash beyond ASCII."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("café 夜 🎸\n", encoding="utf-8")
+    read = "from ldm.cli.prompts import read_prompts"
+    script = f"import sys; {read}; print(ascii(read_prompts(sys.argv[1])[0].prompt))"
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", script, path], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == ascii("café 夜 🎸")
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "byte"),
+    [
+        (b"a cat\r\ncaf\xe9\r\n", 2, "0xe9"),
+        (b"\xef\xbb\xbfa cat\n\n\ncaf\xe9", 4, "0xe9"),
+        ("a cat\n".encode("utf-16"), 1, "0xff"),
+        ("a cat\na dog\n".encode("utf-16-be"), 1, "0x00"),
+        (b"a cat\n\0\n", 2, "0x00"),
+        (b"PK\x03\x04\0\0", 1, "0x00"),
+    ],
+)
+def test_other_encodings_and_binary_files_are_refused(tmp_path, data, line, byte):
+    with pytest.raises(InputError, match=rf"prompts\.txt: line {line} holds the byte {byte}, .* UTF-8"):
+        read(tmp_path, data)
+
+
+@pytest.mark.parametrize("data", [b"", b"\n\r\n  \n", b"\xef\xbb\xbf"])
+def test_a_file_without_prompts_is_refused(tmp_path, data):
+    with pytest.raises(InputError, match=r"prompts\.txt: no prompt in it"):
+        read(tmp_path, data)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--from-file .*nowhere\.txt: No such file"):
+        read_prompts(str(tmp_path / "nowhere.txt"))
+    with pytest.raises(InputError, match=r"--from-file .*: Is a directory"):
+        read_prompts(str(tmp_path))
+
+
+def test_the_last_batch_may_be_smaller():
+    """The original paired it with a full batch of empty prompts and crashed, losing the grid."""
+    batches = plan(["a", "b", "c"], n_iter=2, n_samples=2)
+    parts = [(("a", "b"), (0, 1)), (("c",), (2,)), (("a", "b"), (3, 4)), (("c",), (5,))]
+    assert batches == [Batch(*part) for part in parts]
+    assert list(map(len, plan(["a"], n_iter=1, n_samples=3))) == [1]
+
+
+def test_json_lines(tmp_path):
+    (tmp_path / "p.txt").write_text(
+        '{"prompt": "a cat", "seed": 7, "sampler": "Euler a"}\n\n{"prompt": "{}"}\n'
+    )
+    first, second = read_prompts(str(tmp_path / "p.txt"))
+    assert (first.prompt, dict(first.options)) == ("a cat", {"seed": 7, "sampler": "Euler a"})
+    assert (second.prompt, second.options) == ("{}", ())
+    assert second.place.endswith("p.txt, line 3")
+
+
+def test_json_text_with_unicode_line_ends(tmp_path):
+    """Half a line was no JSON: an error, or in a file without .jsonl a prompt of half a JSON object."""
+    prompts = ["a\u2028cat", "a\x85dog\u2029"]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    assert read(tmp_path, "\r\n".join(lines).encode()) == prompts
+
+
+def test_a_json_file_is_no_list_of_prompts(tmp_path):
+    """Each line of a file of JSON that has several was taken for a prompt."""
+    (tmp_path / "p.json").write_text('[\n  {"prompt": "a cat"},\n  {"prompt": "a dog"}\n]\n')
+    with pytest.raises(InputError, match=r"p\.json, line 1: no JSON object such as"):
+        read_prompts(str(tmp_path / "p.json"))
+
+
+def test_prompts_that_begin_with_a_brace_are_prompts(tmp_path):
+    assert read(tmp_path, b"{a cat|a dog}\n[1, 2]\n7\n") == ["{a cat|a dog}", "[1, 2]", "7"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a cat", "no JSON object such as"),
+        ('{"prompt": "a cat"', "no JSON object"),
+        ('{"seed": 7}', 'its "prompt" is missing'),
+        ('{"prompt": 7}', 'its "prompt" is missing or no text'),
+        ('{"prompt": "a", "seed": null}', "the seed null is no number or text"),
+        ('{"prompt": "a", "seed": true}', "the seed true is no number"),
+        ('{"prompt": "a", "steps": [1]}', "the steps [1] is no number"),
+        ("[" * 100_000, "no JSON object"),
+        ('{"prompt": "a", "a\\nb": []}', "the a\\nb [] is no number"),
+        ('{"prompt": "a", "seed": [' + "1, " * 9999 + "1]}", "1, 1, 1 is no number or text"),
+    ],
+)
+def test_bad_json_lines_are_named(tmp_path, line, words):
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a"}}\n\n{line}\n')
+    with pytest.raises(InputError) as error:
+        read_prompts(str(tmp_path / "p.jsonl"))
+    assert words in str(error.value)
+    assert "p.jsonl, line 3" in str(error.value)
+
+
+def test_prompts_of_one_kind_are_batched_together():
+    batches = plan(["a", "b", "c", "d"], 2, 2, kinds=[0, 1, 0, 0], seeds=[None, 5, None, None])
+    assert [(batch.prompts, batch.numbers, batch.seeds, batch.kind) for batch in batches] == [
+        (("a", "c"), (0, 2), None, 0),
+        (("d",), (3,), None, 0),
+        (("b",), (1,), (5,), 1),
+        (("a", "c"), (4, 6), None, 0),
+        (("d",), (7,), None, 0),
+        (("b",), (5,), (6,), 1),
+    ]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def json_lines(options: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[bytes]:
+    line = st.builds(
+        lambda start, rest, escape: json.dumps({**start, **rest}, ensure_ascii=escape),
+        st.sampled_from([{"prompt": "a cat"}, {"prompt": "a cat\u2028\0\ud800"}, {}]),
+        options,
+        st.booleans(),
+    )
+    text = st.lists(line | st.sampled_from(["", " ", "\ufeff", "a cat"]), min_size=1, max_size=3).map(
+        "\n".join
+    )
+    return text.map(lambda text: text.encode("utf-8", "surrogatepass"))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    data=st.binary(max_size=200)
+    | st.text(max_size=200).map(str.encode)
+    | json_lines(st.dictionaries(st.sampled_from(["prompt", "seed", "a\nb"]) | st.text(), JSON, max_size=3)),
+    name=st.sampled_from(["p.jsonl", "p.txt"]),
+)
+def test_any_file_is_prompts_or_one_error(tmp_path_factory, data, name):
+    path = tmp_path_factory.mktemp("fuzz") / name
+    path.write_bytes(data)
+    try:
+        lines = read_prompts(str(path))
+    except InputError as error:
+        message = str(error)
+        assert message.startswith(f"--from-file {path}"), message
+        assert len(message.splitlines()) == 1
+        assert len(message) < len(str(path)) + 300
+        return
+    assert lines
+    for line in lines:
+        assert isinstance(line.prompt, str)
+        assert hash(line.options) is not None
+        assert all(type(value) in (str, int, float) for _, value in line.options)
+
+
+COMMANDS = {
+    "txt2img": txt2img_parser().parse(["--outdir", "o", "--seed", "5"]),
+    "img2img": img2img_parser().parse(["--init-img", "i.png", "--strength", "0.5"]),
+    "many options": txt2img_parser().parse(
+        [
+            "--sampler",
+            "heun",
+            "--s_churn",
+            "1",
+            "--schedule",
+            "karras",
+            "--rho",
+            "5",
+            "--H",
+            "64",
+            "--steps",
+            "9",
+        ]
+    ),
+    "one stream": txt2img_parser().parse(["--rng", "compvis"]),
+}
+OPTIONS = (*IMAGE_OPTIONS, "H", "W")
+SET_BY_CHECKS = {
+    "variant",
+    "options",
+    "sampler",
+    "schedule",
+    "implied_schedule",
+    "timesteps",
+    "sigmas",
+    "ddim_steps",
+}
+NAMES = st.sampled_from(OPTIONS) | st.sampled_from(
+    [
+        *(
+            "seed=1 --outdir",
+            "seed --outdir",
+            "seed=1\n--outdir",
+            "--outdir",
+            "-outdir",
+            "outdir",
+            "o",
+            "see",
+            " seed",
+        ),
+        *(
+            "help",
+            "list_samplers",
+            "from-file",
+            "from_file",
+            "prompt",
+            "debug",
+            "variant",
+            "negative-prompt",
+            "",
+        ),
+        *("steps=3", "H=", "fixed_code", "init_img", "strength", "allow_target", "rng", "ckpt", "filename"),
+    ]
+)
+VALUES = (
+    st.integers()
+    | st.integers(0, 100)
+    | st.floats()
+    | st.floats(0, 1)
+    | st.text(st.characters())
+    | st.sampled_from(
+        [
+            *(
+                "-1",
+                " -1",
+                "-1.0",
+                "--outdir=x",
+                "1 --outdir x",
+                "1\n--outdir=x",
+                "--help",
+                "-h",
+                "--",
+                "-",
+                "",
+                " ",
+            ),
+            *(
+                "nan",
+                "NaN",
+                "inf",
+                "1e999",
+                "1e3",
+                "9" * 4000,
+                10**4000,
+                2**63,
+                1e400,
+                -0.0,
+                "٣",
+                "1_0",
+                "%s",
+                "%(x)s",
+            ),
+            *(
+                "Euler a",
+                "DPM++ 2M Karras",
+                "plms",
+                "ddim",
+                "karras",
+                "999,500,1",
+                "14,3,1,0",
+                "0.5",
+                "64",
+                "@file",
+            ),
+            *(True, None, [], [["--outdir"]], {"outdir": "x"}),
+        ]
+    )
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    command=st.sampled_from(list(COMMANDS)),
+    data=json_lines(st.dictionaries(NAMES | st.text(max_size=9), VALUES, max_size=3)),
+)
+def test_any_options_of_a_line_are_used_or_one_error(tmp_path_factory, command, data):
+    """None is taken for another one, and nothing ends the program."""
+    path, args = tmp_path_factory.mktemp("fuzz") / "p.jsonl", COMMANDS[command]
+    path.write_bytes(data)
+    with suppress(InputError):
+        for line in read_prompts(str(path)):
+            own = line_arguments(args, line)
+            names = {"ddim_steps" if name == "steps" else name for name, _ in line.options}
+            assert names <= vars(args).keys()
+            assert vars(own).keys() == vars(args).keys()
+            changed = {name for name, value in vars(own).items() if value != getattr(args, name)}
+            assert changed <= names | SET_BY_CHECKS
+            for name in names - SET_BY_CHECKS:
+                assert isinstance(getattr(own, name), str | int | float)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("negative_prompt", "--"),  # argparse made it [], a TypeError later
+        ("rho", "--"),
+        ("schedule", "--"),
+        ("H", 8 * 10**400),  # an OverflowError, from math.isfinite
+        ("W", 8 * 10**9),
+        ("s_churn", 10**400),
+        ("seed", -1),
+        ("seed", " -1"),  # passed, as text: no generator takes it
+    ],
+    ids=lambda part: str(part)[:12],
+)
+def test_values_that_slipped_through(name, value):
+    """argparse made an empty list of --, and only some checks told very large numbers or seeds in text."""
+    with pytest.raises(InputError, match=r"--from-file p\.jsonl, line 1: "):
+        line_arguments(COMMANDS["txt2img"], Line("a cat", ((name, value),), "p.jsonl, line 1"))

@@ -1,0 +1,409 @@
+"""Runs that survive faults: the manifest, --resume, kills, full disks, signals."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import SCRIPTS, Result, refused
+
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.runs.manifest import MANIFEST, RUNS, RunRecord, append, differences, read_lines
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def txt2img(command: Command, model: tuple[Path, Path]) -> Command:
+    """Run the command: two steps, three batches of two images of 16x16 pixels."""
+    base = ["--config", model[0], "--ckpt", model[1], "--ddim_steps", 2, "--n_samples", 2, "--n_iter", 3]
+    base += ["--prompt", "a cat", "--watermark", "none"]
+    return lambda *argv, folder="out": command("txt2img", *base, *argv, folder=folder)
+
+
+def manifest(folder: Path) -> list[dict]:
+    return list(read_lines(folder / MANIFEST))
+
+
+def data(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but its record."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, RUNS)]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+# --- the manifest
+
+
+def test_every_image_has_its_line(txt2img: Command) -> None:
+    result = txt2img("--seed", 7, "--negative_prompt", "a dog")
+    lines = manifest(result.folder)
+    assert [line["file"] for line in lines] == [f"samples/0000{k}.png" for k in range(6)]
+    for k, (line, settings) in enumerate(zip(lines, result.settings, strict=True)):
+        assert line.items() >= settings.items()
+        assert (line["image"], line["seed"], line["nan"]) == (k, 7 + k, False)
+        assert (line["negative_prompt"], line["seconds"] > 0) == ("a dog", True)
+
+
+def test_a_line_is_there_as_soon_as_its_image(txt2img: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, seen = LatentDiffusion.decode_first_stage, []
+
+    def watched(self, latents):
+        time.sleep(0.2)  # files are written while the next batch is sampled
+        seen.append(len(manifest(folder)))
+        return decode(self, latents)
+
+    folder = txt2img().folder.with_name("watched")
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", watched)
+    txt2img(folder="watched")
+    assert seen == [0, 2, 4]
+
+
+def test_nan_images_are_in_the_manifest(txt2img: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = LatentDiffusion.decode_first_stage
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", lambda self, z: decode(self, z) * float("nan"))
+    result = txt2img()
+    assert (result.code, result.files) == (1, [])
+    assert [(line["file"], line["nan"]) for line in manifest(result.folder)] == [(None, True)] * 6
+    again = txt2img("--resume")
+    assert again.err == ["all 6 images are there"]
+
+
+def test_torn_lines_are_closed_off(tmp_path: Path) -> None:
+    path = tmp_path / MANIFEST
+    append(path, {"image": 0})
+    with path.open("ab") as file:
+        file.write(b'{"image": 1, "pro')
+    append(path, {"image": 2})
+    assert [line["image"] for line in read_lines(path)] == [0, 2]
+
+
+def test_differences_are_told_in_words() -> None:
+    told = differences({"steps": 50, "scale": 7.5, "a": 1}, {"steps": 20, "scale": 7.5, "b": "x" * 80})
+    assert told.startswith("steps 50, now 20; a 1, now null; b null, now")
+    assert len(told) < 120
+
+
+def test_missing_images_among_many_lines(tmp_path: Path) -> None:
+    """And quickly: benchmarks measure it at 100,000."""
+    record = RunRecord(tmp_path, {"steps": 5}, 5000)
+    record.start(0)
+    (tmp_path / "x.png").touch()
+    lines = [{"run": record.run, "image": k, "file": "x.png", "prompt": "a"} for k in range(0, 5000, 2)]
+    (tmp_path / MANIFEST).write_text("\n".join(map(json.dumps, lines)))
+    record.end()
+    again = RunRecord(tmp_path, {"steps": 5}, 5000)
+    assert again.resume()
+    assert again.missing() == list(range(1, 5000, 2))
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize("rng", ["image", "compvis"])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_resumed_run_is_the_undisturbed_one(txt2img, monkeypatch, rng, stop) -> None:
+    """Interrupted in any batch; also where a batch was half saved."""
+    argv = ["--rng", rng, "--ddim_eta", 0.5]
+    whole = data(txt2img(*argv, folder="whole").folder)
+    decode, calls = LatentDiffusion.decode_first_stage, []
+
+    def interrupted(self, latents):
+        calls.append(latents)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return decode(self, latents)
+
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", interrupted)
+    result = txt2img(*argv)
+    assert result.code == 130
+    lines = (result.folder / MANIFEST).read_bytes().splitlines(keepends=True) if stop > 1 else []
+    if stop == 3:  # the last image has its file, but its line is torn
+        (result.folder / MANIFEST).write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", decode)
+    again = txt2img(*argv, "--resume")
+    assert (again.code, again.err) == (0, [])
+    assert data(again.folder) == whole
+    assert sorted(line["image"] for line in manifest(again.folder)) == list(range(6))
+    assert txt2img(*argv, "--resume").err == ["all 6 images are there"]
+    assert data(again.folder) == whole
+
+
+def test_resume_in_an_empty_folder_starts(txt2img: Command) -> None:
+    assert (txt2img("--resume").code, len(txt2img().paths)) == (0, 12)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--scale 3", "scale 7.5, now 3.0"),
+        ("--ddim_steps 3 --prompt x", "steps 2, now 3"),
+        ("--n_iter 4", "n_iter"),
+        ("--skip_save", "--resume with --skip_save"),
+    ],
+)
+def test_other_settings_are_refused(txt2img: Command, argv: str, words: str) -> None:
+    before = data(txt2img().folder)
+    result = txt2img("--resume", *argv.split())
+    assert (result.code, len(result.err)) == (2, 1)
+    assert words in result.err[0]
+    assert data(result.folder) == before
+
+
+def test_a_random_seed_is_taken_up_again(txt2img: Command) -> None:
+    first = txt2img("--seed", -1)
+    first.paths[-1].unlink()
+    again = txt2img("--seed", -1, "--resume")
+    assert again.code == 0
+    assert again.settings[-1]["seed"] == first.settings[0]["seed"] + 5 if first.settings else True
+    assert len(again.paths) == 6
+
+
+def test_a_new_run_does_not_touch_an_older_one(txt2img: Command) -> None:
+    first = data(txt2img().folder)
+    second = txt2img("--seed", 9)
+    assert data(second.folder).items() >= first.items()
+    assert len(second.paths) == 12
+    assert len({line["run"] for line in manifest(second.folder)}) == 2
+
+
+# --- JSON lines
+
+
+def test_json_lines_have_options_of_their_own(txt2img: Command, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "a cat"},
+        {"prompt": "a dog", "seed": 7, "steps": 3, "scale": 5, "sampler": "Euler a", "H": 24},
+        {"prompt": "a bird"},
+        {"prompt": "a cow", "negative_prompt": "a dog", "seed": 9},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = ["--from-file", tmp_path / "p.jsonl", "--n_iter", 2]
+    result = txt2img(*argv)
+    assert (result.code, result.err) == (0, [])
+    found = [(s["prompt"], s["seed"], s["steps"], s["scale"], s["sampler"]) for s in result.settings]
+    first = (
+        ("a cat", 42, 2, 7.5, "ddim"),
+        ("a dog", 7, 3, 5.0, "euler_ancestral"),
+        ("a bird", 44, 2, 7.5, "ddim"),
+    )
+    assert found[:3] == list(first)
+    assert [seed for _, seed, *_ in found] == [42, 7, 44, 9, 46, 8, 48, 10]
+    assert result.settings[3]["negative_prompt"] == "a dog"
+    assert [image.shape for image in result.images[:3]] == [(16, 16, 3), (24, 16, 3), (16, 16, 3)]
+    alone = txt2img(
+        "--prompt",
+        "a dog",
+        *["--seed", "7", "--steps", "3", "--scale", "5", "--sampler", "euler_ancestral"],
+        *["--H", "24", "--n_samples", "1", "--n_iter", "1"],
+        folder="alone",
+    )
+    assert abs(alone.images[0] - result.images[1]).max() <= 1
+    again = txt2img(*argv, "--resume")
+    assert again.err == ["all 8 images are there"]
+
+
+def test_repeat(txt2img: Command, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text('{"prompt": "a cat", "seed": 5}\n{"prompt": "a dog"}\n')
+    result = txt2img("--from-file", tmp_path / "p.txt", "--repeat", 2, "--n_iter", 1)
+    assert [(s["prompt"], s["seed"]) for s in result.settings] == [
+        ("a cat", 5),
+        ("a cat", 6),
+        ("a dog", 44),
+        ("a dog", 45),
+    ]
+
+
+def test_prompts_from_standard_input(model: tuple[Path, Path], tmp_path: Path) -> None:
+    run = start(tmp_path / "out", model, "--n_iter", 1, "--from-file", "-", stdin=subprocess.PIPE)
+    run.communicate("a cat\na dog\n")
+    assert run.returncode == 0
+    assert [line["prompt"] for line in manifest(tmp_path / "out")] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            {"prompt": "a", "steps": 0},
+            "line 2: argument --ddim_steps/--steps: 0 is not a whole number in range",
+        ),
+        ({"prompt": "a", "sampler": "eulr"}, "line 2: --sampler eulr is not known"),
+        (
+            {"prompt": "a", "outdir": "x"},
+            "line 2: no option 'outdir' for a line; there are prompt, negative_",
+        ),
+        ({"prompt": "a", "H": 20}, "line 2: --H 20 is not a multiple of 8"),
+        ({"prompt": "a", "seed": -1}, "line 2: a seed of -1"),
+        ({"prompt": "a", "strength": 0.5}, "line 2: no option 'strength'"),
+        ({"prompt": "a", "scale": "x"}, "line 2: argument --scale: x is not a number"),
+    ],
+)
+def test_bad_lines_are_named_before_anything_runs(txt2img, tmp_path, line, words) -> None:
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a"}}\n{json.dumps(line)}\n')
+    refused(txt2img("--from-file", tmp_path / "p.jsonl", "--ckpt", "nowhere.ckpt"), words)
+
+
+# --- real processes
+
+
+def start(folder: Path, model: tuple[Path, Path], *argv: object, **options) -> subprocess.Popen:
+    base = ["--config", model[0], "--ckpt", model[1], "--ddim_steps", 2, "--n_samples", 4, "--n_iter", 50]
+    base += ["--prompt", "a cat", "--watermark", "none", "--safety", "off", "--outdir", folder]
+    return subprocess.Popen(
+        [sys.executable, SCRIPTS / "txt2img.py", *map(str, [*base, *argv])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def wait_for(folder: Path, images: int) -> None:
+    """Until a run has finished so many."""
+    end = time.monotonic() + 60
+    while len(manifest(folder)) < images:
+        assert time.monotonic() < end, "the run makes no images"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(model: tuple[Path, Path], tmp_path: Path) -> None:
+    """200 images, killed at 20 random moments: the files of a run that nothing disturbed, and none twice."""
+    assert start(tmp_path / "whole", model).wait() == 0
+    rng = random.Random(0)
+    folder, kills = tmp_path / "out", 0
+    while kills < 20:
+        done = len(manifest(folder))
+        run = start(folder, model, "--resume")
+        target = min(190, done + rng.randint(1, 10))
+        wait_for(folder, target)
+        time.sleep(rng.random() * 0.05)
+        run.kill()
+        run.communicate()
+        kills += 1
+    run = start(folder, model, "--resume")
+    run.communicate()
+    assert run.returncode == 0
+    assert data(folder) == data(tmp_path / "whole")
+    lines = manifest(folder)
+    assert sorted(line["image"] for line in lines) == list(range(200))
+    assert len({line["run"] for line in lines}) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_run_after_the_images_in_hand(model, tmp_path, name) -> None:
+    run = start(tmp_path / "out", model)
+    wait_for(tmp_path / "out", 1)
+    run.send_signal(getattr(signal, name))
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert "ending after the images in hand; once more ends at once" in err
+    assert "are missing; the same command with --resume makes them" in err
+    lines = manifest(tmp_path / "out")
+    assert 0 < len(lines) < 200
+    assert len(lines) % 4 == 0
+    assert sorted(line["file"] for line in lines) == sorted(data(tmp_path / "out"))
+
+
+def limit_files(size: int) -> Callable[[], None]:
+    """What a child process calls to have no file grow beyond a size: the system's answer to a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_ends_the_run_with_its_images_intact(model, tmp_path) -> None:
+    """Here the manifest meets the limit first; every image is whole, and --resume goes on."""
+    folder = tmp_path / "out"
+    run = start(folder, model, preexec_fn=limit_files(20_000))
+    _, err = run.communicate(timeout=60)
+    assert run.returncode in (1, 2)
+    assert "File too large" in err
+    assert "Traceback" not in err
+    files = data(folder)
+    assert 0 < len(files) < 200
+    again = start(folder, model, "--resume")
+    again.communicate()
+    assert again.returncode == 0
+    whole = data(folder)
+    assert whole.items() >= files.items()
+    assert len([name for name in whole if name.startswith("samples/")]) == 200
+
+
+def test_two_runs_at_once_number_their_files_without_gaps(model, tmp_path) -> None:
+    runs = [start(tmp_path / "out", model, "--n_iter", 10, "--seed", seed) for seed in (1, 1000)]
+    assert [run.wait() for run in runs] == [0, 0]
+    names = sorted(name for name in data(tmp_path / "out") if name.startswith("samples/"))
+    assert names == [f"samples/{k:05}.png" for k in range(80)]
+    lines = manifest(tmp_path / "out")
+    assert sorted(line["file"] for line in lines) == names
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_thousands_of_images(model, tmp_path) -> None:
+    """After 5,000 images within 5 % of what it is after 500."""
+    run = start(tmp_path, model, "--n_samples", 50, "--n_iter", 110, "--ddim_steps", 1)
+    path, seen = tmp_path / MANIFEST, {}
+    end = time.monotonic() + 300
+    while len(seen) < 2 and time.monotonic() < end and run.poll() is None:
+        images = path.read_bytes().count(b"\n") if path.exists() else 0
+        if images >= (5000 if seen else 500):
+            seen[images] = resident(run.pid)
+        time.sleep(0.02)
+    _, err = run.communicate()
+    assert (run.returncode, len(seen)) == (0, 2), err[-300:]
+    before, after = seen.values()
+    assert after < 1.05 * before
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 5500
+
+
+def test_grids_are_paged(txt2img: Command) -> None:
+    """Pictures that are saved are not kept: their grids are made from the files, 64 at a time."""
+    result = txt2img("--n_iter", 40, "--n_samples", 4, "--ddim_steps", 1)
+    assert [name for name in result.files if name.startswith("grid")] == [
+        f"grid-000{k}.png" for k in range(3)
+    ]
+    assert len(result.paths) == 160
+
+
+def test_a_failed_write_is_recorded_and_the_run_goes_on(txt2img, monkeypatch) -> None:
+    link, calls = os.link, []
+
+    def unreliable(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        return link(source, target)
+
+    touch = Path.touch
+
+    def no_touch(self, *args, **options):
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        return touch(self, *args, **options)
+
+    monkeypatch.setattr(os, "link", unreliable)
+    monkeypatch.setattr(Path, "touch", no_touch)
+    result = txt2img()
+    assert result.code == 1
+    assert result.err[-1] == "1 of 6 images failed: manifest.jsonl says which"
+    assert len(result.paths) == 5
+    assert [line["image"] for line in manifest(result.folder) if "error" in line] == [1]
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(Path, "touch", touch)
+    assert (txt2img("--resume").code, len(txt2img("--resume").paths)) == (0, 6)
+
+
+def test_refusals_leave_no_record(txt2img: Command, tmp_path: Path) -> None:
+    refused(txt2img("--ckpt", tmp_path / "nowhere.ckpt"), "no checkpoint at")
+    assert not (tmp_path / "out" / RUNS).exists()

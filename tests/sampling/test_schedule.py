@@ -1,0 +1,410 @@
+"""Noise schedules: the original's, those of k-diffusion and diffusers, own lists, and strength."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from closed_form import V1, V1_ALPHAS
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from golden_files import case
+
+from ldm.errors import InputError
+from ldm.pipeline.generate import Settings, own_steps, plan_trajectory
+from ldm.sampling import SCHEDULES, Discretization, catalogue, trajectory
+from ldm.sampling.catalogue import RHO
+from ldm.sampling.schedule import (
+    ays,
+    exponential,
+    karras,
+    lcm,
+    leading,
+    leading_timesteps,
+    linspace,
+    make_beta_schedule,
+    polyexponential,
+    sgm_uniform,
+    to_first_alpha,
+    trailing,
+    uniform,
+    zero_terminal_snr,
+)
+
+V1_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # diffusers' name
+FIRST, LAST = np.sqrt(1 / V1_ALPHAS[[0, -1]] - 1)  # sigmas of timesteps 0 and 999
+TO_FIRST_ALPHA = ("leading", "uniform")  # these end where the model does, the others without noise
+
+
+def timesteps(sigmas: np.ndarray) -> list[float]:
+    """All but the last level's."""
+    return [V1.timestep(sigma) for sigma in sigmas[:-1]]
+
+
+# --- betas, alphas and sigmas
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "first", "last"),
+    [
+        (0.00085, 0.012, 0.99915, 0.0046600985),
+        (0.0001, 0.02, 0.9999, 0.00073341246),
+        (0.0015, 0.015, 0.9985, 0.00081251847),
+        (0.0015, 0.0195, 0.9985, 0.00014230398),
+        (0.0015, 0.0205, 0.9985, 9.6910867e-05),
+    ],
+)
+def test_alphas_of_the_families(start, end, first, last):
+    alphas = np.cumprod(1.0 - make_beta_schedule("linear", 1000, start, end))
+    assert alphas[[0, -1]] == pytest.approx([first, last], rel=1e-6)
+
+
+def test_other_beta_schedules():
+    assert make_beta_schedule("sqrt_linear", 3, 0.1, 0.3) == pytest.approx([0.1, 0.2, 0.3])
+    assert make_beta_schedule("sqrt", 3, 0.01, 0.09) == pytest.approx(np.sqrt([0.01, 0.05, 0.09]))
+    cosine = make_beta_schedule("cosine", 1000, 0.1, 0.3)
+    alphas = np.cumprod(1.0 - cosine)
+    t = np.array([0, 100, 500, 900])
+    angle = ((np.append(t, 0) + np.array([1, 1, 1, 1, 0])) / 1000 + 0.008) / 1.008 * np.pi / 2
+    assert alphas[t] == pytest.approx(np.cos(angle[:-1]) ** 2 / np.cos(angle[-1]) ** 2)
+    assert cosine.max() == 0.999
+    with pytest.raises(InputError, match="'karras' is not one of linear"):
+        make_beta_schedule("karras", 10, 0.1, 0.3)
+
+
+def test_sigmas_of_the_discretization():
+    assert V1.sigma(np.array([0, 999])) == pytest.approx([0.029167, 14.614641], rel=1e-5)
+    sigmas = V1.sigma(np.arange(1000))
+    assert (np.diff(sigmas) > 0).all()
+    assert sigmas == pytest.approx(np.sqrt((1 - V1_ALPHAS) / V1_ALPHAS), rel=1e-9)
+
+
+def test_sigmas_and_timesteps_are_inverse():
+    for t in [*range(1000), 0.001, 0.5, 99.9, 499.25, 899.1, 998.999]:
+        assert V1.timestep(V1.sigma(t)) == pytest.approx(t, abs=1e-7)
+
+
+def test_timesteps_are_clamped_to_the_schedule():
+    assert V1.timestep(0.0) == 0
+    assert V1.timestep(0.02) == 0
+    assert V1.timestep(15.0) == 999
+    assert V1.timestep(1e6) == 999
+
+
+def test_zero_terminal_snr_is_the_papers():
+    betas = torch.tensor(make_beta_schedule("linear", 1000, 0.00085, 0.012))
+    expected = torch.cumprod(1.0 - rescale_zero_terminal_snr(betas), 0).numpy()
+    alphas = zero_terminal_snr(V1_ALPHAS)
+    assert alphas[:-1] == pytest.approx(expected[:-1], rel=1e-9)
+    assert expected[-1] == 0
+    assert alphas[-1] == 2.0**-24
+    assert alphas[0] == pytest.approx(V1_ALPHAS[0], rel=1e-12)
+
+
+def test_the_last_sigma_of_zero_terminal_snr_is_a_number():
+    d = Discretization(zero_terminal_snr(V1_ALPHAS))
+    assert d.sigma(999) == pytest.approx(4096, rel=1e-6)
+    assert (np.diff(d.sigma(np.arange(1000))) > 0).all()
+    assert d.timestep(d.sigma(999)) == 999
+    assert d.timestep(d.sigma(998)) == pytest.approx(998)
+
+
+# --- the original's grid
+
+
+@pytest.mark.parametrize("steps", [n for n in range(1, 1000) if 1000 % n == 0])
+def test_the_original_grid_where_steps_divide_1000(steps):
+    assert leading_timesteps(steps)[::-1].tolist() == [t + 1 for t in range(0, 1000, 1000 // steps)]
+
+
+def test_the_original_grid_of_50_steps():
+    timesteps = leading_timesteps(50).tolist()
+    assert timesteps[:3] == [981, 961, 941]
+    assert timesteps[-2:] == [21, 1]
+
+
+def test_the_grid_has_exactly_the_steps_asked_for():
+    """The original ran 31 steps for 30, and crashed on 3, 9, 27, 36, 37, 101-111, 251-333 and 501-1000."""
+    for steps in range(1, 1001):
+        timesteps = leading_timesteps(steps)
+        assert len(timesteps) == steps
+        assert (np.diff(timesteps) < 0).all()
+        assert timesteps[0] <= 999
+        assert timesteps[-1] >= 0
+
+
+# --- all grids
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 30, 50, 999, 1000])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_sigmas_of_a_run(name, steps):
+    sigmas = SCHEDULES[name](V1, steps)
+    assert sigmas.dtype == np.float64
+    assert sigmas.shape == (steps + 1,)
+    assert np.isfinite(sigmas).all()
+    assert (np.diff(sigmas) < 0).all()
+    assert sigmas[0] <= LAST * (1 + 1e-6)
+    if name not in TO_FIRST_ALPHA:
+        assert sigmas[-1] == 0
+    elif (name, steps) != ("leading", 1000):  # all timesteps: only then the last step starts at the first
+        assert sigmas[-1] == pytest.approx(FIRST, rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 1000])
+@pytest.mark.parametrize("name", sorted({*SCHEDULES} - {"leading"}))
+def test_all_but_the_originals_grid_start_at_the_last_timestep(name, steps):
+    assert SCHEDULES[name](V1, steps)[0] == pytest.approx(LAST, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted({*SCHEDULES} - {"ays"}))
+def test_grids_go_by_the_models_own_levels(name):
+    """A model of 100 timesteps with zero terminal SNR."""
+    d = Discretization(zero_terminal_snr(np.linspace(0.98, 0.02, 100)))
+    sigmas = SCHEDULES[name](d, 10)
+    assert (np.diff(sigmas) < 0).all()
+    if name == "leading":
+        assert sigmas[0] == d.sigma(91)
+    else:
+        assert sigmas[0] == pytest.approx(4096)
+
+
+def test_runs_of_the_original_end_at_the_first_alpha_not_at_no_noise():
+    for schedule in (leading, uniform):
+        assert schedule(V1, 50)[-1] == pytest.approx(math.sqrt(1 / V1_ALPHAS[0] - 1), rel=1e-9)
+
+
+def test_the_grid_of_dpm_solver():
+    timesteps = [V1.timestep(sigma) for sigma in uniform(V1, 10)]
+    assert timesteps == pytest.approx([999, 899.1, 799.2, 699.3, 599.4, 499.5, 399.6, 299.7, 199.8, 99.9, 0])
+
+
+def test_the_grid_of_generative_models():
+    assert timesteps(sgm_uniform(V1, 4)) == pytest.approx([999, 749.25, 499.5, 249.75])
+
+
+# --- k-diffusion
+
+
+def k_karras(n: int, low: float, high: float, rho: float) -> list[float]:
+    """k_diffusion.sampling.get_sigmas_karras, number by number."""
+    ramp = [i / max(n - 1, 1) for i in range(n)]
+    least, most = low ** (1 / rho), high ** (1 / rho)
+    return [(most + r * (least - most)) ** rho for r in ramp] + [0.0]
+
+
+def k_polyexponential(n: int, low: float, high: float, rho: float) -> list[float]:
+    """k_diffusion.sampling.get_sigmas_polyexponential, number by number."""
+    ramp = [(1 - i / max(n - 1, 1)) ** rho for i in range(n)]
+    return [math.exp(r * (math.log(high) - math.log(low)) + math.log(low)) for r in ramp] + [0.0]
+
+
+@pytest.mark.parametrize("rho", [0.5, 1.0, 3.0, 7.0, 10.0])
+@pytest.mark.parametrize("steps", [1, 2, 10, 25, 1000])
+def test_karras_and_polyexponential_are_k_diffusions(steps, rho):
+    assert karras(V1, steps, rho) == pytest.approx(k_karras(steps, FIRST, LAST, rho), rel=1e-9)
+    assert polyexponential(V1, steps, rho) == pytest.approx(
+        k_polyexponential(steps, FIRST, LAST, rho), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 1000])
+def test_exponential_is_k_diffusions(steps):
+    expected = np.append(np.exp(np.linspace(math.log(LAST), math.log(FIRST), steps)), 0)
+    assert exponential(V1, steps) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 999, 1000])
+def test_linspace_is_k_diffusions(steps):
+    """DiscreteSchedule.get_sigmas; its sigma is exp of linearly interpolated log sigmas, not log alphas."""
+    log_sigmas = np.log(np.sqrt((1 - V1_ALPHAS) / V1_ALPHAS))
+    t = np.linspace(999, 0, steps)
+    expected = np.append(np.exp(np.interp(t, np.arange(1000), log_sigmas)), 0)
+    assert timesteps(linspace(V1, steps)) == pytest.approx(t, abs=1e-7)
+    assert linspace(V1, steps) == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.parametrize("steps", [10, 25])
+@pytest.mark.parametrize("schedule", [karras, exponential])
+def test_the_recorded_grids_of_k_diffusion(schedule, steps):
+    recorded = case("samplers_k")[0][f"sigmas_{schedule.__name__}_{steps}"].numpy()
+    assert schedule(V1, steps) == pytest.approx(recorded, rel=1e-6)
+
+
+def test_rho_bends_the_grid():
+    assert set(RHO) == {"karras", "polyexponential"}
+    for name, default in RHO.items():
+        assert np.array_equal(SCHEDULES[name](V1, 10), SCHEDULES[name](V1, 10, rho=default))
+        low, high = (SCHEDULES[name](V1, 10, rho=rho) for rho in (2.0, 9.0))
+        assert low[[0, -2, -1]] == pytest.approx(high[[0, -2, -1]])
+        assert (high[1:-2] < low[1:-2]).all()  # more steps at low noise
+
+
+# --- diffusers
+
+
+DIVISORS = (1, 2, 4, 10, 25, 50, 100, 500)  # for others diffusers' "leading" leaves out the highest timesteps
+SPACINGS = [
+    *((linspace, n) for n in (2, 3, 4, 7, 10, 30, 50, 999, 1000)),
+    *((trailing, n) for n in (1, 2, 3, 4, 7, 10, 30, 50, 999, 1000)),
+    *((leading, n) for n in DIVISORS),
+]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
+@pytest.mark.parametrize(("schedule", "steps"), SPACINGS)
+def test_timesteps_are_diffusers(schedule, steps, scheduler):
+    theirs = scheduler(**V1_SCHEDULE, timestep_spacing=schedule.__name__, steps_offset=1)
+    theirs.set_timesteps(steps)
+    rounding = 0.5 if (scheduler, schedule) == (DDIMScheduler, linspace) else 1e-4  # to whole timesteps
+    assert timesteps(schedule(V1, steps)) == pytest.approx(theirs.timesteps.numpy(), abs=rounding)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("steps", [2, 10, 50])
+@pytest.mark.parametrize("schedule", [karras, exponential])
+def test_sigmas_are_diffusers(schedule, steps):
+    scheduler = EulerDiscreteScheduler(**V1_SCHEDULE, **{f"use_{schedule.__name__}_sigmas": True})
+    scheduler.set_timesteps(steps)
+    assert schedule(V1, steps) == pytest.approx(scheduler.sigmas.numpy(), rel=1e-4)
+
+
+# --- Align Your Steps
+
+
+def test_align_your_steps_are_the_published_ones():
+    published = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]  # of 10 steps for Stable Diffusion 1.5
+    sigmas = ays(V1, 10)
+    assert timesteps(sigmas) == pytest.approx(published, abs=1e-6)
+    assert sigmas[-1] == 0
+
+
+def test_align_your_steps_are_log_linear_in_between():
+    ten, twenty = ays(V1, 10), ays(V1, 20)
+    assert twenty[::2] == pytest.approx(ten)
+    assert twenty[1:-2:2] == pytest.approx(np.sqrt(twenty[0:-3:2] * twenty[2:-1:2]))
+
+
+# --- the trajectory of a run
+
+
+def settings(**changes) -> Settings:
+    return Settings(**{"height": 64, "width": 64, **changes})
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "expected"),
+    [
+        (0.0, 50, 0),
+        (0.01, 50, 0),
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (0.58, 50, 29),
+        (0.75, 50, 37),
+        (1.0, 5, 5),
+        (1.0, 27, 27),
+        (1.0, 50, 50),
+        (None, 50, 50),
+    ],
+)
+def test_strength_is_the_share_of_steps_that_run(strength, steps, expected):
+    """0.29 * 100 and 0.57 * 100 are a little below 29 and 57 in binary."""
+    plan = settings(strength=strength, steps=steps)
+    assert plan.steps_to_run == expected
+    assert plan_trajectory(V1, plan).steps == expected
+
+
+def test_every_hundredth_of_100_steps_is_that_many():
+    assert [settings(strength=k / 100, steps=100).steps_to_run for k in range(101)] == list(range(101))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_an_init_image_is_noised_to_the_first_level(name):
+    """The original, whose grid `leading` is, noises to the level above; at full strength there is none."""
+    grid = SCHEDULES[name](V1, 20)
+    run = plan_trajectory(V1, settings(schedule=name, steps=20, strength=0.6))
+    assert run.sigmas == tuple(grid[-13:])
+    assert run.start == (grid[-14] if name == "leading" else grid[-13])
+    whole = plan_trajectory(V1, settings(schedule=name, steps=20, strength=1.0))
+    assert whole.sigmas == tuple(grid)
+    assert whole.start == grid[0]
+
+
+def test_a_trajectory_is_the_tail_of_a_grid():
+    grid = np.array([3.0, 2.0, 1.0, 0.0])
+    assert trajectory(grid).sigmas == (3.0, 2.0, 1.0, 0.0)
+    assert trajectory(grid, 2).sigmas == (2.0, 1.0, 0.0)
+    assert [trajectory(grid, 2, original).start for original in (False, True)] == [2.0, 3.0]
+    assert trajectory(grid, 0).steps == 0
+    assert trajectory(grid).start == 3.0
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp_2m", "euler", "lcm"])
+def test_a_sampler_has_a_schedule_of_its_own(sampler):
+    own = {"ddim": leading, "plms": leading, "dpmpp_2m": uniform, "euler": linspace, "lcm": lcm}[sampler]
+    assert plan_trajectory(V1, settings(sampler=sampler, steps=9)).sigmas == tuple(own(V1, 9))
+    named = settings(sampler=sampler, schedule="karras", rho=5.0, steps=9)
+    assert plan_trajectory(V1, named).sigmas == tuple(karras(V1, 9, 5.0))
+
+
+def test_own_sigmas_are_taken_as_they_are():
+    run = plan_trajectory(V1, settings(steps=3, sigmas=(14.6, 3.0, 0.5, 0.0)))
+    assert run.sigmas == (14.6, 3.0, 0.5, 0.0)
+    assert run.start == 14.6
+    tail = plan_trajectory(V1, settings(steps=3, sigmas=(14.6, 3.0, 0.5, 0.1), strength=0.67))
+    assert tail.sigmas == (3.0, 0.5, 0.1)
+    assert tail.start == 3.0
+
+
+def test_own_timesteps_end_like_the_originals():
+    run = plan_trajectory(V1, settings(steps=3, timesteps=(999, 700.5, 100)))
+    assert run.sigmas == pytest.approx((*V1.sigma(np.array([999, 700.5, 100])), FIRST))
+    tail = plan_trajectory(V1, settings(steps=3, timesteps=(999, 700.5, 100), strength=0.34))
+    assert tail.sigmas == pytest.approx((V1.sigma(100), FIRST))
+    assert tail.start == tail.sigmas[0]  # the level above is far away
+
+
+def test_own_timesteps_that_visit_0_end_without_noise():
+    assert to_first_alpha(V1, (500, 0)) == pytest.approx([V1.sigma(500), FIRST, 0.0])
+
+
+def test_the_originals_timesteps_are_its_grid():
+    listed = settings(steps=20, timesteps=tuple(leading_timesteps(20).tolist()), strength=0.6)
+    assert plan_trajectory(V1, listed).sigmas == plan_trajectory(V1, settings(steps=20, strength=0.6)).sigmas
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampler": "unipc", "schedule": "polyexponential", "rho": 20.0, "steps": 40},
+        {"sampler": "dpmpp_2m", "schedule": "polyexponential", "rho": 12.0, "steps": 50},
+        {"sampler": "dpmpp_sde", "sigmas": (14.0, 13.99999999999999, 5.0, 0.0), "steps": 3},
+        {"sampler": "dpmpp_2m_sde", "sigmas": (10.0, 9.9999, 0.0), "steps": 2},
+    ],
+)
+def test_levels_too_near_are_refused(changes):
+    """They divided by zero, made NaN, or noise that was far too large."""
+    with pytest.raises(InputError, match="follow each other: too near for"):
+        plan_trajectory(V1, settings(**changes))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 1000])
+@pytest.mark.parametrize("sampler", catalogue.SAMPLERS)
+def test_no_grid_of_a_sampler_is_too_near(sampler, steps):
+    assert plan_trajectory(V1, settings(sampler=sampler, steps=steps)).steps == steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 50])
+def test_the_grid_of_lcm_is_diffusers(steps):
+    scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.set_timesteps(steps)
+    assert lcm(V1, steps)[:-1] == pytest.approx(V1.sigma(scheduler.timesteps.numpy()))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_steps_of_its_own_go_from_end_to_end(steps):
+    """dpm_adaptive with --steps 1 was a single model call."""
+    for name in ("linspace", "trailing", "karras"):
+        run = own_steps(plan_trajectory(V1, settings(steps=steps, schedule=name)), V1)
+        assert run.sigmas == (V1.sigma(999), V1.sigma(0), 0.0)

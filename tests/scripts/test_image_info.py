@@ -1,0 +1,159 @@
+"""scripts/image_info.py on real files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import SCRIPTS, script
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm.cli import entry
+from ldm.images.metadata import encode_image
+from ldm.images.outputs import Watermarker
+
+SETTINGS = {
+    "prompt": "a cat\nat \x1b[31mnight",
+    "sampler": "plms",
+    "seed": 7,
+    "width": 256,
+    "height": 256,
+    "model_hash": "fe4efff1e1",
+    "nsfw_content_detected": True,
+}
+
+
+@pytest.fixture
+def info(monkeypatch, capsys):
+    """Runs the command; gives exit code, lines of stdout and lines of stderr."""
+
+    def run(*argv: object) -> tuple[int, list[str], list[str]]:
+        words = [str(SCRIPTS / "image_info.py"), *map(str, argv)]
+        monkeypatch.setattr(sys, "argv", words)
+        code = entry.run(script("image_info").main)
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    path = tmp_path / "00000.png"
+    path.write_bytes(encode_image(Watermarker()(image), SETTINGS, "png"))
+    return path
+
+
+def plain(path: Path, size: int = 64) -> Path:
+    Image.new("L", (size, 8)).save(path)
+    return path
+
+
+def test_text(info, picture):
+    assert info(picture) == (
+        0,
+        [
+            f"{picture}: 256x256",
+            "  seed: 7",
+            "  model_hash: fe4efff1e1",
+            "  watermark: StableDiffusionV1",
+            "  safety: flagged",
+            r"  prompt: a cat\nat \x1b[31mnight",
+            "  height: 256",
+            "  sampler: plms",
+            "  width: 256",
+        ],
+        [],
+    )
+
+
+def test_a_picture_that_tells_nothing(info, tmp_path):
+    path = plain(tmp_path / "plain.webp")
+    expected = ["seed: none", "model_hash: none", "watermark: none", "safety: not checked", "no settings"]
+    assert info(path) == (0, [f"{path}: 64x8", *(f"  {line}" for line in expected)], [])
+
+
+def test_json_is_one_line_for_each_file(info, picture, tmp_path):
+    other = plain(tmp_path / "plain.jpg")
+    code, out, err = info("--json", picture, other)
+    assert (code, err) == (0, [])
+    facts = {"seed": 7, "model_hash": "fe4efff1e1", "watermark": "StableDiffusionV1"}
+    nothing = dict.fromkeys([*facts, "nsfw_content_detected", "settings"])
+    assert [json.loads(line) for line in out] == [
+        {"file": str(picture), "width": 256, "height": 256}
+        | facts
+        | {"nsfw_content_detected": True, "settings": SETTINGS},
+        {"file": str(other), "width": 64, "height": 8} | nothing,
+    ]
+
+
+def test_unreadable_files_are_a_line_each_and_the_others_go_on(info, picture, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    bad = [tmp_path / "text.png", tmp_path / "nowhere.png", tmp_path]
+    code, out, err = info("--json", *bad, picture)
+    assert (code, len(out)) == (1, 1)
+    assert [line.split(":")[:2] for line in err] == [["image_info.py", " error"]] * 3
+    assert all(f"cannot read the picture {path}: " in line for path, line in zip(bad, err, strict=True))
+    code, out, err = info(*bad)
+    assert (code, out, len(err)) == (2, [], 3)
+
+
+def test_malformed_settings_leave_the_other_facts(info, tmp_path):
+    path = tmp_path / "picture.png"
+    chunks = PngInfo()
+    chunks.add_text("parameters", "a cat\nSteps: many")
+    Image.new("RGB", (8, 8)).save(path, pnginfo=chunks)
+    code, out, err = info("--json", path)
+    facts = json.loads(out[0])
+    assert code == 1
+    assert facts["settings"] is None
+    assert "Steps: 'many', which is not a whole number" in facts["error"]
+    assert err == [f"image_info.py: error: {facts['error']}"]
+
+
+def test_the_web_uis_settings(info, tmp_path):
+    path = tmp_path / "picture.jpg"
+    block = Image.Exif()
+    text = "a cat\nSteps: 3, Sampler: Euler a, Seed: 5, Model hash: abc"
+    block.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
+    Image.new("RGB", (8, 8)).save(path, exif=block)
+    code, out, _ = info("--json", path)
+    facts = json.loads(out[0])
+    assert (code, facts["seed"], facts["model_hash"]) == (0, 5, "abc")
+    assert facts["settings"]["sampler"] == "euler_ancestral"
+
+
+def test_a_message_to_look_for(info, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(encode_image(Watermarker("a very long message of mine, really")(image), None, "jpg"))
+    code, out, _ = info(path, "--watermark", "a very long message of mine, really")
+    assert (code, out[3]) == (0, "  watermark: a very long message of mine, really")
+
+
+def test_usage(info):
+    code, out, err = info()
+    assert (code, out) == (2, [])
+    assert err == ["image_info.py: error: the following arguments are required: FILE"]
+
+
+def test_nothing_slow_is_imported(picture):
+    """Help needs neither numpy nor Pillow, and no picture needs torch or the watermark package."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import image_info
+try:
+    image_info.main(["--help"])
+except SystemExit:
+    pass
+print({{"torch", "numpy", "PIL", "cv2"}} & {{*sys.modules}})
+image_info.main([{str(picture)!r}])
+print({{"torch", "cv2", "imwatermark"}} & {{*sys.modules}})
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines().count("set()") == 2
