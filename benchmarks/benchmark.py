@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -72,7 +72,7 @@ def timed_runs(command: list[str], repeats: int) -> list[float]:
     return [seconds(once) for _ in range(repeats)]
 
 
-# --help and one picture: whole processes
+# --help and one image: whole processes
 
 
 def measure_help(options: argparse.Namespace) -> list[Row]:
@@ -358,12 +358,12 @@ def peer_rows(precision: str, contenders: dict[str, dict], steps: int, cpu: bool
 
     def row(what: str, key: str, show: Callable[[float], str], target: float | None = None) -> Row:
         others = {name: readings[key] for name, readings in contenders.items() if name != "this"}
-        told = [f"{name} {show(value)} ({ours[key] / value:.2f}x)" for name, value in others.items()]
+        beside = [f"{name} {show(value)} ({ours[key] / value:.2f}x)" for name, value in others.items()]
         text, met = "", None
         if target is not None:
             text = f"<= {target:.2f} of diffusers' time"
             met = None if theirs is None else ours[key] <= target * theirs[key]
-        return Row(f"{precision}: {what}", text, "; ".join([show(ours[key]), *told]), met, contenders)
+        return Row(f"{precision}: {what}", text, "; ".join([show(ours[key]), *beside]), met, contenders)
 
     def seconds(value: float) -> str:
         return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
@@ -417,12 +417,14 @@ def measure_ideas(options: argparse.Namespace) -> list[Row]:
         found = gains(files, precision, options.device, options.repeats)
         times = {ideas: {part: median(of[part]) for part in of} for ideas, of in found.items()}
         for ideas, ours in times.items():
-            told = f"step {ours['step']:.3g} s, decode {ours['decode']:.3g} s"
+            shown = f"step {ours['step']:.3g} s, decode {ours['decode']:.3g} s"
             if ideas:
                 before = times[ideas[:-1] if ideas[0] != "compiled" else ideas[1:]]
-                told += "; gain {step:.3f}x, {decode:.3f}x".format_map({k: before[k] / ours[k] for k in ours})
+                shown += "; gain {step:.3f}x, {decode:.3f}x".format_map(
+                    {k: before[k] / ours[k] for k in ours}
+                )
             name = ", ".join(ideas) or "plain (`--eager`)"
-            rows.append(Row(f"{NAMES[precision]}: {name}", "", told, values=found[ideas]))
+            rows.append(Row(f"{NAMES[precision]}: {name}", "", shown, values=found[ideas]))
     return rows
 
 
@@ -430,9 +432,10 @@ def measure_ideas(options: argparse.Namespace) -> list[Row]:
 
 
 class CountingModel:
-    """What `generate` asks of a LatentDiffusion, without weights: counts the calls."""
+    """What a pipeline asks of a LatentDiffusion, without weights: counts the calls."""
 
     parameterization = "eps"
+    conditioning_key = "crossattn"
     channels = 4
 
     def __init__(self):
@@ -463,12 +466,16 @@ class CountingModel:
 
 def count_calls(sampler: str, steps: int, prompts: list[str], n_iter: int, n_samples: int) -> CountingModel:
     """The model after a guided run."""
-    from ldm.pipeline.generate import Settings, generate
-    from ldm.sampling.batches import plan
+    from ldm.pipeline import ImageRequest, Pipeline
+    from ldm.runs.plan import plan_run
 
     model = CountingModel()
-    settings = Settings(height=64, width=64, sampler=sampler, steps=steps)
-    list(generate(model, plan(prompts, n_iter, n_samples), settings))
+    pipeline = Pipeline.of_model(model)
+    like = ImageRequest(height=64, width=64, sampler=sampler, steps=steps, scale=7.5)
+    requests = [pipeline.resolve(replace(like, prompt=prompt)) for prompt in prompts]
+    plan = plan_run(requests, 42, n_iter, n_samples, None)
+    for _ in pipeline.batches(map(plan.batch, plan.batches)):
+        pass
     return model
 
 
@@ -519,14 +526,16 @@ def sampler_overheads(latents: int, steps: int) -> dict[str, float]:
     import torch
 
     from ldm.sampling import SAMPLERS, Denoiser, catalogue, default_trajectory, sample
-    from ldm.sampling.noise import ImageNoise
+    from ldm.sampling.noise import ImageNoise, ImageSeeds
 
     model = ConstantModel(latents)
     cond = torch.zeros(1, 77, 8)
     denoiser, shape = Denoiser(model, cond, cond, 7.5), (4, latents, latents)
 
     def once(name: str) -> None:
-        noise = ImageNoise([42], shape, model.device, brownian=catalogue.SAMPLERS[name].noise == "brownian")
+        noise = ImageNoise(
+            [ImageSeeds(42)], shape, model.device, brownian=catalogue.SAMPLERS[name].noise == "brownian"
+        )
         sample(denoiser, name, default_trajectory(denoiser, name, steps), noise)
 
     names = [name for name in SAMPLERS if name != "dpm_adaptive"]  # its steps are its own choice
@@ -574,18 +583,24 @@ def measure_sheet(options: argparse.Namespace) -> list[Row]:
 
 def bookkeeping_share(images: int) -> tuple[float, float]:
     """Seconds that metadata, encoding, writing and the manifest take in a run, and those of the run."""
+    from ldm.cli.arguments import parse
     from ldm.cli.parser import txt2img_parser
-    from ldm.runs import worker as making
-    from ldm.runs.render import render
+    from ldm.runs import worker
+    from ldm.runs.run import run
 
     spent: list[float] = []
-    making.save = timed(making.save, spent)
+    worker.save = timed(worker.save, spent)
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--prompt", PROMPT, "--config", str(ROOT / BUNDLED_CONFIG), "--outdir", folder, "--quiet"]
         argv += ["--n_samples", "4", "--n_iter", str(images // 4), "--safety", "off", "--plms"]
-        args = txt2img_parser().parse(argv)
+        command = parse(txt2img_parser(), argv)
+
+        def whole_run() -> None:
+            pipeline = command.pipeline()
+            run(pipeline, command.requests(pipeline), command.run)
+
         with redirect_stdout(io.StringIO()):
-            whole = seconds(lambda: render(args))
+            whole = seconds(whole_run)
     return sum(spent), whole
 
 
@@ -603,7 +618,7 @@ def timed(function: Callable, spent: list[float]) -> Callable:
 
 
 def images_per_second(devices: int, images: int) -> float:
-    """Of a run of the bundled model by processes of one thread each, one to a core, as its bar tells."""
+    """Of a run of the bundled model by processes of one thread each, one to a core, as its bar says."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "scripts/txt2img.py"), "--prompt", PROMPT, "--outdir", folder]
         command += ["--config", str(ROOT / BUNDLED_CONFIG), "--device", "cpu", "--devices", str(devices)]
@@ -621,37 +636,63 @@ def images_per_second(devices: int, images: int) -> float:
 
 def resume_seconds(lines: int) -> float:
     """How long it takes to find what a run lacks whose manifest has so many lines."""
-    from ldm.runs.manifest import MANIFEST, RunRecord
+    from ldm.runs.manifest import RunRecord
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         record = RunRecord(folder, {"steps": 50}, lines)
         record.start(0)
-        (folder / "samples").mkdir()
-        settings = {
-            "prompt": PROMPT,
-            "sampler": "ddim",
-            "steps": 50,
-            "scale": 7.5,
-            "height": 512,
-            "width": 512,
-        }
-        with open(folder / MANIFEST, "w") as manifest:
-            for k in range(0, lines, 2):
-                file = f"samples/{k:05}.png"
-                (folder / file).touch()
-                manifest.write(json.dumps({"run": record.run, "image": k, "file": file, **settings}) + "\n")
-            for k in range(1, lines, 2):
-                line = {"run": "another", "image": k, "file": f"samples/{k:05}.png", **settings}
-                manifest.write(json.dumps(line) + "\n")
-        record.end()
+        with record.ending():
+            write_half_a_manifest(folder, record, lines)
         again = RunRecord(folder, {"steps": 50}, lines)
 
         def decide() -> None:
             again.resume()
             assert len(again.missing()) == lines // 2
 
-        return seconds(decide)
+        with again.ending():
+            return seconds(decide)
+
+
+def write_half_a_manifest(folder: Path, record: Any, lines: int) -> None:
+    """Every other image of a run and its line of the manifest, and as many lines of another run."""
+    from ldm.runs.manifest import MANIFEST
+
+    (folder / "samples").mkdir()
+    settings = {"prompt": PROMPT, "sampler": "ddim", "steps": 50, "scale": 7.5, "height": 512, "width": 512}
+    with open(folder / MANIFEST, "w") as manifest:
+        for k in range(0, lines, 2):
+            file = f"samples/{k:05}.png"
+            (folder / file).touch()
+            manifest.write(json.dumps({"run": record.run, "image": k, "file": file, **settings}) + "\n")
+        for k in range(1, lines, 2):
+            line = {"run": "another", "image": k, "file": f"samples/{k:05}.png", **settings}
+            manifest.write(json.dumps(line) + "\n")
+
+
+def planning_seconds(lines: int) -> float:
+    """How long it takes from the arguments of a command, whose JSON lines each have options of their own, to
+    the plan of its run; after imports, and without the model.
+    """
+    import ldm.pipeline.pipeline  # noqa: F401, imports torch
+    from ldm.cli.arguments import parse
+    from ldm.cli.parser import txt2img_parser
+    from ldm.runs.plan import plan_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "prompts.jsonl")
+        own = ({"seed": k, "steps": 10 + k % 40, "scale": 1.5 + k / lines} for k in range(lines))
+        path.write_text("".join(json.dumps({"prompt": PROMPT, **options}) + "\n" for options in own))
+        argv = ["--from-file", str(path), "--config", str(ROOT / BUNDLED_CONFIG), "--n_iter", "1"]
+        argv += ["--sampler", "dpmpp_2m", "--safety", "off", "--device", "cpu"]
+
+        def plan() -> None:
+            command = parse(txt2img_parser(), argv)
+            requests = list(command.requests(command.pipeline()))
+            found = plan_run(requests, command.run.seed, command.run.n_iter, command.run.n_samples, None)
+            assert len(found.requests) == lines
+
+        return seconds(plan)
 
 
 def measure_runs(options: argparse.Namespace) -> list[Row]:
@@ -659,6 +700,7 @@ def measure_runs(options: argparse.Namespace) -> list[Row]:
     share = spent / whole
     one, two = images_per_second(1, 160), images_per_second(2, 160)
     again = in_fresh_process(resume_seconds, 100_000)
+    planning = in_fresh_process(planning_seconds, 10_000)
     return [
         Row(
             "metadata, PNG and manifest of 48 images of the bundled model, 50 PLMS steps, of the run's time",
@@ -681,6 +723,13 @@ def measure_runs(options: argparse.Namespace) -> list[Row]:
             again < 2,
             {"seconds": again},
         ),
+        Row(
+            "10,000 JSON lines with own options planned",
+            "< 2 s",
+            f"{planning:.1f} s",
+            planning < 2,
+            {"seconds": planning},
+        ),
     ]
 
 
@@ -697,37 +746,39 @@ APPROXIMATIONS = (
 
 
 def approximations(steps: int, images: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of three runs of the bundled model, and each picture's PSNR in dB to the exact, by flags."""
+    """Seconds of three runs of the bundled model, and each image's PSNR in dB to the exact one, by flags.
+
+    The prompts are encoded before, once for each pipeline.
+    """
     import numpy as np
 
+    from ldm.cli.arguments import Arguments, parse
     from ldm.cli.parser import txt2img_parser
-    from ldm.pipeline.generate import generate
-    from ldm.runs.render import load, settings_of
-    from ldm.sampling.batches import plan
-    from ldm.scenes.scenes import caption, random_scene
-    from ldm.weights.loading import choose_model, read_config
+    from ldm.pipeline import Pipeline
+    from ldm.scenes.captions import caption
+    from ldm.scenes.scene import random_scene
 
     rng = np.random.default_rng(0)
-    batches = plan([caption(random_scene(rng)) for _ in range(images)], 1, 1)
-    models: dict[str, tuple] = {}
+    prompts = [caption(random_scene(rng)) for _ in range(images)]
+    commands: dict[str, tuple[Arguments, Pipeline]] = {}
     for flags in ("", *APPROXIMATIONS):
         argv = ["--config", str(ROOT / BUNDLED_CONFIG), "--steps", str(steps), "--device", "cpu"]
-        argv += flags.split()
-        args = txt2img_parser().parse(argv)
-        files = choose_model(args.config, None)
-        models[flags] = load(args, files, read_config(files.config)), settings_of(args, files, 64, 64)
+        command = parse(txt2img_parser(), [*argv, "--safety", "off", *flags.split()])
+        commands[flags] = command, command.pipeline()
 
-    def pictures(name: str) -> np.ndarray:
-        return np.stack([made[0] for _, made in generate(models[name][0], batches, models[name][1])])
+    def generate(name: str) -> np.ndarray:
+        command, pipeline = commands[name]
+        requests = [replace(command.request, prompt=prompt) for prompt in prompts]
+        return np.stack([image.pixels for image in pipeline.generate(requests)])
 
-    exact = pictures("").astype(float)
+    exact = generate("").astype(float)
     found: dict[str, tuple[list[float], list[float]]] = {}
-    for name in models:
-        errors = ((pictures(name) - exact) ** 2).mean(axis=(1, 2, 3))
+    for name in commands:
+        errors = ((generate(name) - exact) ** 2).mean(axis=(1, 2, 3))
         found[name] = [], list(10 * np.log10(255**2 / np.maximum(errors, 1e-6)))
     for _ in range(3):
-        for name in models:
-            found[name][0].append(seconds(lambda name=name: pictures(name)))
+        for name in commands:
+            found[name][0].append(seconds(lambda name=name: generate(name)))
     return found
 
 
@@ -749,32 +800,29 @@ def measure_approximations(options: argparse.Namespace) -> list[Row]:
     ]
 
 
-# image to image: what stays of the picture, and what comes of the prompt
+# image to image: what stays of the image, and what comes of the prompt
 
 
 def image_to_image(prompt: str, strengths: list[float]) -> dict[float, tuple[float, list[str]]]:
     """For each strength over 8 seeds: mean PSNR in dB to the round trip, and what a detector reads."""
     import numpy as np
 
-    from ldm.images.init_image import open_picture
-    from ldm.pipeline.generate import Settings, generate
-    from ldm.sampling.batches import plan
+    from ldm.pipeline import ImageRequest, Pipeline, RuntimeOptions
+    from ldm.scenes.captions import caption
     from ldm.scenes.detector import load_detector
-    from ldm.scenes.scenes import caption
-    from ldm.weights.loading import BUNDLED_WEIGHTS, load_model, read_config
 
-    model = load_model(read_config(ROOT / BUNDLED_CONFIG), ROOT / BUNDLED_WEIGHTS)
+    options = RuntimeOptions(device="cpu", eager=True, batch_size=8)
+    pipeline = Pipeline.open(config=BUNDLED_CONFIG, options=options, safety="off")
     detector = load_detector(ROOT / "models/scenes-64/detector.safetensors")
-    init = np.asarray(open_picture(str(ROOT / "assets/init.png")))
+    init, side = str(ROOT / "assets/init.png"), 64
 
-    def pictures(strength: float) -> np.ndarray:
-        settings = Settings(height=64, width=64, scale=3.0, strength=strength)
-        batches = generate(model, plan([prompt] * 8, 1, 8), settings, init_image=init)
-        return np.stack([image for _, images in batches for image in images])
+    def generate(strength: float) -> np.ndarray:
+        request = ImageRequest(prompt, height=side, width=side, scale=3.0, init_img=init, strength=strength)
+        return np.stack([image.pixels for image in pipeline.generate([request] * 8)])
 
-    trip, found = pictures(0.0).astype(float), {}
+    trip, found = generate(0.0).astype(float), {}
     for strength in strengths:
-        made = pictures(strength)
+        made = generate(strength)
         errors = ((made - trip) ** 2).mean(axis=(1, 2, 3))
         psnr = float((10 * np.log10(255**2 / errors)).mean())
         found[strength] = psnr, [caption(scene) for scene in detector.read(list(made))]
@@ -824,7 +872,7 @@ def package_version(name: str) -> str | None:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures depend on; nothing that tells whose machine it is."""
+    """What the figures depend on; nothing that says whose machine it is."""
     gpu = None
     if device != "cpu":
         import torch

@@ -36,12 +36,13 @@ class Ours:
     """The toolkit as its commands set it up, with further flags."""
 
     def __init__(self, files: dict[str, Path], precision: str, device: str, flags: tuple[str, ...] = ()):
+        from ldm.cli.arguments import parse
         from ldm.cli.parser import txt2img_parser
-        from ldm.runs.render import load, model_files
 
         argv = ["--config", str(files["config"]), "--ckpt", str(files["weights"]), "--precision", precision]
-        args = txt2img_parser().parse([*argv, "--device", device, *flags])
-        self.model = load(args, *model_files(args))
+        argv += ["--device", device, "--safety", "off", *flags]
+        self.pipeline = parse(txt2img_parser(), argv).pipeline()
+        self.model = self.pipeline.model
         self.device = self.model.device
         self.inputs: dict[int, tuple] = {}
 
@@ -65,12 +66,11 @@ class Ours:
     def image(self, steps: int, path: Path) -> None:
         from PIL import Image
 
-        from ldm.pipeline.generate import Settings, generate
-        from ldm.sampling.batches import plan
+        from ldm.pipeline import ImageRequest
 
-        settings = Settings(8 * SIDE, 8 * SIDE, steps=steps, scale=SCALE)
-        for _, images in generate(self.model, plan([PROMPT], 1, 1), settings):
-            Image.fromarray(images[0]).save(path)
+        request = ImageRequest(PROMPT, height=8 * SIDE, width=8 * SIDE, steps=steps, scale=SCALE)
+        for image in self.pipeline.generate([request]):
+            Image.fromarray(image.pixels).save(path)
 
 
 class Ideas(Ours):

@@ -5,134 +5,98 @@ compare.py --x sampler ddim plms "Euler a" --y steps 5 10 20 takes every other o
 --init-img those of img2img.py.
 """
 
-import argparse
+import secrets
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.cli import entry
-from ldm.cli import parser as cli
+from ldm.cli import arguments, entry, parser
 from ldm.errors import InputError
-from ldm.log import log_to
+from ldm.fields import listed_by_name
+from ldm.log import notice
+from ldm.pipeline.request import INIT, ImageRequest
+from ldm.weights.description import describe
 
-AXES = ("prompt", *cli.IMAGE_OPTIONS, "rng")
+ONE = {"n_samples": 1, "n_iter": 1, "n_rows": 0}  # what these may say: each cell holds one image
+NOT_FOR_CELLS = (*ONE, "batch_size", "from_file", "resume", "fixed_code", "devices", "num_nodes")
+NOT_COMPARED = ("fixed_code", "start_seed", "watermark", "height", "width", "zero_snr")
+Axis = tuple[str, list[str]]  # an option and its values
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[list[argparse.Namespace]]]:
-    """The arguments, and those of every picture: rows of the values of --y, columns of those of --x."""
-    img2img = any(word.startswith("--init") for word in argv)  # also abbreviated, as argparse takes it
-    make = cli.img2img_parser if img2img else cli.txt2img_parser
-    parser = make("compare.py", __doc__)
-    parser.set_defaults(n_samples=1, n_iter=1, outdir="outputs/compare")
+def parse(argv: list[str]) -> tuple[arguments.Arguments, Axis, Axis, list[list[ImageRequest]]]:
+    """The arguments, both axes, and the request of every cell: rows of --y's values, columns of --x's."""
+    with_init = any(word.startswith("--init") for word in argv)  # also abbreviated, as argparse takes it
+    options = (parser.img2img_parser if with_init else parser.txt2img_parser)("compare.py", __doc__)
+    options.command_defaults = options.command_defaults | {
+        "n_samples": 1,
+        "n_iter": 1,
+        "outdir": "outputs/compare",
+    }
     for axis, where in (("--x", "columns"), ("--y", "rows")):
-        parser.add_argument(
+        options.add_argument(
             axis, nargs="+", required=True, metavar=("OPTION", "VALUE"), help=f"what the {where} vary"
         )
-    argv, picture = parser.like_picture(argv)
-    args = parser.parse_args(argv)
-    for name, fine in (
-        ("n_samples", 1),
-        ("batch_size", None),
-        ("n_iter", 1),
-        ("from_file", None),
-        ("resume", False),
-        ("n_rows", 0),
-        ("fixed_code", False),
-        ("devices", None),
-        ("num_nodes", None),
-    ):
-        if getattr(args, name) != fine:
-            raise InputError(f"--{name} is not for compare.py: each cell of its sheet holds one picture")
-    axes = [_axis(flag, words, img2img) for flag, words in (("--x", args.x), ("--y", args.y))]
-    if axes[0][0] == axes[1][0]:
-        raise InputError(f"--x and --y both vary {args.x[0]}; give two different options")
-    if args.seed == -1:
-        from ldm.runs.render import choose_seed
-
-        argv = [*argv, f"--seed={choose_seed(-1)}"]
-        args = parser.parse_args(argv)
-
-    args.picture = picture
-    (x, across), (y, down) = axes
-    return args, [[parser.parse([*argv, f"--{x}={a}", f"--{y}={b}"]) for a in across] for b in down]
+    given = vars(options.parse_args(argv))
+    for name in NOT_FOR_CELLS:
+        if name in given and given[name] != ONE.get(name):
+            raise InputError(f"--{name} is not for compare.py: each cell of its sheet holds one image")
+    command = arguments.gather(options, given)
+    x, y = (_axis(flag, given[flag[2:]], with_init) for flag in ("--x", "--y"))
+    if x[0] == y[0]:
+        raise InputError(f"--x and --y both vary {given['x'][0]}; give two different options")
+    seed = command.run.seed
+    if seed == -1:
+        seed = secrets.randbelow(2**32)
+        notice(f"seed {seed}")
+        command = replace(command, run=replace(command.run, seed=seed))
+    # the seed is each image's own: it does not move on from cell to cell
+    cells = [[command.variant({"seed": seed, x[0]: a, y[0]: b}) for a in x[1]] for b in y[1]]
+    factor = describe(command.config).factor or 8  # a mistake in it need not wait for torch
+    for row in cells:
+        for request in row:
+            request.check_size(factor)
+    return command, x, y, cells
 
 
-def _axis(flag: str, words: list[str], img2img: bool) -> tuple[str, list[str]]:
+def _axis(flag: str, words: list[str], with_init: bool) -> Axis:
     name, values = words[0].lstrip("-"), words[1:]
-    names = [axis for axis in AXES if img2img or axis != "strength"]
-    if name not in names:
-        raise InputError(f"{flag} {words[0]}: no option to compare; choose from {', '.join(names)}")
+    known = {
+        spelling: each.name
+        for spelling, each in listed_by_name(ImageRequest).items()
+        if each.name not in NOT_COMPARED and (each.group != INIT or (with_init and each.name == "strength"))
+    } | {"ddim_eta": "ddim_eta"}
+    if name not in known:
+        raise InputError(f"{flag} {words[0]}: no option to compare; choose from {', '.join(known)}")
     if not values:
         raise InputError(f"{flag} {name} has no values; write {flag} {name} VALUE VALUE …")
-    return ("ddim_steps" if name == "steps" else name), values
-
-
-class Keeper:
-    """A writer of pictures that keeps them, too, by their numbers."""
-
-    def __init__(self, writer: Any):
-        self.writer, self.record, self.pictures = writer, writer.record, {}
-
-    def add(self, k: int, image: Any, *rest: Any) -> dict[str, Any]:
-        self.pictures[k] = image
-        return self.writer.add(k, image, *rest)
+    return known[name], values
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, cells = parse(sys.argv[1:] if argv is None else argv)
-    log_to(args.log_file, args.quiet)
-
-    from ldm.runs import render
-
-    files, config = render.model_files(args)
-    render.check_model(args, config)
-    safety_mode = render.safety_of(args)
-    init_image = render.read_init(args)
-    height, width = init_image.shape[:2] if init_image is not None else render.picture_size(args, config)
-    folder = render.output_folder(args)
-
-    import numpy as np
+    command, x, y, cells = parse(sys.argv[1:] if argv is None else argv)
 
     from ldm.images.sheets import contact_sheet
-    from ldm.runs.manifest import RunRecord
-    from ldm.runs.processes import Team
-    from ldm.runs.worker import Interrupt, Job, Kind, make
-    from ldm.sampling.batches import Batch
+    from ldm.runs.run import run
+    from ldm.runs.writer import Sheet
 
-    flat = [own for row in cells for own in row]
-    kinds, batches, common = [], [], render.model_facts(args, files)
-    for k, own in enumerate(flat):
-        settings = render.settings_of(own, files, height, width)
-        kinds.append(Kind(settings, init_image, common | render.facts_of(own, settings)))
-        # the seed is the picture's own: it does not move on from cell to cell
-        batches.append(Batch((own.prompt,), (k,), seeds=(settings.seed,), kind=k))
-    record = RunRecord(folder.path, common | {"x": args.x, "y": args.y}, len(flat))
-    args.skip_grid, skip_sheet = True, args.skip_grid
-    writer = Keeper(render.picture_writer(args, folder, record))
-    model = render.load(args, files, config)
-    render.check_prompts(model, [text for own in flat for text in (own.prompt, own.negative_prompt)])
-    safety, team = render.load_safety(safety_mode, model), Team()
-    record.start(folder.next_number)
-    job = Job(kinds, batches, render.file_names(args.filename, kinds, batches, record.first), record)
-    with render.ending(record), Interrupt() as interrupt:
-        make(model, job, writer, team, interrupt, safety, render.telling_of(args, team))
-    if interrupt.asked:
-        return 130
-    black = np.zeros((height, width, 3), np.uint8)
-    pictures = [writer.pictures.get(k, black) for k in range(len(flat))]
-    rows = [pictures[i : i + len(cells[0])] for i in range(0, len(flat), len(cells[0]))]
-    title = f"{args.y[0]} by {args.x[0]}"
-    if "prompt" not in (args.x[0], args.y[0]):
-        title += f": {args.prompt}"
-    sheet = contact_sheet(rows, args.x[1:], args.y[1:], title)
-    facts = kinds[0].facts | {"prompt": args.prompt, "x": args.x, "y": args.y}
-    if not skip_sheet:
-        folder.save_grid(writer.writer.marked(sheet), None if args.no_metadata else facts)
-    if not args.json:
-        print(args.outdir)
-    return 1 if team.count("failed", 0) else 0
+    pipeline = command.pipeline()
+    title = f"{command.given['y'][0]} by {command.given['x'][0]}"
+    if "prompt" not in (x[0], y[0]):
+        title += f": {cells[0][0].prompt}"
+
+    def requests() -> Iterator[ImageRequest]:
+        command.warn_of_another_model(pipeline)  # within the run, whose --quiet holds for it
+        yield from (request for row in cells for request in row)
+
+    def draw(images: list) -> object:
+        rows = [images[i : i + len(x[1])] for i in range(0, len(images), len(x[1]))]
+        return contact_sheet(rows, x[1], y[1], title)
+
+    sheet = Sheet(draw, {"x": command.given["x"], "y": command.given["y"]})
+    return run(pipeline, requests(), command.run, sheet)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from ldm.cli import parser as cli
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser("doctor.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--outdir", default="outputs", help="folder to try for pictures (outputs)")
+    parser.add_argument("--outdir", default="outputs", help="folder to try for images (outputs)")
     parser.add_argument("--json", action="store_true", help="print one JSON list of the findings")
     parser.add_argument("--debug", action="store_true", help="show where a probe fails")
     args = parser.parse_args(argv)

@@ -1,23 +1,26 @@
 #!/usr/bin/env python3
-"""Does the model paint what it is told? Samples held-out scenes and has a detector read the pictures back."""
+"""Does the model draw what its prompts ask for? Samples held-out scenes; a detector reads the images back."""
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.cli import entry
 from ldm.cli import parser as cli
-from ldm.errors import InputError
-from ldm.sampling import catalogue
-from ldm.weights.loading import BUNDLED_CONFIG, choose_model, find, native_size, read_config
+from ldm.fields import settings_of
+from ldm.pipeline.options import RuntimeOptions
+from ldm.pipeline.request import ImageRequest
+from ldm.weights.loading import BUNDLED_CONFIG, choose_model, find, read_config
 
-COLUMNS = 20  # pictures in a row of a grid
 
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog="evaluate_scenes.py", description=__doc__)
+def parse(argv: list[str]) -> tuple[argparse.Namespace, RuntimeOptions, ImageRequest]:
+    """The arguments, the options among them, and what the images of all scenes have in common."""
+    parser = cli.Parser(prog="evaluate_scenes.py", description=__doc__, conflict_handler="resolve")
+    cli.add_model_options(parser)
     add = parser.add_argument
     count, scale, seed = cli.number(int, 1), cli.number(float, -1e4, 1e4), cli.number(int, 0, 2**63 - 1)
     add("--prompts", type=count, default=200, metavar="N", help="of one solid, and as many of two (200)")
@@ -25,16 +28,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sampler", default="dpmpp_2m", help="sampler by name (dpmpp_2m)")
     add("--ddim_steps", type=cli.number(int, 1, 1000), default=20, metavar="N", help="sampling steps (20)")
     add("--seed", type=seed, default=42, help="picks the prompts; image k has seed SEED + k (42)")
-    add("--batch_size", type=count, default=50, metavar="N", help="pictures sampled together (50)")
+    add("--batch_size", type=count, default=50, metavar="N", help="images sampled together (50)")
     add("--outdir", default="outputs/evaluate_scenes", help="folder for the report, replacing an earlier one")
     add("--detector", default="models/scenes-64/detector.safetensors", metavar="FILE", help="its weights")
     add("--train_detector", action="store_true", help="only train the detector and save it as --detector")
     add("--detector_steps", type=count, default=2000, metavar="N", help="of 128 renders (2000)")
     add("--debug", action="store_true", help="show where an error comes from")
-    cli.add_model_arguments(parser)
     args = parser.parse_args(argv)
-    args.sampler, _ = catalogue.resolve(args.sampler)
-    return args
+    known = settings_of(RuntimeOptions)
+    runtime = RuntimeOptions(**{name: value for name, value in vars(args).items() if name in known})
+    return args, runtime, ImageRequest(sampler=args.sampler, steps=args.ddim_steps)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -43,7 +46,8 @@ def train(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ldm.scenes.detector import load_detector, save_detector, train_detector
-    from ldm.scenes.scenes import random_scene, render
+    from ldm.scenes.renderer import render
+    from ldm.scenes.scene import random_scene
     from ldm.scenes.scores import markdown_table, score
 
     path = find(args.detector)
@@ -58,80 +62,53 @@ def train(args: argparse.Namespace) -> None:
     print(path)
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace, runtime: RuntimeOptions, like: ImageRequest) -> None:
     """Sample, read back, and write scores.json, report.md and a grid for each scale into `--outdir`."""
     files = choose_model(args.config or BUNDLED_CONFIG, args.ckpt)
-    config = read_config(files.config)
-    outdir = Path(args.outdir)
-    try:
-        outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--outdir {outdir}: {error.strerror}") from error
+    config = read_config(files.config)  # a mistake in it need not wait for torch
 
-    import json
-
-    import numpy as np
     from PIL import Image
 
-    from ldm.pipeline.generate import Settings, generate
-    from ldm.runs.render import load
+    from ldm.evaluation.scenes import SceneEvaluation, writing
+    from ldm.pipeline.pipeline import Pipeline
     from ldm.runs.worker import StepBar
-    from ldm.sampling.batches import plan
     from ldm.scenes.detector import load_detector
-    from ldm.scenes.scenes import caption, render
-    from ldm.scenes.scores import check, evaluation_scenes, markdown_table, marked_grid, round_trip, score
 
-    detector = load_detector(find(args.detector))
-    model = load(args, files, config)
-    n, size, scales = args.prompts, native_size(config), list(dict.fromkeys(args.scales))
-    scenes = [*evaluation_scenes(args.seed, n, pairs=False), *evaluation_scenes(args.seed, n, pairs=True)]
-    prompts = [caption(scene) for scene in scenes]
-
-    rng = np.random.default_rng(args.seed)
-    renders = [render(scene, rng, size) for scene in scenes]
-    seen = {  # first the detector's own errors: no model can be told to do better
-        "renders": detector.read(renders),
-        "renders, encoded and decoded": detector.read(round_trip(model.first_stage_model, renders)),
-    }
-    autocast = args.precision == "autocast"
-    common = {"sampler": args.sampler, "steps": args.ddim_steps, "seed": args.seed, "autocast": autocast}
-    with StepBar(len(prompts) * len(scales), len(prompts) * len(scales) * args.ddim_steps) as bar:
+    outdir, scales = Path(args.outdir), list(dict.fromkeys(args.scales))
+    with writing(outdir):
+        outdir.mkdir(parents=True, exist_ok=True)
+    chosen = {"weights": args.weights, "allow_target": args.allow_target or (), "safety": "off"}
+    pipeline = Pipeline(files, config, runtime, **chosen, expected={"C": args.C, "f": args.f})
+    size, detector = pipeline.described.native_size, load_detector(find(args.detector))
+    evaluation = SceneEvaluation(detector, args.seed, args.prompts, size)
+    evaluation.read_renders(pipeline.model.first_stage_model)
+    images = len(evaluation.prompts) * len(scales)
+    with StepBar(images, images * like.steps) as bar:
         for scale in scales:
-            settings = Settings(height=size, width=size, scale=scale, **common)
-            batches = generate(model, plan(prompts, 1, args.batch_size), settings, bar.step)
-            images = [image for _, batch in batches for image in batch]
-            bar.finish(len(images))
-            pictures = [np.zeros((size, size, 3), np.uint8) if image is None else image for image in images]
-            read = detector.read(pictures)
-            told = [image if image is None else scene for image, scene in zip(images, read, strict=True)]
-            right = [check(*pair)["all"] for pair in zip(scenes, told, strict=True)]
-            Image.fromarray(marked_grid(pictures, right, COLUMNS)).save(outdir / f"scale-{scale:g}.png")
-            seen[f"scale {scale:g}"] = told
-
-    scores = {
-        "one solid": {name: score(scenes[:n], told[:n]) for name, told in seen.items()},
-        "two solids": {name: score(scenes[n:], told[n:]) for name, told in seen.items()},
-    }
-    data = {
-        "settings": vars(args) | {"config": str(files.config), "ckpt": str(files.weights)},
-        "scores": scores,
-        "prompts": prompts,
-        "seen": {name: [scene and caption(scene) for scene in told] for name, told in seen.items()},
-    }
-    (outdir / "scores.json").write_text(json.dumps(data, indent=1) + "\n")
-    heading = f"Percent of {n} held-out prompts: {args.sampler}, {args.ddim_steps} steps, seed {args.seed}\n"
-    report = "\n".join([heading, *(markdown_table(title, rows) for title, rows in scores.items())])
-    (outdir / "report.md").write_text(report)
+            generated = list(pipeline.generate(evaluation.requests(like, scale), bar.step))
+            grid = evaluation.read(f"scale {scale:g}", [image.pixels for image in generated])
+            with writing(outdir):
+                Image.fromarray(grid).save(outdir / f"scale-{scale:g}.png")
+            bar.finish(len(generated))
+    settings = vars(args) | asdict(runtime) | {"sampler": like.sampler, "schedule": like.schedule}
+    settings |= {"config": str(files.config), "ckpt": str(files.weights)}
+    heading = (
+        f"Percent of {args.prompts} held-out prompts: {like.sampler}, {like.steps} steps, seed {args.seed}\n"
+    )
+    report = evaluation.report(heading)
+    with writing(outdir):
+        (outdir / "scores.json").write_text(json.dumps(evaluation.record(settings), indent=1) + "\n")
+        (outdir / "report.md").write_text(report)
     print(report)
     print(outdir)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    args, runtime, like = parse(sys.argv[1:] if argv is None else argv)
     if args.train_detector:
         train(args)
     else:
-        evaluate(args)
+        evaluate(args, runtime, like)
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What pictures tell: their settings, seed, model, invisible watermark and safety flag."""
+"""What is in image files: settings, seed, model, invisible watermark and safety flag."""
 
 import sys
 from pathlib import Path
@@ -19,16 +19,18 @@ SHOWN_FIRST = {"seed", "model_hash", "nsfw_content_detected"}  # not once more a
 
 
 def info_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="image_info.py", description="Settings, seed, model and watermark of pictures.")
+    parser = cli.Parser(
+        prog="image_info.py", description="Settings, seed, model and watermark of image files."
+    )
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="PNG, JPEG or WebP pictures")
-    add("--json", action="store_true", help="one JSON object per picture and line")
+    add("files", nargs="+", metavar="FILE", help="PNG, JPEG or WebP files")
+    add("--json", action="store_true", help="one JSON object per file and line")
     add(
         "--watermark",
         action="append",
         default=[],
         metavar="TEXT",
-        help="look for this message, too: even where JPEG has left too little of it to be read unknown",
+        help="look for this message, too, besides the published ones and the one that the settings name",
     )
     add("--debug", action="store_true", help="show where an error comes from")
     return parser
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     unread = wrong = 0
     for file in args.files:
         try:
-            facts = picture_facts(file, args.watermark)
+            facts = image_facts(file, args.watermark)
         except InputError as error:
             unread += 1
             notice(f"image_info.py: error: {one_line(error)}")
@@ -53,20 +55,21 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if unread or wrong else 0
 
 
-def picture_facts(file: str, expected: list[str]) -> dict[str, Any]:
-    """What a picture tells; an `error` among it if its settings are malformed. InputError if it is none."""
+def image_facts(file: str, expected: list[str]) -> dict[str, Any]:
+    """What is in an image file; with an `error` if its settings are malformed. InputError if it is none."""
     import numpy as np
 
-    from ldm.images.metadata import NoSettings, open_picture, settings_from_picture
-    from ldm.images.watermark import read_watermark
+    from ldm.images.metadata import open_image
+    from ldm.images.watermark import NO_WATERMARK, read_watermark
+    from ldm.pipeline.infotext import NoSettings, read_settings
 
-    with open_picture(file) as image:
+    with open_image(file) as image:
         width, height = image.size
         pixels = np.asarray(image.convert("RGB"))
     facts: dict[str, Any] = {"file": file, "width": width, "height": height}
     settings, error = None, {}
     try:
-        settings = settings_from_picture(file)
+        settings = read_settings(file)
     except NoSettings:
         pass
     except InputError as malformed:
@@ -74,7 +77,7 @@ def picture_facts(file: str, expected: list[str]) -> dict[str, Any]:
     known = settings or {}
     facts |= {name: known.get(name) for name in ("seed", "model_hash")}
     mark = known.get("watermark")
-    if isinstance(mark, str) and mark.isprintable() and mark not in ("", "none"):
+    if isinstance(mark, str) and mark.isprintable() and mark not in ("", NO_WATERMARK):
         expected = [*expected, mark]
     facts |= {"watermark": read_watermark(pixels, expected)}
     facts |= {"nsfw_content_detected": known.get("nsfw_content_detected")}
@@ -82,12 +85,12 @@ def picture_facts(file: str, expected: list[str]) -> dict[str, Any]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The facts of one picture for a reader, without what only a terminal would obey."""
+    """The facts of one file for a reader, without what only a terminal would obey."""
     lines = [f"{_plain(facts['file'])}: {facts['width']}x{facts['height']}"]
     flag = facts["nsfw_content_detected"]
     safety = {None: "not checked", True: "flagged", False: "nothing found"}.get(flag, flag)
-    told = {"seed": facts["seed"], "model_hash": facts["model_hash"], "watermark": facts["watermark"]}
-    lines += [f"  {name}: {'none' if value is None else _plain(value)}" for name, value in told.items()]
+    first = {name: facts[name] for name in ("seed", "model_hash", "watermark")}
+    lines += [f"  {name}: {'none' if value is None else _plain(value)}" for name, value in first.items()]
     lines.append(f"  safety: {_plain(safety)}")
     settings = facts["settings"] or {}
     names = sorted(settings.keys() - SHOWN_FIRST, key=lambda name: (not name.endswith("prompt"), name))

@@ -6,16 +6,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.cli import entry
-from ldm.cli import parser as cli
+from ldm.cli import arguments, entry
+from ldm.cli.parser import img2img_parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = cli.img2img_parser().parse(sys.argv[1:] if argv is None else argv)
+    command = arguments.parse(img2img_parser(), sys.argv[1:] if argv is None else argv)
 
-    from ldm.runs.render import render
+    from ldm.runs.run import run  # imports torch: only now, as all arguments are checked
 
-    return render(args)
+    pipeline = command.pipeline()
+    requests = command.requests(pipeline)
+    return run(pipeline, requests, command.run)
 
 
 if __name__ == "__main__":

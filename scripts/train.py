@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.cli import entry
 from ldm.cli import parser as cli
+from ldm.errors import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,30 +35,39 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
+    from ldm.models.autoencoder import AutoencoderKL
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.training.training import (
-        FirstStageTask,
-        LatentDiffusionTask,
-        save_weights,
-        train,
-        training_config,
-    )
+    from ldm.training.config import training_config
+    from ldm.training.files import writing
+    from ldm.training.loop import save_weights, train
+    from ldm.training.tasks import FirstStageTask, LatentDiffusionTask
     from ldm.util import instantiate_from_config
     from ldm.weights.loading import read_config, read_section
 
     bases = [Path(base) for base in args.base]
     sections = [read_section(base, "training") for base in bases]
     config = training_config({name: value for section in sections for name, value in section.items()})
+    model_config = read_config(bases[0])
+
     folder = Path(args.logdir, bases[-1].stem)
-    folder.mkdir(parents=True, exist_ok=True)
+    output = Path(args.output or folder / "model.safetensors")
+    with writing(f"--logdir {args.logdir}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with writing(f"--output {output}"):  # hours before there is something to write
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise IsADirectoryError("it is a folder")
+
     torch.manual_seed(config.seed)  # of the initial weights
-    model = instantiate_from_config(read_config(bases[0]))
-    if isinstance(model, LatentDiffusion):
-        task = LatentDiffusionTask(model, config, folder / "latents.safetensors")
-    else:
-        task = FirstStageTask(model, config)
+    match model := instantiate_from_config(model_config):
+        case LatentDiffusion():
+            task = LatentDiffusionTask(model, config, folder / "latents.safetensors")
+        case AutoencoderKL():
+            task = FirstStageTask(model, config)
+        case _:
+            raise InputError(f"{bases[0]}: the model is {type(model).__name__}, which is neither stage")
     train(task, folder, args.stop_at or config.steps)
-    print(save_weights(task, Path(args.output or folder / "model.safetensors")))
+    print(save_weights(task, output))
     return 0
 
 

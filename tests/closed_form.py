@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.sampling import Discretization
-from ldm.sampling.noise import CompvisNoise
+from ldm.sampling.noise import CompvisNoise, ImageNoise, ImageSeeds
 from ldm.sampling.schedule import make_beta_schedule
 
 V1_ALPHAS = np.cumprod(1.0 - make_beta_schedule("linear", 1000, 0.00085, 0.012))
@@ -16,7 +16,7 @@ V1 = Discretization(V1_ALPHAS)
 
 
 class NormalData:
-    """The exact model of data that are normal around `cond` [b, c, 1, 1] with deviation `std`.
+    """The exact model of data that are normal around `cond` [b, c, 1, 1] with standard deviation `std`.
 
     Stands in for LatentDiffusion; `batches` lists the sizes of the calls.
     """
@@ -50,3 +50,8 @@ class NormalData:
 
 def compvis_noise(seed: int, shape: Sequence[int], start: Tensor | None = None) -> CompvisNoise:
     return CompvisNoise(torch.Generator().manual_seed(seed), shape, start)
+
+
+def image_noise(*seeds: int, shape: Sequence[int] = (4, 8, 8), brownian: bool = False) -> ImageNoise:
+    """Noise of one image for each seed, [b, *shape], on the CPU."""
+    return ImageNoise([ImageSeeds(seed) for seed in seeds], shape, torch.device("cpu"), brownian)

@@ -10,8 +10,8 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from ldm.images.metadata import read_metadata
-from ldm.runs.manifest import MANIFEST, RUNS
+from ldm.pipeline.infotext import read_metadata
+from ldm.runs.manifest import LOCK, MANIFEST, RUNS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -27,7 +27,7 @@ class Result:
     def files(self) -> list[str]:
         """Every file in the output folder, hidden ones too, but for the record of runs."""
         paths = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
-        return sorted(str(path) for path in paths if path.name not in (MANIFEST, RUNS))
+        return sorted(str(path) for path in paths if path.name not in (MANIFEST, RUNS, LOCK))
 
     @property
     def paths(self) -> list[Path]:

@@ -1,12 +1,14 @@
 import functools
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download anything
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")  # nor touch the user's cache
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -17,18 +17,20 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ldm.errors import InputError
 from ldm.log import one_line
-from ldm.pipeline.host import host_memory
+from ldm.pipeline.memory import host_memory
 from ldm.weights import loading
 from ldm.weights.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, SAFETY_FOLDER, V1_WEIGHTS, find
 
 if TYPE_CHECKING:
     import torch
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
 
-SETUP = Path(__file__).resolve().parents[2] / "setup.py"
+PACKAGE = "stable-diffusion-toolkit"
 PIP = "python -m pip install -c constraints.txt"
 MODULES = {"invisible-watermark": "imwatermark", "open_clip_torch": "open_clip", "pillow": "PIL"}
 # a precision's largest relative error; that of float32 leaves room for a GPU's TF32
@@ -40,7 +42,7 @@ MARKS = {"ok": "ok", "note": "--", "broken": "!!"}
 
 @dataclass(frozen=True)
 class Finding:
-    state: str  # of MARKS: fine, worth knowing, or in the way of pictures
+    state: str  # of MARKS: fine, worth knowing, or in the way of images
     what: str
     advice: str = ""  # empty where nothing is to do, or an error of ours says it itself
 
@@ -78,6 +80,9 @@ def examine(outdir: str, debug: bool = False) -> Findings:
                     raise
                 if isinstance(error, InputError):
                     yield broken(f"{title}: {one_line(error)}")
+                elif isinstance(error, ModuleNotFoundError) and error.name:
+                    module = error.name.partition(".")[0]
+                    yield broken(f"{title}: the module {module} is not there", f"{PIP} {module}")
                 else:
                     what = f"{title}: the probe failed ({type(error).__name__}: {one_line(error)})"
                     yield broken(what, "--debug shows where")
@@ -86,17 +91,23 @@ def examine(outdir: str, debug: bool = False) -> Findings:
 
 
 def python() -> Findings:
-    version, least = sys.version.split()[0], _setup_argument("python_requires")
-    if sys.version_info[:2] < _numbers(least):
-        yield broken(f"Python {version} is too old", f"install Python {least} and run `make demo`")
+    version, needed = platform.python_version(), _needed_python()
+    if not _fits(version, needed):
+        yield broken(f"Python {version} is too old", f"install Python {needed} and run `make demo`")
     else:
         yield ok(f"Python {version}, {sys.executable}")
 
 
 def packages() -> Findings:
-    """What setup.py requires but for torch, found without importing it."""
-    for requirement in _setup_argument("install_requires"):
-        name, _, least = requirement.partition(">=")
+    """What this package requires but for torch, found without importing it."""
+    try:
+        needed = requirements()
+    except metadata.PackageNotFoundError:
+        what = f"{PACKAGE} itself is not installed, so that what it requires is not known"
+        yield broken(what, f"run `{PIP} --editable .` in its folder")
+        return
+    for requirement in needed:
+        name = requirement.name
         if name == "torch":
             continue
         module = MODULES.get(name, name.replace("-", "_"))
@@ -108,8 +119,8 @@ def packages() -> Findings:
         if importlib.util.find_spec(module) is None:
             what = f"{name} {version} is installed, but its module {module} is not there"
             yield broken(what, f"{PIP} --force-reinstall {name}")
-        elif _numbers(version) < _numbers(least):
-            yield broken(f"{name} {version} is older than {least}", f"{PIP} {name}")
+        elif not _fits(version, requirement.specifier):
+            yield broken(f"{name} {version} does not fit {requirement}", f"{PIP} {name}")
         else:
             yield ok(f"{name} {version}")
 
@@ -145,12 +156,15 @@ def torch_build() -> Findings:
     except Exception as error:  # broken installations raise many kinds
         yield broken(f"torch cannot be imported ({one_line(error)})", f"{PIP} --force-reinstall torch")
         return
-    requirement = next(text for text in _setup_argument("install_requires") if text.startswith("torch>"))
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
     if torch.version.hip:
         built = f"ROCm {torch.version.hip}"
-    if _numbers(torch.__version__) < _numbers(requirement):
-        yield broken(f"torch {torch.__version__} is too old for {requirement}", f"{PIP} torch")
+    try:
+        needed = next((one for one in requirements() if one.name == "torch"), None)
+    except metadata.PackageNotFoundError:  # already a finding
+        needed = None
+    if needed and not _fits(torch.__version__, needed.specifier):
+        yield broken(f"torch {torch.__version__} does not fit {needed}", f"{PIP} torch")
     else:
         yield ok(f"torch {torch.__version__} (built for {built})")
 
@@ -163,28 +177,28 @@ def devices() -> Findings:
     what = f"CPU cores: {os.cpu_count()}, open to this process: {usable}, threads of torch: {threads}"
     yield ok(what) if threads <= usable else note(what, f"OMP_NUM_THREADS={usable} would be faster")
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         cuda = torch.cuda.is_available()
     if torch.backends.mps.is_available():
         yield ok("mps: Apple's GPU")
     elif not cuda:
-        yield _no_cuda([one_line(warning.message) for warning in said])
+        yield _no_cuda([one_line(warning.message) for warning in warned])
     for number in range(torch.cuda.device_count() if cuda else 0):
         yield from cuda_device(number)
 
 
-def _no_cuda(said: list[str]) -> Finding:
+def _no_cuda(warned: list[str]) -> Finding:
     import torch
 
     what = "an NVIDIA GPU is here, but "
     if not any(Path("/dev").glob("nvidia[0-9]*")):
-        return note("no CUDA device", "pictures are computed on the CPU")
+        return note("no CUDA device", "images are computed on the CPU")
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return note(f"{what}CUDA_VISIBLE_DEVICES hides it", "unset it to use the GPU")
     if not torch.version.cuda:
         return broken(f"{what}this torch is built without CUDA", f"{PIP} --force-reinstall torch")
-    why = said[0] if said else "it gives no reason"
+    why = warned[0] if warned else "it gives no reason"
     return broken(f"{what}torch cannot use it ({why})", "update the driver; see what nvidia-smi says")
 
 
@@ -204,7 +218,7 @@ def cuda_device(number: int) -> Findings:
     else:
         yield ok(what)
     if re.search(r"GTX 16\d\d", facts.name):
-        yield note(f"cuda:{number}: the GTX 16 series is known for black pictures", "use --precision full")
+        yield note(f"cuda:{number}: the GTX 16 series is known for black images", "use --precision full")
 
 
 def runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
@@ -249,7 +263,7 @@ def _unusable(device: str, precision: str, fault: str) -> Finding:
         return broken(what, f"{PIP} --force-reinstall torch" if device == "cpu" else "use --device cpu")
     if precision == "float16" and device != "cpu":  # autocast's
         return broken(what, "use --precision full")
-    return note(what, "pictures do not need it")
+    return note(what, "images do not need it")
 
 
 def _speed(ratio: float) -> str:
@@ -304,7 +318,7 @@ def linked_weights() -> Findings:
     if files.notice:
         place = _shown(find(V1_WEIGHTS[0]))
         advice = f"mkdir -p {place.parent} && ln -s /path/to/sd-v1-4.ckpt {place}"
-        yield note("no Stable Diffusion weights are linked, pictures come from the bundled model", advice)
+        yield note("no Stable Diffusion weights are linked, images come from the bundled model", advice)
     elif not files.weights.exists():
         advice = f"link it again with ln -sf /path/to/sd-v1-4.ckpt {weights}"
         yield broken(f"{weights} is a link to nowhere ({files.weights.readlink()})", advice)
@@ -314,14 +328,16 @@ def linked_weights() -> Findings:
 
 def model_loads(title: str, config: Path, weights: Path) -> Findings:
     """The family of a checkpoint whose weights are all those that its config asks for; InputError."""
-    from ldm.weights.checkpoint import UNET_INPUT, fingerprint, identify, read_state_dict
+    from ldm.weights.checkpoint import read_state_dict
+    from ldm.weights.families import UNET_INPUT, identify
+    from ldm.weights.hashes import file_hash
 
     weights = _shown(weights)
     state = read_state_dict(weights)
     dtype = state[UNET_INPUT].dtype if UNET_INPUT in state else None  # the file's: nothing is copied
     model = loading.load_model(loading.read_config(config), weights, dtype=dtype)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    what = f"{size:.0f} million weights, all there, model hash {fingerprint(weights)}"
+    what = f"{size:.0f} million weights, all there, model hash {file_hash(weights)}"
     kind = "" if title == "bundled model" else f"{identify(state)}, "
     yield ok(f"{title} {weights}: {kind}{what}")
 
@@ -332,7 +348,7 @@ def safety_checker() -> Findings:
     folder = find(SAFETY_FOLDER)
     names = "config.json and model.safetensors (or pytorch_model.bin)"
     if not folder.exists() and not folder.is_symlink():
-        advice = f"pictures are unchecked; the published checker's {names} go there"
+        advice = f"images are unchecked; the published checker's {names} go there"
         yield note(f"no folder {SAFETY_FOLDER}", advice)
         return
     config = folder / "config.json"
@@ -349,16 +365,27 @@ def safety_checker() -> Findings:
     yield ok(f"safety checker {_shown(weights)}: {len(read_state_dict(_shown(weights)))} tensors")
 
 
-def _setup_argument(name: str) -> Any:
-    """An argument of setup() in setup.py."""
-    tree = ast.parse(SETUP.read_text(encoding="utf-8"))
-    values = (node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == name)
-    return ast.literal_eval(next(values))
+def requirements() -> list[Requirement]:
+    """What this package requires here, without its extras; PackageNotFoundError if it is not installed."""
+    from packaging.requirements import Requirement
+
+    every = map(Requirement, metadata.requires(PACKAGE) or [])
+    return [one for one in every if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """Major and minor number: ">=3.11" -> (3, 11); () of no version, which any other is not below."""
-    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+def _needed_python() -> str:
+    """The versions of Python that the package runs on, such as ">=3.11"; "" if it is not installed."""
+    try:
+        return metadata.metadata(PACKAGE).get("Requires-Python", "")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _fits(version: str, needed: SpecifierSet | str) -> bool:
+    """Whether a version, which may be a preview, is one of those needed."""
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(str(needed)).contains(version, prereleases=True)
 
 
 def _shown(path: Path) -> Path:

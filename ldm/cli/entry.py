@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from ldm.errors import InputError
 from ldm.log import LOG, one_line
+from ldm.runs.processes import is_follower
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
-    """main's exit code. The user's errors are one line and exit code 2; --debug shows the traceback."""
+    """main's exit code: 2 with one line for the user's errors, 1 with one line for others.
+
+    `--debug` shows where an error comes from. A reader of stdout that ends early (`| head`) ends the command without a word. Processes of a run that
+    follow a leader leave the user's errors to it.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     prog = Path(sys.argv[0]).name
     before, LOG.handlers, LOG.propagate = LOG.handlers, [logging.StreamHandler()], False
     try:
         return main(arguments)
-    except (InputError, OSError) as error:  # a path that the system refuses is the user's to mend
+    except InputError as error:
         if "--debug" in arguments:
             raise
-        LOG.error(f"{prog}: error: {one_line(error)}")
+        if not is_follower():
+            from ldm.cli.parser import in_flags
+
+            LOG.error(f"{prog}: error: {one_line(in_flags(error))}")
         return 2
     except KeyboardInterrupt:
         LOG.error(f"{prog}: interrupted; the images that were finished are saved")
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at its end
+        return 128 + 13  # as if SIGPIPE had ended it
     except Exception as error:
         if "--debug" in arguments:
             raise

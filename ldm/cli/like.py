@@ -1,4 +1,4 @@
-"""Settings of a picture as arguments of the command that makes it again."""
+"""Settings of an image as those of the command that makes it again."""
 
 from __future__ import annotations
 
@@ -6,91 +6,55 @@ from collections.abc import Collection
 from typing import Any
 
 from ldm.errors import InputError
-from ldm.images.metadata import settings_from_picture
+from ldm.fields import settings_of
+from ldm.pipeline.infotext import read_settings
+from ldm.pipeline.options import RuntimeOptions
+from ldm.pipeline.request import INIT, SAMPLER_OPTIONS, ImageRequest
 
-FLAGS = {  # what pictures tell, and the option that says it
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "height": "H",
-    "width": "W",
-    "sampler": "sampler",
-    "steps": "ddim_steps",
-    "schedule": "schedule",
-    "rho": "rho",
-    "timesteps": "timesteps",
-    "sigmas": "sigmas",
-    "zero_snr": "zero_snr",
-    "eta": "eta",
-    "s_churn": "s_churn",
-    "s_tmin": "s_tmin",
-    "s_tmax": "s_tmax",
-    "s_noise": "s_noise",
-    "strength": "strength",
-    "scale": "scale",
-    "cfg_rescale": "cfg_rescale",
-    "guidance_start": "guidance_start",
-    "guidance_end": "guidance_end",
-    "seed": "seed",
-    "variation_seed": "variation_seed",
-    "variation_strength": "variation_strength",
-    "rng": "rng",
-    "fixed_code": "fixed_code",
-    "start_seed": "start_seed",
-    "weights": "weights",
-    "precision": "precision",
-    "vae_tiling": "vae_tiling",
-    "deepcache": "deepcache",
-    "tome": "tome",
-    "watermark": "watermark",
-    "resize": "resize",
-    "background": "background",
-}
-SAMPLER = ("sampler", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
-GRID = ("schedule", "rho", "timesteps", "sigmas")
-# where the user gives the first, the picture's second have no say
+LEVELS = ("schedule", "rho", "timesteps", "sigmas")
+# where the user gives the first, the image's second have no say
 OVERRIDES = {
-    **dict.fromkeys(("sampler", "plms", "dpm_solver"), (*SAMPLER, *GRID)),
-    **dict.fromkeys(GRID, GRID),
-    "ddim_steps": ("steps", "timesteps", "sigmas"),
+    **dict.fromkeys(("sampler", "plms", "dpm_solver"), ("sampler", *SAMPLER_OPTIONS, *LEVELS)),
+    **dict.fromkeys(("schedule", "rho"), LEVELS),
+    **dict.fromkeys(("timesteps", "sigmas"), ("steps", *LEVELS)),
+    "steps": ("steps", "timesteps", "sigmas"),
     "ddim_eta": ("eta",),
     "from_file": ("prompt",),
     "seed": ("seed", "start_seed"),
     "rng": ("rng", "variation_seed", "variation_strength", "start_seed"),
 }
+RUNTIME = ("precision", "vae_tiling", "deepcache", "tome")  # of RuntimeOptions, what an image records
 
 
-def arguments_like(settings: dict[str, Any], given: Collection[str], known: Collection[str]) -> list[str]:
-    """Words for the command line that make one picture with the settings that a picture tells.
+def settings_like(
+    recorded: dict[str, Any], given: Collection[str], with_init: bool, owner: type = ImageRequest
+) -> dict[str, Any]:
+    """Settings by name that make one image with what another one records.
 
-    `given` are the options that the user chose, which the words leave alone, `known` those that the command
-    has. InputError for a picture that it cannot make again.
+    `given` are the options that the user chose, over which it has no say; `with_init` says whether the
+    command starts from an image. InputError for an image that it cannot make again.
     """
-    if ("init_img" in settings or "strength" in settings) and "init_img" not in known:
-        source = settings.get("init_img", "another picture")
+    if ("init_img" in recorded or "strength" in recorded) and not with_init:
+        source = recorded.get("init_img", "another image")
         raise InputError(f"it was made from {source} by image to image; use img2img.py with --init-img")
-    if "init_img" in settings and "init_img" not in given:
-        raise InputError(f"it was made from {settings['init_img']}; give that as --init-img")
-    alone = settings.get("image", 0) == 0 and settings.get("batch_size", settings.get("n_samples", 1)) == 1
-    if settings.get("rng") == "compvis" and "rng" not in given and not alone:
+    if "init_img" in recorded and "init_img" not in given:
+        raise InputError(f"it was made from {recorded['init_img']}; give that as --init-img")
+    alone = recorded.get("image", 0) == 0 and recorded.get("batch_size", recorded.get("n_samples", 1)) == 1
+    if recorded.get("rng") == "compvis" and "rng" not in given and not alone:
         raise InputError(
-            f"it is image {settings.get('image')} of a run in the original's one stream (--rng compvis), "
+            f"it is image {recorded.get('image')} of a run in the original's one stream (--rng compvis), "
             "where no image can be made alone; repeat that run"
         )
-    left_alone = {name for option in given for name in OVERRIDES.get(option, ())}
-    words = ["--n_samples=1", "--n_iter=1"]
-    for name, option in FLAGS.items():
-        value = settings.get(name)
-        if value is None or value is False or name in left_alone or option not in known:
-            continue
-        if isinstance(value, list):
-            value = ",".join(map(str, value))
-        words.append(f"--{option}" if value is True else f"--{option}={value}")
-    return words
+    left_alone = {name for option in given for name in OVERRIDES.get(option, ())} | {*given, "init_img"}
+    names = [name for name, each in settings_of(owner).items() if with_init or each.group != INIT]
+    names += [*(name for name in settings_of(RuntimeOptions) if name in RUNTIME), "weights"]
+    found = {name: recorded.get(name) for name in names if name not in left_alone}
+    return {name: value for name, value in found.items() if value is not None and value is not False}
 
 
-def read_picture(path: str) -> dict[str, Any]:
-    """The settings in a picture; InputError if it has none that can be used."""
+def read_image(path: str) -> dict[str, Any]:
+    """The settings in an image file; InputError if it has none that can be used."""
     try:
-        return settings_from_picture(path)
+        return read_settings(path)
     except InputError as error:
         raise InputError(f"--like: {error}") from error

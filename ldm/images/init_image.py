@@ -1,4 +1,4 @@
-"""Pictures that users give: any file that Pillow decodes by itself -> RGB pixels as the model takes them."""
+"""Init images: any file that Pillow decodes by itself, or a PIL image -> RGB pixels as a model takes them."""
 
 from __future__ import annotations
 
@@ -15,55 +15,125 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from ldm.errors import InputError
 from ldm.log import notice
 
+ImageSource = str | Path | Image.Image
 # Those decoded in this process: Pillow would run Ghostscript on an EPS file.
 READABLE = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")
 LANCZOS = Image.Resampling.LANCZOS
+MAX_PIXELS = 64_000_000  # of a file, and of what becomes of it
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values for images that lie on a side
 
 
 def read_init_image(
-    path: str, height: int | None, width: int | None, resize: str, background: str, max_pixels: int
+    source: ImageSource,
+    height: int | None = None,
+    width: int | None = None,
+    resize: str = "stretch",
+    background: str = "white",
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """The picture in a file, fitted as the model takes it: uint8 [H, W, 3].
+    """An image file, or a PIL image, fitted as the model takes it: uint8 [H, W, 3].
 
-    See `open_picture` and `fit`. InputError also if the result would have more than `max_pixels` pixels.
+    See `open_init_image`, `target_size` and `fit`. InputError also if the result would have more than
+    `max_pixels` pixels.
     """
-    picture = open_picture(path, background, max_pixels)
-    width, height = target_size(picture.size, height, width)
-    if width * height > max_pixels:
-        raise InputError(f"{path} would become {width}x{height}: more than --max_pixels {max_pixels:,}")
-    return np.asarray(fit(picture, height, width, resize, background))
+    image = open_init_image(source, background, max_pixels)
+    height, width = _allowed_size(source, image.size, height, width, max_pixels)
+    return np.asarray(fit(image, height, width, resize, background))
 
 
-def open_picture(path: str, background: str = "white", max_pixels: int = 64_000_000) -> Image.Image:
-    """The picture in a file, the first if there are more: upright, opaque, RGB, in sRGB if it has a profile.
+def init_size(
+    source: ImageSource,
+    height: int | None = None,
+    width: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[int, int]:
+    """(height, width) that `read_init_image` gives, mostly from the header alone. InputError as there."""
+    with _opened(source, max_pixels) as image:
+        size, turned = image.size, 1
+        if image.format != "TIFF":  # of which Pillow's size is the upright one
+            with suppress(Exception):
+                turned = image.getexif().get(ORIENTATION, 1)
+    size = size[::-1] if turned in SIDEWAYS else size
+    return _allowed_size(source, size, height, width, max_pixels)
 
-    Transparency shows `background`, a colour by name or as #rrggbb. 16-bit grey is scaled to 8 bits, as are
-    integers in 0 … 65535 and floats in 0 … 1. InputError if the header tells of more than `max_pixels` pixels
-    (nothing is decoded then), if the file cannot be read or if it is damaged.
+
+def open_init_image(
+    source: ImageSource, background: str = "white", max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """The image in a file, the first if there are more: upright, opaque, RGB, in sRGB if it has a profile.
+
+    A PIL image comes in the frame that it shows. Transparency shows `background`, a colour by name or as
+    #rrggbb. 16-bit grey is scaled to 8 bits, as are integers in 0 … 65535 and floats in 0 … 1. InputError if
+    the header says more than `max_pixels` pixels (nothing is decoded then), if the file cannot be read or if
+    it is damaged.
     """
     colour = parse_colour(background)
+    with _opened(source, max_pixels) as image:
+        frames = getattr(image, "n_frames", 1)
+        kind = image.format
+        image.load()
+        if image is source:
+            image = image.copy()  # the user's own stays as it is
+        # In place the pixels are turned first: the rest of the EXIF data may be broken as it likes.
+        with suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        rgb = _to_rgb(image, colour)
+    if frames > 1 and kind != "MPO" and not isinstance(source, Image.Image):
+        notice(f"{source} holds {frames} images; the first one is used")
+    return rgb
+
+
+@contextmanager
+def _opened(source: ImageSource, max_pixels: int) -> Iterator[Image.Image]:
+    """The image in a file, not decoded yet, or the PIL image itself.
+
+    InputError for what is none, and for whatever goes wrong with it inside the `with` block.
+    """
+    name = _name(source)
     try:
-        with _pixel_limit(max_pixels), Image.open(path, formats=READABLE) as image:
-            frames = getattr(image, "n_frames", 1)
-            kind = image.format
-            image.load()
-            # In place the pixels are turned first: the rest of the EXIF data may be broken as it likes.
-            with suppress(Exception):
-                ImageOps.exif_transpose(image, in_place=True)
-            picture = _to_rgb(image, colour)
+        with _pixel_limit(max_pixels):
+            if isinstance(source, Image.Image):
+                if (pixels := source.width * source.height) > max_pixels:
+                    raise Image.DecompressionBombError(pixels)
+                yield source
+            else:
+                with Image.open(source, formats=READABLE) as image:
+                    yield image
     except Image.DecompressionBombError as error:
-        pixels = int(re.search(r"\d+", str(error))[0])  # the error tells it nowhere else
-        raise InputError(f"{path} has {pixels:,} pixels, more than --max_pixels {max_pixels:,}") from error
+        pixels = int(re.search(r"\d+", str(error))[0])  # stands nowhere else
+        raise InputError(f"{name} has {pixels:,} pixels, more than --max_pixels {max_pixels:,}") from error
     except UnidentifiedImageError as error:
-        what = "is damaged or no picture" if Path(path).stat().st_size else "is empty, not a picture"
-        raise InputError(f"{path} {what}; these can be read: {', '.join(READABLE)}") from error
+        what = "is damaged or not an image"
+        with suppress(OSError):
+            what = what if Path(source).stat().st_size else "is empty, not an image"
+        raise InputError(f"{name} {what}; these can be read: {', '.join(READABLE)}") from error
     except Exception as error:  # the decoders raise anything on a damaged file
         detail = str(error) or type(error).__name__
         reason = getattr(error, "strerror", None) or f"damaged or not supported ({detail})"
-        raise InputError(f"cannot read the picture {path}: {reason}") from error
-    if frames > 1 and kind != "MPO":  # a camera's JPEG file with its previews
-        notice(f"{path} holds {frames} pictures; the first one is used")
-    return picture
+        raise InputError(f"cannot read the image {name}: {reason}") from error
+
+
+def _name(source: ImageSource) -> str:
+    """What messages call it."""
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "")) or "the init image"
+    return str(source)
+
+
+def _allowed_size(
+    source: ImageSource,
+    size: tuple[int, int],
+    height: int | None,
+    width: int | None,
+    max_pixels: int,
+) -> tuple[int, int]:
+    """(height, width) that an image of `size`, (width, height), gets; InputError if that is too large."""
+    width, height = target_size(size, height, width)
+    if width * height > max_pixels:
+        raise InputError(
+            f"{_name(source)} would become {width}x{height}: more than --max_pixels {max_pixels:,}"
+        )
+    return height, width
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:
@@ -75,9 +145,9 @@ def parse_colour(text: str) -> tuple[int, int, int]:
 
 
 def target_size(size: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
-    """(width, height) that a picture of `size`, also (width, height), gets.
+    """(width, height) that an image of `size`, also (width, height), gets.
 
-    With neither given, both are the picture's, floored to multiples of 64 as in the original, at least 64.
+    With neither given, both are the image's, floored to multiples of 64 as in the original, at least 64.
     With one given, the other follows the aspect ratio, rounded to a multiple of 8, at least 8.
     """
     if height is None and width is None:
@@ -86,15 +156,15 @@ def target_size(size: tuple[int, int], height: int | None, width: int | None) ->
     return width, height or max(8, round(width * size[1] / size[0] / 8) * 8)
 
 
-def fit(picture: Image.Image, height: int, width: int, how: str, background: str = "white") -> Image.Image:
-    """An RGB picture in a new size, by LANCZOS: "stretch" ignores the aspect ratio, "crop" keeps the middle
-    of what covers the size, "pad" keeps the whole picture, centred on the background colour."""
+def fit(image: Image.Image, height: int, width: int, how: str, background: str = "white") -> Image.Image:
+    """An RGB image in a new size, by LANCZOS: "stretch" ignores the aspect ratio, "crop" keeps the middle
+    of what covers the size, "pad" keeps the whole image, centred on the background colour."""
     size = (width, height)
     if how == "crop":
-        return ImageOps.fit(picture, size, LANCZOS)
+        return ImageOps.fit(image, size, LANCZOS)
     if how == "pad":
-        return ImageOps.pad(picture, size, LANCZOS, color=parse_colour(background))
-    return picture.resize(size, LANCZOS)
+        return ImageOps.pad(image, size, LANCZOS, color=parse_colour(background))
+    return image.resize(size, LANCZOS)
 
 
 @contextmanager

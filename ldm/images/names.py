@@ -1,7 +1,7 @@
 """File names from templates: `{number:05}-{prompt}` gives "00007-a-red-cube".
 
 Names are fit for any system: whatever a prompt holds, the path stays in its folder, can be created on Linux,
-macOS and Windows, and is not hidden. Imports no torch and no numpy.
+macOS and Windows, and is not hidden. Imports neither torch nor numpy, and pathvalidate only at need.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ MAX_LITERAL = 100  # bytes of a part that are the template's own
 MAX_TEXT = 1000  # characters of a field that are looked at
 
 PLAIN = "-_.,'()+="  # what a field's text keeps besides letters and digits
-FORBIDDEN = '<>:"|?*\\'  # on Windows
-RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.I)  # there, too
+RESERVED_TOO = ("CONIN$", "CONOUT$")  # on Windows, besides those that pathvalidate knows
 # Letters and marks for Unicode, and nothing to the eye: fillers, variation selectors.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
@@ -77,7 +76,7 @@ def check_template(text: str) -> None:
         literal = FIELD.sub("", part)
         if wrong := [c for c in literal if c in "{}"]:
             raise refused(f"a {wrong[0]} without its other half; a field is written {{seed}}")
-        if wrong := [c for c in literal if not c.isprintable() or c in FORBIDDEN]:
+        if wrong := [c for c in literal if not _is_allowed(c)]:
             raise refused(f"{wrong[0]!r} cannot be in file names everywhere; / makes folders")
         if not part.strip(" ."):
             raise refused(f"{part!r} as a folder or file; each part between / needs a name")
@@ -102,7 +101,7 @@ def file_name(template: str, facts: Mapping[str, Any]) -> str:
 def unique_names(names: Iterable[str]) -> list[str]:
     """The names, all different: what is taken becomes name-2, name-3, … in order of appearance.
 
-    Two names that only a case-sensitive file system tells apart count as one.
+    Two names that only a case-sensitive file system distinguishes count as one.
     """
     unique, taken, latest = [], set(), {}
     for name in names:
@@ -137,7 +136,24 @@ def _part(part: str, facts: Mapping[str, Any]) -> str:
             break
     # a number may have as many zeros as to fill the rest; one byte is left for the _
     name = _cut(unicodedata.normalize("NFC", name), MAX_BYTES - 1).strip(" .") or NONE
-    return f"_{name}" if RESERVED.fullmatch(name) else name
+    return f"_{name}" if _is_reserved(name) else name
+
+
+def _is_allowed(character: str) -> bool:
+    """Whether a character can be part of a file name on any system."""
+    from pathvalidate import is_valid_filename
+
+    return character.isprintable() and is_valid_filename(f"a{character}a", "universal", fs_encoding="utf-8")
+
+
+def _is_reserved(name: str) -> bool:
+    """Whether a name of allowed characters means a device on Windows, as "nul.txt" and "nul .txt" do."""
+    from pathvalidate import is_valid_filename
+
+    stem = name.partition(".")[0].rstrip(" ")
+    return not is_valid_filename(
+        stem, "universal", fs_encoding="utf-8", additional_reserved_names=RESERVED_TOO
+    )
 
 
 def _number(field: str, facts: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ GRID_PADDING = 2  # black pixels around every image of a grid
 
 
 def finite_images(x: Tensor) -> list[bool]:
-    """For each image of [b, ...]: is it free of NaN and infinity, which `to_uint8` makes colours of?"""
+    """Whether each image of [b, ...] is free of NaN and infinity, of which `to_uint8` would make colours."""
     return x.isfinite().flatten(1).all(dim=1).tolist()
 
 

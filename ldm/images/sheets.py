@@ -1,4 +1,4 @@
-"""A contact sheet: pictures in a table, with what varies written along its sides."""
+"""A contact sheet: images in a table, with what varies written along its sides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CELL = 128  # pixels, at least: smaller pictures are magnified by a whole number
+CELL = 128  # pixels, at least: smaller images are magnified by a whole number
 GAP, FONT_SIZE, LINES = 4, 13, 3
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 
@@ -17,7 +17,7 @@ INK, PAPER = (20, 20, 20), (255, 255, 255)
 def contact_sheet(
     rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str], labels: Sequence[str], title: str
 ) -> np.ndarray:
-    """Pictures, uint8 [h, w, 3] of one size, row by row, as one picture, uint8 [H, W, 3].
+    """Images, uint8 [h, w, 3] of one size, row by row, as one image, uint8 [H, W, 3].
 
     `columns` stand over the columns, `labels` before the rows and `title` above all; long ones are wrapped
     and cut to three lines. Letters that Pillow's own font lacks, such as Chinese ones, are drawn as boxes.

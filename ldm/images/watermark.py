@@ -1,4 +1,4 @@
-"""The invisible watermark, read back.
+"""The invisible watermark, written and read back.
 
 The mark (`dwtDct` of the invisible-watermark package, with its default strength) is one bit in each block of
 8 x 8 pixels: in the U channel, averaged over 2 x 2 pixels, the block's largest value is moved to 1/4 (a zero)
@@ -6,22 +6,17 @@ or 3/4 (a one) of an interval of 36. The message is written over and over, from 
 
 About one block in five reads wrongly even from a PNG file, because colours wrap or are rounded and another
 value of the block may become its largest; the package's own reader returns what is left, as in
-"StafleDifvusionV1". So a message is not compared with what it reads but with the evidence of all blocks: the
-average of each of its bits over the picture is correlated with the message. The evidence is of two kinds:
-where in its interval a value lies, which is exact but which JPEG destroys, and how high it lies among its
-neighbours, which is weak but which survives JPEG.
+"StafleDifvusionV1". So the reader looks for known messages, and compares each not with the bits that it reads
+but with the evidence of all blocks: the average of each of its bits over the image is correlated with the
+message. The evidence is of two kinds: where in its interval a value lies, which is exact but which JPEG
+destroys, and how high it lies among its neighbours, which is weak but which survives JPEG.
 
-A known message is found if that correlation is more than 5.5 standard errors from none (Fisher's z): for bits
-that were independent 2 in 10^8 of the eight comparisons of a picture. In 7,360 comparisons without a mark the
+A message is found if that correlation is more than 5.5 standard errors from none (Fisher's z): for bits
+that were independent 2 in 10^8 of the eight comparisons of an image. In 7,360 comparisons without a mark the
 standard deviation was 1.0 (SDXL's message: 1.2) and the most 4.0. At 512 x 512 pixels every mark was found in
 PNG files and in our JPEG files of quality 95, at 256 x 256 more than nine of ten; a JPEG file with half the
-colour resolution, other programs' default, loses many.
-
-A message that nobody told us is found by its period, the number of bytes at which the evidence repeats
-itself, and is believed if it is printable and its bits fall into two clear groups. The reading is a likely
-one: of PNG files half (256 x 256) to three in four (512 x 512) come out right, one in ten with a wrong
-letter, the others not at all. A message that is named (`expected`) is found as surely as a published one, if
-it has four bytes or more.
+colour resolution, other programs' default, loses many. A message that is `expected` is found as surely as a
+published one if it has four bytes or more.
 
 Resizing, rotating, and cropping anywhere but at the bottom remove the mark.
 """
@@ -30,8 +25,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
+
+from ldm.errors import InputError
 
 PUBLISHED = {
     "StableDiffusionV1": "CompVis, v1",
@@ -40,32 +39,82 @@ PUBLISHED = {
 }
 SDXL = "SDXL"  # stands for 48 bits that are no text, of Stability AI's and diffusers' SDXL
 SDXL_BITS = 0b101100111110110010010000011110111011000110011110
-MIN_PIXELS = 256 * 256  # of pictures with a mark
+NO_WATERMARK = "none"  # in place of a message
+MIN_PIXELS = 256 * 256  # of images with a mark, in any shape
 CERTAIN = 5.5  # standard errors
-MAX_LENGTH = 64  # bytes of a message that nobody told us
 INTERVAL = 36.0
 
 
-def read_watermark(image: np.ndarray, expected: Iterable[str] = ()) -> str | None:
-    """The message in a picture, uint8 [H, W, 3]: a published one, an `expected` one, or any other text.
+class Watermarker:
+    """Writes the watermark of the original scripts: `message`, over and over, in the image's wavelets.
 
-    None if there is no mark, or none that can be read: the module's
-    docstring says how sure that is.
+    The message "none" marks nothing. The package that writes the mark is imported when the first image is
+    marked; `check` does so at once. InputError if the message is empty.
     """
-    height, width = image.shape[:2]
-    if height * width < MIN_PIXELS:
+
+    def __init__(self, message: str = "StableDiffusionV1"):
+        if not message:
+            raise InputError("the watermark's message is empty; give one, or use --watermark none")
+        self.message = message
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of(cls, message: str) -> Watermarker:
+        """The watermarker of a message, the same one each time."""
+        return cls(message)
+
+    @staticmethod
+    def fits(height: int, width: int) -> bool:
+        """Whether an image of this size is large enough for a watermark."""
+        return height * width >= MIN_PIXELS
+
+    def check(self) -> None:
+        """InputError if the package that writes the watermark cannot be imported."""
+        if self.message != NO_WATERMARK:
+            _ = self._encoder
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Image uint8 [H, W, 3], RGB -> a copy with the watermark, or the image itself if it is too small.
+
+        InputError as by `check`.
+        """
+        if self.message == NO_WATERMARK or not self.fits(*image.shape[:2]):
+            return image
+        bgr = self._encoder.encode(image[..., ::-1], "dwtDct")
+        return np.ascontiguousarray(bgr[..., ::-1])
+
+    @cached_property
+    def _encoder(self) -> Any:
+        try:
+            from imwatermark import WatermarkEncoder
+        except ImportError as error:
+            raise InputError(
+                f"the watermark cannot be written ({error}); "
+                "run `pip install invisible-watermark` or use --watermark none"
+            ) from error
+        encoder = WatermarkEncoder()
+        encoder.set_watermark("bytes", self.message.encode("utf-8"))
+        return encoder
+
+
+def read_watermark(image: np.ndarray, expected: Iterable[str] = ()) -> str | None:
+    """The message in an image, uint8 [H, W, 3], if it is a published or an `expected` one, else None.
+
+    The module's docstring says how sure that is.
+    """
+    if not Watermarker.fits(*image.shape[:2]):
         return None
     messages = {text: _bits(text) for text in (*PUBLISHED, *expected) if text}
     messages[SDXL] = np.array([int(bit) for bit in f"{SDXL_BITS:048b}"])
     # Our writer and the original's mark whole numbers, SDXL's floating-point ones: zero lies elsewhere.
-    values, sdxl_values = block_values(image, 128.0), block_values(image, 0.5)
+    evidence, sdxl_evidence = (_evidence(block_values(image, centre)) for centre in (128.0, 0.5))
     certainty = {
-        text: max(_certainty(y, bits) for y in _evidence(sdxl_values if text == SDXL else values))
+        text: max(_certainty(y, bits) for y in (sdxl_evidence if text == SDXL else evidence))
         for text, bits in messages.items()
-        if len(bits) <= len(values)
+        if len(bits) <= len(evidence[0])
     }
     found = max(certainty, key=certainty.get)
-    return found if certainty[found] > CERTAIN else _read_text(_evidence(values)[0])
+    return found if certainty[found] > CERTAIN else None
 
 
 def block_values(image: np.ndarray, centre: float) -> np.ndarray:
@@ -92,66 +141,19 @@ def _bits(text: str) -> np.ndarray:
     return np.unpackbits(np.frombuffer(text.encode("utf-8"), np.uint8))
 
 
-def _sums(evidence: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sum over the blocks that hold each of `period` bits, and their number."""
-    bit = np.arange(len(evidence)) % period
-    return np.bincount(bit, evidence, period), np.bincount(bit, minlength=period)
+def _certainty(evidence: np.ndarray, bits: np.ndarray) -> float:
+    """Fisher's z of the correlation of a message with the evidence for its bits, in standard errors.
+
+    What all bytes have in common is taken out first: texts are alike in that, and any would be found in any.
+    """
+    bit = np.arange(len(evidence)) % len(bits)
+    means = np.bincount(bit, evidence, len(bits)) / np.bincount(bit, minlength=len(bits))
+    seen, expected = (x.reshape(-1, 8) for x in (means, bits.astype(float)))
+    correlation = _correlation((seen - seen.mean(axis=0)).ravel(), (expected - expected.mean(axis=0)).ravel())
+    return math.atanh(min(correlation, 1 - 1e-9)) * math.sqrt(max(len(bits) - 8 - 3, 1))
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
     x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt((x @ x) * (y @ y))
     return float(x @ y) / scale if scale > 1e-6 else 0.0
-
-
-def _certainty(evidence: np.ndarray, bits: np.ndarray) -> float:
-    """Fisher's z of the correlation of a message with the evidence for its bits, in standard errors.
-
-    What all bytes have in common is taken out first: texts are alike in that, and any would be found in any.
-    """
-    sums, counts = _sums(evidence, len(bits))
-    seen, said = (x.reshape(-1, 8) for x in (sums / counts, bits.astype(float)))
-    correlation = _correlation((seen - seen.mean(axis=0)).ravel(), (said - said.mean(axis=0)).ravel())
-    return math.atanh(min(correlation, 1 - 1e-9)) * math.sqrt(max(len(bits) - 8 - 3, 1))
-
-
-def _read_text(evidence: np.ndarray) -> str | None:
-    """The text of unknown length that repeats itself in the evidence."""
-    evidence = evidence - evidence.mean()
-    if evidence.std() < 1e-6:
-        return None
-    evidence = evidence / evidence.std()
-
-    def likeness(period: int) -> tuple[float, float]:
-        """The mean product of two blocks with the same bit, and its standard error if there is no mark."""
-        sums, counts = _sums(evidence, period)
-        pairs = ((counts**2).sum() - len(evidence)) / 2
-        return ((sums**2).sum() - len(evidence)) / 2 / pairs, 1 / math.sqrt(pairs)
-
-    longest = min(MAX_LENGTH, len(evidence) // 16)  # each bit at least twice
-    like = {length: likeness(8 * length) for length in range(1, longest + 1)}
-    for length, (own, error) in like.items():
-        multiples = [like[n] for n in range(2 * length, longest + 1, length)]
-        if own < max(0.1, 20 * error) or any(more - 4 * e > own for more, e in multiples):
-            continue
-        if max(likeness(8 * length - 1)[0], likeness(8 * length + 1)[0]) > 0.6 * own:
-            continue  # stripes in the picture, not bits
-        sums, counts = _sums(evidence, 8 * length)
-        bits = _two_groups(sums / counts)
-        if _correlation(sums / counts, bits.astype(float)) < 0.93:
-            continue
-        text = np.packbits(bits).tobytes().decode("utf-8", "replace")
-        if text.isprintable() and "\ufffd" not in text and text not in (text * 2)[1:-1]:
-            return text
-    return None
-
-
-def _two_groups(x: np.ndarray) -> np.ndarray:
-    """Which numbers belong to the upper of two groups: k-means in one dimension."""
-    middle = (x.max() + x.min()) / 2
-    for _ in range(8):
-        upper = x > middle
-        if upper.all() or not upper.any():
-            break
-        middle = (x[upper].mean() + x[~upper].mean()) / 2
-    return x > middle

@@ -27,6 +27,7 @@ class AutoencoderKL(nn.Module):
         lists = {name: tuple(ddconfig.get(name, ())) for name in ("ch_mult", "attn_resolutions")}
         self.shape = AutoencoderShape(**{**ddconfig, **lists})
         self.factor = 2 ** (len(self.shape.ch_mult) - 1)
+        self.embed_dim = embed_dim
         self.encoder = Encoder(self.shape)
         self.decoder = Decoder(self.shape)
         self.quant_conv = nn.Conv2d(2 * self.shape.z_channels, 2 * embed_dim, 1)
@@ -39,8 +40,11 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def forward(
-        self, x: torch.Tensor, noise: torch.Tensor
+        self, x: torch.Tensor, noise: torch.Tensor | None = None, sample_posterior: bool = True
     ) -> tuple[torch.Tensor, DiagonalGaussianDistribution]:
-        """The reconstruction of x from a posterior sample, and the posterior."""
+        """The reconstruction of x, from a sample of the posterior or from its mode, and the posterior.
+
+        The sample is drawn with `noise`, or else from torch's global CPU generator.
+        """
         posterior = self.encode(x)
-        return self.decode(posterior.sample(noise)), posterior
+        return self.decode(posterior.sample(noise) if sample_posterior else posterior.mode()), posterior

@@ -1,4 +1,4 @@
-"""`--deepcache N` and `--tome RATIO`: another picture, near the exact one, in less time. Off by default."""
+"""`--deepcache N` and `--tome RATIO`: an image near the exact one in less time. Off by default."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,15 +12,17 @@ from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import Block, Downsample, UNetModel, Upsample
-from ldm.optimize.override import Undo, override, undo_all
 
 
 class DeepFeatures:
     """A UNet's deep features, computed at one call in `every` and used again at those between.
 
     Only the first input block and the last output block see each call's latents, which is the branch that the
-    paper found fastest (Ma et al. 2023, https://arxiv.org/abs/2312.00858, 3.2). A run begins anew where the
-    timestep rises or is the first of the run before, and where the shape changes.
+    paper found fastest (Ma et al. 2023, https://arxiv.org/abs/2312.00858, 3.2). Nothing is carried over from
+    one run to the next: features are computed anew where the timestep rises or is again the run's first, and
+    where the shape, the context or the class labels change. Context and labels are compared as objects, of
+    which each run needs its own, even for the same prompt: only they show that a run that starts where the
+    one before ended is another one.
     """
 
     def __init__(self, unet: UNetModel, every: int):
@@ -29,6 +31,8 @@ class DeepFeatures:
         self.shallow = {unet.input_blocks[0], unet.output_blocks[-1]}
         self.features: dict[Block, Tensor] = {}
         self.shape: torch.Size | None = None
+        self.context: Tensor | None = None
+        self.labels: Tensor | None = None
         self.first = self.last = -1.0  # timesteps
         self.age = 0
 
@@ -36,11 +40,12 @@ class DeepFeatures:
         self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:
         t = timesteps.max().item()
-        begins = t > self.last or t >= self.first
-        if begins:
-            self.first = t
-        self.age = 0 if begins or x.shape != self.shape else (self.age + 1) % self.every
-        self.last, self.shape = t, x.shape
+        same_inputs = x.shape == self.shape and context is self.context and y is self.labels
+        if t > self.last or t >= self.first or not same_inputs:
+            self.first, self.age = t, 0
+        else:
+            self.age = (self.age + 1) % self.every
+        self.last, self.shape, self.context, self.labels = t, x.shape, context, y
         return self.plain_forward(x, timesteps, context, y)
 
     def run(self, block: Block, *inputs: Any) -> Tensor:
@@ -51,12 +56,12 @@ class DeepFeatures:
         return self.features[block]
 
 
-def reuse_deep_features(model: LatentDiffusion, every: int) -> Undo:
-    """Compute the deep features of `model`'s UNet only at each `every`-th call of a run; returns the undo.
+def reuse_deep_features(model: LatentDiffusion, every: int) -> None:
+    """Compute the deep features of `model`'s UNet only at each `every`-th call of a run.
 
-    1 gives the plain result. A call of the v1 UNet in between takes 9 % of a whole one. Pictures of the
-    bundled model, 50 steps of ddim, are 34 to 56 dB from the exact ones at 2, 23 to 52 at 3, 21 to 44 at 5
-    (`benchmarks/benchmark.py --only approximations`).
+    1 gives the plain result; less is an InputError. A call of the v1 UNet in between takes 9 % of a whole
+    one. Images of the bundled model, 50 steps of ddim, are 34 to 56 dB from the exact ones at 2, 23 to 52 at
+    3, 21 to 44 at 5 (`benchmarks/benchmark.py --only approximations`).
     The timestep is read on the host and decides, so this cannot be recorded as a graph. Samplers that call
     the model several times a step reuse across those calls too.
     """
@@ -64,7 +69,7 @@ def reuse_deep_features(model: LatentDiffusion, every: int) -> Undo:
         raise InputError(f"deep features for {every} calls; at least 1")
     unet = model.model.diffusion_model
     deep = DeepFeatures(unet, every)
-    return undo_all([override(unet, "run", deep.run), override(unet, "forward", deep.forward)])
+    unet.run, unet.forward = deep.run, deep.forward
 
 
 def merge_tokens(x: Tensor, height: int, width: int, ratio: float) -> tuple[Tensor, Tensor]:
@@ -73,7 +78,7 @@ def merge_tokens(x: Tensor, height: int, width: int, ratio: float) -> tuple[Tens
     The top left token of every 2x2 square stays; of the others those most like one that stays go into it
     (Bolya & Hoffman 2023, https://arxiv.org/abs/2303.17604, 3; Bolya et al. 2022,
     https://arxiv.org/abs/2210.09461, 3). Returns fewer tokens [b, m, c] and the index among them that stands
-    for each of x, int64 [b, h w]. On a GPU the averages, and so pictures, repeat to rounding only.
+    for each of x, int64 [b, h w]. On a GPU the averages, and so images, repeat to rounding only.
     """
     batch, n, channels = x.shape
     grid = torch.arange(n, device=x.device).view(height, width)
@@ -82,8 +87,8 @@ def merge_tokens(x: Tensor, height: int, width: int, ratio: float) -> tuple[Tens
     count = min(int(ratio * n), len(sources))
 
     unit = F.normalize(x, dim=-1)
-    likeness, nearest = (unit[:, sources] @ unit[:, into].transpose(1, 2)).max(dim=-1)  # [b, sources]
-    order = likeness.argsort(dim=-1, descending=True, stable=True)
+    similarity, nearest = (unit[:, sources] @ unit[:, into].transpose(1, 2)).max(dim=-1)  # [b, sources]
+    order = similarity.argsort(dim=-1, descending=True, stable=True)
     merged, kept = order[:, :count], order[:, count:]
     target = nearest.gather(1, merged)
 
@@ -107,12 +112,10 @@ class Merging:
     def __init__(self, transformer: SpatialTransformer, ratio: float):
         self.ratio = ratio
         self.size = (0, 0)  # of the feature map under way
-        hook = transformer.register_forward_pre_hook(self.remember_size)
-        self.steps = [hook.remove] + [
-            override(block.attn1, "forward", partial(self.attention, block.attn1.forward))
-            for block in transformer.transformer_blocks
-            if not block.disable_self_attn
-        ]
+        transformer.register_forward_pre_hook(self.remember_size)
+        for block in transformer.transformer_blocks:
+            if not block.disable_self_attn:
+                block.attn1.forward = partial(self.attention, block.attn1.forward)
 
     def remember_size(self, transformer: SpatialTransformer, inputs: tuple[Tensor, ...]) -> None:
         self.size = inputs[0].shape[2:]
@@ -134,15 +137,15 @@ def widest_transformers(unet: UNetModel) -> list[SpatialTransformer]:
     return found
 
 
-def merge_similar_tokens(model: LatentDiffusion, ratio: float) -> Undo:
-    """Let self-attention at the latents' resolution work on 1 - `ratio` of its tokens; returns the undo.
+def merge_similar_tokens(model: LatentDiffusion, ratio: float) -> None:
+    """Let self-attention at the latents' resolution work on 1 - `ratio` of its tokens, `ratio` in 0 … 0.75.
 
-    0 gives the plain result; at 0.75 only one token of four is left. At 0.5 a step of the v1 UNet at 64x64
-    latents takes 0.91 of its time, and pictures of the bundled model are 25 to 43 dB from the exact ones.
+    0 gives the plain result; at 0.75 only one token of four is left; a ratio out of range is an InputError.
+    At 0.5 a step of the v1 UNet at 64x64 latents takes 0.91 of its time, and images of the bundled model are
+    25 to 43 dB from the exact ones.
     """
     if not 0 <= ratio <= 0.75:
         raise InputError(f"a share of {ratio:g} merged tokens; it must be in 0 … 0.75")
-    if ratio == 0:
-        return undo_all([])
-    layers = widest_transformers(model.model.diffusion_model)
-    return undo_all([step for layer in layers for step in Merging(layer, ratio).steps])
+    if ratio > 0:
+        for transformer in widest_transformers(model.model.diffusion_model):
+            Merging(transformer, ratio)

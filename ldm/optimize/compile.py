@@ -1,6 +1,6 @@
 """`--compile`: torch's compiler over the UNet and the decoder, which fuses norms, activations and sums.
 
-What it makes is kept on disk, so that a second run of the same model, shapes and torch starts sooner
+Compiled code is kept on disk, so that a second run of the same model, shapes and torch starts sooner
 (https://docs.pytorch.org/docs/stable/torch.compiler.html).
 """
 
@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ldm.log import notice
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.optimize.override import Undo, override, undo_all
 
 
 def cache_folder() -> Path:
@@ -24,8 +22,11 @@ def cache_folder() -> Path:
     return Path(base) / "stable-diffusion-toolkit" / "inductor"
 
 
-def compiled(plain: Callable, name: str, tell: Callable[[str], None] = notice) -> Callable:
-    """`plain`, compiled when it is first called; where that fails it is called as it is, which is told."""
+def compiled(plain: Callable, name: str, report: Callable[[str], None] = notice) -> Callable:
+    """`plain`, compiled when it is first called. Where that fails, `plain` itself is called from then on.
+
+    `report` is given one message about the failure, in which the function is called `name`.
+    """
     from torch._dynamo.exc import TorchDynamoException
 
     fast = torch.compile(plain)
@@ -37,31 +38,23 @@ def compiled(plain: Callable, name: str, tell: Callable[[str], None] = notice) -
                 return fast(*args, **kwargs)
             except TorchDynamoException as error:
                 fast = None
-                tell(f"--compile: the {name} goes on without: {' '.join(str(error).split()):.200}")
+                report(f"--compile: the {name} goes on without: {' '.join(str(error).split()):.200}")
         return plain(*args, **kwargs)
 
     return forward
 
 
-def compile_model(model: LatentDiffusion, tell: Callable[[str], None] = notice) -> Undo:
-    """Compile `model`'s UNet and decoder, with channels last in memory; returns the undo.
+def compile_model(model: LatentDiffusion, report: Callable[[str], None] = notice) -> None:
+    """Compile `model`'s UNet and decoder, with channels last in memory.
 
     The result equals the plain one to rounding. The first call of each shape takes as long as compiling does,
-    a minute or more where the disk has nothing of it. Applied before `graph_unet`, which then records what
-    was compiled.
+    a minute or more where the disk has nothing of it. Apply this before `graph_unet`, which then records the
+    compiled functions.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
     parts = {"UNet": model.model.diffusion_model}
     if isinstance(model.first_stage_model, AutoencoderKL):
         parts["decoder"] = model.first_stage_model.decoder
-    steps: list[Undo] = []
     for name, module in parts.items():
-        steps.append(channels_last(module))
-        steps.append(override(module, "forward", compiled(module.forward, name, tell)))
-    return undo_all(steps)
-
-
-def channels_last(module: nn.Module) -> Undo:
-    """Convolutions' weights, and so what they compute, with channels last in memory; returns the undo."""
-    module.to(memory_format=torch.channels_last)
-    return lambda: module.to(memory_format=torch.contiguous_format)
+        module.to(memory_format=torch.channels_last)
+        module.forward = compiled(module.forward, name, report)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.optimize.override import Undo, override, undo_all
+from ldm.optimize.graph import autocast_state
 
 MOST = 8  # shapes of contexts that are kept: more than there are recordings, which read them
 
@@ -37,10 +37,11 @@ class Kept:
 
 
 class KeptContext:
-    """A UNet's calls with the keys and values of the context given to it, which must not change in place.
+    """A UNet's calls with kept keys and values of the context that is given to it.
 
-    A context is known again as the object it is, so one that is kept from step to step is projected once.
-    With gradients, or without a context, all is computed as ever.
+    A context is recognised as an object, so one that is passed from step to step is projected once. Neither
+    it nor the UNet's weights may change in place. With gradients, or without a context, the plain layers are
+    called.
     """
 
     def __init__(self, unet: nn.Module):
@@ -51,8 +52,9 @@ class KeptContext:
         self.layers = [layer for attention in attentions for layer in (attention.to_k, attention.to_v)]
         self.kept: OrderedDict[tuple, Kept] = OrderedDict()
         self.current: Kept | None = None
-        self.steps = [override(layer, "forward", self.reading(layer)) for layer in self.layers]
-        self.steps.append(override(unet, "forward", self.forward))
+        for layer in self.layers:
+            layer.forward = self.reading(layer)
+        unet.forward = self.forward
 
     def reading(self, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
         """The layer's forward, which computes nothing during a call with a context."""
@@ -67,8 +69,7 @@ class KeptContext:
         self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:
         if context is not None and not torch.is_grad_enabled():
-            device = context.device.type
-            key = (context.shape, context.dtype, device, torch.is_autocast_enabled(device))
+            key = (context.shape, context.dtype, context.device, autocast_state(context.device.type))
             self.current = self.kept.setdefault(key, Kept())
             self.kept.move_to_end(key)
             with torch.inference_mode(False), torch.no_grad():  # they outlive the caller's mode
@@ -81,10 +82,10 @@ class KeptContext:
             self.current = None
 
 
-def keep_context(model: LatentDiffusion) -> Undo:
-    """Project each context of `model`'s UNet once; returns the undo.
+def keep_context(model: LatentDiffusion) -> None:
+    """Project each context of `model`'s UNet once. Its weights must not change any more.
 
-    The result is the plain one, bit for bit. Together with `graph_unet` this is applied after it: the
-    recordings read what is kept.
+    The result is the plain one, bit for bit. Together with `graph_unet` apply this after it: the recordings
+    read what is kept.
     """
-    return undo_all(KeptContext(model.model.diffusion_model).steps)
+    KeptContext(model.model.diffusion_model)

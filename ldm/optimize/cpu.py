@@ -1,6 +1,7 @@
 """Speed on a CPU: memory is kept, upsampling folded into convolutions, 16-bit weights in oneDNN's layout.
 
-What each gains is measured by `benchmarks/benchmark.py --only ideas`.
+`benchmarks/benchmark.py --only ideas` measures the gain of each. All of it is for inference: the weights that
+these functions read must not change any more, but for their dtype.
 """
 
 import ctypes
@@ -14,14 +15,13 @@ from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules import model as first_stage
 from ldm.modules.diffusionmodules import openaimodel as unet
-from ldm.optimize.override import Undo, override, undo_all
 
 NO_ACTIVATION = ("none", [], "")  # oneDNN could fuse one into the layer
 
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
-# from where on it is worth the time to give memory back
+# sizes from which on giving memory back is worth its time
 LARGE_IMAGE = 64 * 64  # latents
 LARGE_TENSOR = 64 * 2**20  # bytes
 
@@ -35,10 +35,10 @@ def glibc() -> ctypes.CDLL | None:
 
 
 def keep_memory() -> bool:
-    """Have this process keep the memory of freed tensors for the next ones; False where that cannot be told.
+    """Keep the memory of freed tensors for the next ones; False where this process cannot be set so.
 
     glibc gives large blocks back to the system at once, and takes them anew, page by page and zeroed: a
-    quarter of the time of a decoder's call. Kept is what the largest call needs (mallopt(3)).
+    quarter of the time of a decoder's call. The process then keeps what its largest call needs (mallopt(3)).
     """
     libc = glibc()
     return libc is not None and bool(
@@ -46,8 +46,8 @@ def keep_memory() -> bool:
     )
 
 
-def return_memory(model: nn.Module) -> Undo:
-    """Give memory that is kept, but free, back around a large decode and within it; returns the undo.
+def return_memory(model: nn.Module) -> None:
+    """Give memory that is kept, but free, back around a large decode and within it.
 
     A decoder's tensors grow from level to level and fit no hole that smaller ones left: without this a
     process of the v1 layout grows to 7.5 GB in float32, with it to 6.3, and a decode takes 1.15x the time.
@@ -55,7 +55,7 @@ def return_memory(model: nn.Module) -> Undo:
     """
     libc = glibc()
     if libc is None:
-        return undo_all([])
+        return
 
     def around(decoder: nn.Module, inputs: tuple[Tensor], *output: Tensor | None) -> None:
         z = inputs[0]
@@ -66,23 +66,21 @@ def return_memory(model: nn.Module) -> Undo:
         if inputs[0].nbytes >= LARGE_TENSOR:
             libc.malloc_trim(0)
 
-    steps: list[Undo] = []
     for decoder in model.modules():
         if not isinstance(decoder, first_stage.Decoder):
             continue
-        steps.append(decoder.register_forward_pre_hook(around).remove)
-        steps.append(decoder.register_forward_hook(around, always_call=True).remove)
+        decoder.register_forward_pre_hook(around)
+        decoder.register_forward_hook(around, always_call=True)
         for layer in decoder.modules():
             if isinstance(layer, first_stage.ResnetBlock | first_stage.Upsample):
-                steps.append(layer.register_forward_pre_hook(within).remove)
-    return undo_all(steps)
+                layer.register_forward_pre_hook(within)
 
 
 def quarter_kernels(weight: Tensor) -> list[Tensor]:
     """The 3x3 kernels [o, i, 3, 3] after nearest upsampling by two, as 2x2 ones on the small image.
 
-    One for each of the pixels (0, 0), (0, 1), (1, 0), (1, 1) of a square that came of one pixel. Two of three
-    taps in a row meet the same pixel, so they are added up.
+    One for each of the pixels (0, 0), (0, 1), (1, 0), (1, 1) of the square that one pixel becomes. Two of
+    three taps in a row meet the same pixel, so they are added up.
     """
 
     def halves(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -93,7 +91,7 @@ def quarter_kernels(weight: Tensor) -> list[Tensor]:
 
 
 def upsampled_conv(kernels: list[Tensor], bias: Tensor | None, x: Tensor) -> Tensor:
-    """What the 3x3 convolution gives for x [b, c, h, w] upsampled to twice its size: [b, o, 2 h, 2 w]."""
+    """The 3x3 convolution of x [b, c, h, w] upsampled to twice its size: [b, o, 2 h, 2 w]."""
     b, _, h, w = x.shape
     out = x.new_empty(b, len(kernels[0]), 2 * h, 2 * w)
     padded = F.pad(x, (1, 1, 1, 1))
@@ -103,20 +101,18 @@ def upsampled_conv(kernels: list[Tensor], bias: Tensor | None, x: Tensor) -> Ten
     return out
 
 
-def fold_upsampling(model: nn.Module) -> Undo:
-    """Upsample and convolve in one, with 4 / 9 of the multiplications; returns the undo.
+def fold_upsampling(model: nn.Module) -> None:
+    """Upsample and convolve in one, with 4 / 9 of the multiplications.
 
     Only float32 weights: with 16-bit ones oneDNN is slower on the four small kernels than on the large one.
     The result equals the plain one to rounding (https://arxiv.org/abs/1609.07009). Where the upsampled image
     is cut to an odd size the plain forward is called.
     """
-    steps: list[Undo] = []
     for module in model.modules():
         ours = isinstance(module, unet.Upsample | first_stage.Upsample)
         if ours and module.conv.weight is not None and module.conv.weight.dtype == torch.float32:
             kernels = quarter_kernels(module.conv.weight.detach())
-            steps.append(override(module, "forward", partial(_upsample, module, kernels, module.forward)))
-    return undo_all(steps)
+            module.forward = partial(_upsample, module, kernels, module.forward)
 
 
 def _upsample(
@@ -131,47 +127,45 @@ def _upsample(
     return upsampled_conv(kernels, module.conv.bias, x)
 
 
-def packed_conv(conv: nn.Conv2d) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The reordered weight, and the convolution [b, c_in, h, w] -> [b, c_out, h, w] that reads it."""
+def packed_conv(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
+    """The convolution [b, c_in, h, w] -> [b, c_out, h, w] with a reordered copy of its weight."""
     padding, stride, dilation = list(conv.padding), list(conv.stride), list(conv.dilation)
     geometry = (padding, stride, dilation, conv.groups)
     packed = torch._C._nn.mkldnn_reorder_conv2d_weight(conv.weight.detach().to_mkldnn(), *geometry)
 
     def forward(x: Tensor) -> Tensor:
-        if x.dtype != packed.dtype:  # an autoencoder that yielded NaN goes on in float32
+        if x.dtype != packed.dtype:  # an autoencoder that yielded NaN continues in float32
             weight = packed.to_dense().to(x.dtype)
             return F.conv2d(x, weight, conv.bias, stride, padding, dilation, conv.groups)
         return torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, *geometry, *NO_ACTIVATION)
 
-    return packed, forward
+    return forward
 
 
 def can_prepack(dtype: torch.dtype) -> bool:
-    """Whether this torch and processor run prepacked convolutions of the type, and run them right."""
+    """Whether this torch and processor run prepacked convolutions of the type, with the right result."""
     if not torch.backends.mkldnn.is_available():
         return False
     x, conv = torch.ones(1, 16, 2, 2, dtype=dtype), nn.Conv2d(16, 16, 1, dtype=dtype)
     try:
         with torch.no_grad():
-            return torch.allclose(packed_conv(conv)[1](x), conv(x), rtol=1e-2, atol=1e-2)
+            return torch.allclose(packed_conv(conv)(x), conv(x), rtol=1e-2, atol=1e-2)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
 
 
-def prepack(model: nn.Module) -> Undo:
-    """Reorder the 16-bit weights of every convolution in `model`, once; returns the undo.
+def prepack(model: nn.Module) -> None:
+    """Reorder the 16-bit weights of every convolution in `model`, once.
 
     torch keeps weights in plain order and lets oneDNN reorder them in every call. Reordered ones are read in
-    place (https://uxlfoundation.github.io/oneDNN/, "Memory Format Propagation"). Linear layers and float32,
-    which takes no part of this, gain nothing. The operators are those of torch's own compiler on CPUs; they
+    place (https://uxlfoundation.github.io/oneDNN/, "Memory Format Propagation"). Linear layers and float32
+    gain nothing and stay plain. The operators are those of torch's own compiler on CPUs; they
     are private, so they are tried first, and a torch without them leaves the model plain.
 
-    For inference with the weights in their final type: until the undo the layers' `weight` is None and
-    `state_dict` lacks it, so that no weight is held twice. The undo reorders it back, bit for bit. The result
+    The layers' `weight` becomes None and `state_dict` lacks it, so that no weight is held twice. The result
     equals the plain one to rounding.
     """
     usable = cache(can_prepack)
-    steps: list[Undo] = []
     for module in model.modules():
         # a subclass may do more in its forward than the layer does
         if (
@@ -183,12 +177,5 @@ def prepack(model: nn.Module) -> Undo:
             continue
         device, dtype = module.weight.device.type, module.weight.dtype
         if device == "cpu" and dtype in (torch.bfloat16, torch.float16) and usable(dtype):
-            packed, forward = packed_conv(module)
+            module.forward = packed_conv(module)
             module.weight = None
-            steps += [partial(give_back, module, packed), override(module, "forward", forward)]
-    return undo_all(steps)
-
-
-def give_back(module: nn.Module, packed: Tensor) -> None:
-    """Give a layer its weight in plain order again."""
-    module.weight = nn.Parameter(packed.to_dense(), requires_grad=False)

@@ -1,8 +1,9 @@
 """CUDA graphs: a function's kernels recorded once, then replayed without Python or the driver in between.
 
-A UNet step is some 800 kernels, which a fast GPU ends sooner than the host can launch them. A recording fixes
-what its kernels were given, addresses too: inputs are copied into buffers of its own before a replay, and the
-output out of one after it. The kernels are those of the eager call, and so are the bits.
+A UNet step is some 800 kernels, which a fast GPU finishes sooner than the host can launch them. A recording
+fixes the arguments of its kernels, addresses included: inputs are copied into the recording's own buffers
+before a replay, and the output is copied out of one after it. The kernels are those of the eager call, and so
+are the bits.
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
@@ -11,11 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.optimize.override import Undo, override, undo_all
 
 Function = Callable[..., Tensor]
 WARM_UP = 2  # calls before a recording, in which libraries choose kernels and take their workspaces
@@ -35,8 +35,8 @@ Capture = Callable[[Callable[[], Tensor]], Recording]
 class CudaCapture:
     """Records on a CUDA device.
 
-    All recordings share one pool of memory: they are never replayed at the same time, and what one leaves
-    behind is copied before the next.
+    All recordings share one pool of memory: they are never replayed at the same time, and the output of one
+    is copied before the next replay.
     """
 
     def __init__(self, device: torch.device):
@@ -63,31 +63,32 @@ class Entry:
 
 
 def signature(name: str, value: Tensor | None) -> tuple:
-    """What of an input a recording cannot follow."""
+    """The properties of an input that a recording fixes."""
     if value is None:
         return (name,)
     return name, value.shape, value.stride(), value.dtype, value.device
 
 
 def autocast_state(device: str) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on for a type of device, and its dtype: results that are kept depend on both."""
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 class GraphRunner:
     """Calls `function` through recordings that `capture` makes, one for each kind of inputs.
 
-    `function` takes tensors, or None, by name and returns a tensor. What else it reads, first of all its
-    weights, must stay where it is in memory; it may not draw random numbers, nor let Python decide by what a
+    `function` takes tensors, or None, by name and returns a tensor. Everything else that it reads, first of
+    all its weights, must stay at its address; it may not draw random numbers, nor branch in Python on what a
     tensor holds. Results are the caller's own. The `most` kinds of inputs used last are kept. Where recording
-    fails the function is called as it is, and `tell` is told once; with gradients it always is.
+    fails the function itself is called, and `report` gets one message. With gradients nothing is recorded.
     """
 
     def __init__(
-        self, function: Function, capture: Capture, most: int = 4, tell: Callable[[str], None] = notice
+        self, function: Function, capture: Capture, most: int = 4, report: Callable[[str], None] = notice
     ):
-        self.function, self.capture, self.most, self.tell = function, capture, most, tell
+        self.function, self.capture, self.most, self.report = function, capture, most, report
         self.entries: OrderedDict[tuple, Entry | None] = OrderedDict()  # None: recording failed
-        self.told = False
+        self.reported = False
 
     def __call__(self, **inputs: Tensor | None) -> Tensor:
         if torch.is_grad_enabled():
@@ -127,31 +128,29 @@ class GraphRunner:
         return None
 
     def fail(self, reason: str) -> None:
-        if not self.told:
-            self.tell(f"no CUDA graph, going on without: {reason}")
-            self.told = True
+        if not self.reported:
+            self.report(f"no CUDA graph, going on without: {reason}")
+            self.reported = True
 
     def clear(self) -> None:
         """Forget all recordings and free their memory."""
         self.entries.clear()
 
 
-def graph_unet(
-    model: LatentDiffusion, capture: Capture | None = None, most: int = 4
-) -> tuple[GraphRunner, Undo]:
-    """Replay `model`'s UNet as CUDA graphs, one for each shape and precision; returns the runner and an undo.
+def graph_unet(model: LatentDiffusion, capture: Capture | None = None, most: int = 4) -> GraphRunner:
+    """Replay `model`'s UNet as CUDA graphs, one for each shape and precision; returns the runner.
 
-    For a model on a CUDA device that stays there: apply it last, and not with what moves weights or counts
-    steps (`offload`, `reuse_deep_features`). The first call of a kind takes four times as long. The runner's
-    `clear` frees the memory of its recordings. `capture` is for tests.
+    The model must be on a CUDA device and stay there, so this cannot be combined with `offload`, which moves
+    weights, nor with `reuse_deep_features`, whose kernels differ from step to step. The first call of a kind
+    takes four times as long. The runner's `clear` frees the memory of its recordings. `capture` is for tests.
     """
-    unet: nn.Module = model.model.diffusion_model
-    plain = unet.forward
-    runner = GraphRunner(plain, capture or CudaCapture(model.device), most)
+    unet = model.model.diffusion_model
+    runner = GraphRunner(unet.forward, capture or CudaCapture(model.device), most)
 
     def forward(
         x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:
         return runner(x=x, timesteps=timesteps, context=context, y=y)
 
-    return runner, undo_all([runner.clear, override(unet, "forward", forward)])
+    unet.forward = forward
+    return runner

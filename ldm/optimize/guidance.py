@@ -1,4 +1,4 @@
-"""What the two halves of a guided call have in common, computed once.
+"""The layers whose output both halves of a guided call share, computed once.
 
 Guidance calls the UNet with the same latents twice, under another prompt each. What comes before the first
 cross-attention does not depend on the prompt: in v1 the input convolution, the first residual block and the
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.optimize.override import Undo, override, undo_all
 
 
 def before_the_prompt(unet: UNetModel) -> Iterator[nn.Module]:
@@ -29,22 +28,21 @@ def before_the_prompt(unet: UNetModel) -> Iterator[nn.Module]:
 
 
 def halves_are_equal(x: Tensor | None) -> bool:
-    """Whether a batch says everything twice. The host reads it: on a GPU that is a wait."""
+    """Whether both halves of a batch are the same. The host reads the answer, for which a GPU has to wait."""
     if x is None:
         return True
     return len(x) % 2 == 0 and torch.equal(*x.chunk(2))
 
 
 class Sharing:
-    """A UNet's calls, with what the halves of a batch share computed for one of them."""
+    """A UNet's calls; if both halves of the batch are equal, the layers before the prompt compute one."""
 
     def __init__(self, unet: UNetModel):
         self.plain_forward = unet.forward
         self.active = False
-        self.steps = [
-            override(layer, "forward", self.once(layer.forward)) for layer in before_the_prompt(unet)
-        ]
-        self.steps.append(override(unet, "forward", self.forward))
+        for layer in list(before_the_prompt(unet)):
+            layer.forward = self.once(layer.forward)
+        unet.forward = self.forward
 
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
@@ -64,9 +62,9 @@ class Sharing:
         return forward
 
 
-def share_prefix(model: LatentDiffusion) -> Undo:
-    """Compute what guidance's two halves share once, in calls whose halves are equal; returns the undo.
+def share_prefix(model: LatentDiffusion) -> None:
+    """Compute the layers before the prompt once in calls whose halves are equal, as those of guidance are.
 
     The result equals the plain one to rounding: kernels may sum in another order for another batch size.
     """
-    return undo_all(Sharing(model.model.diffusion_model).steps)
+    Sharing(model.model.diffusion_model)

@@ -1,7 +1,7 @@
-"""`--low_vram`: weights stay in host memory and are on the compute device only while they work.
+"""`--low_vram`: weights stay in host memory and are on the compute device only while they are used.
 
 The text encoder, the UNet and the first stage move as wholes, or (`--low_vram max`) the UNet goes through the
-device block by block, the next block copied while one computes. The work itself is the same, and so are the
+device block by block, the next block copied while one computes. The kernels are the same, and so are the
 bits.
 """
 
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.optimize.override import Undo, override, undo_all
 
-ALIGNMENT = 512  # bytes, as torch's own allocations: kernels are chosen by it
+ALIGNMENT = 512  # bytes, as of torch's own allocations: libraries choose kernels by it
 PARTS = {
     "cond_stage_model": ("get_learned_conditioning",),
     "model": ("apply_model",),
@@ -26,7 +25,7 @@ class Transfer(Protocol):
     """Copies host memory to the device."""
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Begin once all work queued so far, which may still read `target`, is done."""
+        """Copy `source` to `target` once all work queued so far, which may still read `target`, is done."""
 
     def join(self) -> None:
         """Let all work queued from now on wait for the copies begun."""
@@ -43,7 +42,7 @@ class PlainTransfer:
 
 
 class StreamTransfer:
-    """Copies on a CUDA stream of their own, beside the work."""
+    """Copies on a separate CUDA stream while the device computes."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -58,10 +57,10 @@ class StreamTransfer:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
-class Luggage:
-    """A module's parameters and buffers in one block of host memory, which travels in one copy.
+class PackedWeights:
+    """A module's parameters and buffers in one block of host memory, which one copy brings to the device.
 
-    The block is page-locked (`pin`) where a GPU is to read it while the host goes on.
+    The block is page-locked (`pin`) where a GPU is to read it while the host continues.
     """
 
     def __init__(self, module: nn.Module, pin: bool):
@@ -69,7 +68,7 @@ class Luggage:
         self.layouts, self.size = [], 0
         for tensor in self.tensors:
             stop = self.size + tensor.numel() * tensor.element_size()
-            # the order in memory stays, channels_last too: kernels are chosen by it
+            # the order in memory stays, channels_last too: libraries choose kernels by it
             stride = torch.empty_like(tensor, device="meta").stride()
             self.layouts.append((slice(self.size, stop), tensor.dtype, tensor.shape, stride))
             self.size = -(-stop // ALIGNMENT) * ALIGNMENT
@@ -85,52 +84,51 @@ class Luggage:
         ]
 
     def unpack(self, block: Tensor) -> None:
-        """Let the module use the weights in `block`, uint8 [size or more], on any device."""
+        """Make the module use the weights in `block`, uint8 [size or more], on any device."""
         for tensor, view in zip(self.tensors, self.views(block), strict=True):
             tensor.data = view
 
 
 class Whole:
-    """A part that is on the device with all its weights."""
+    """A part whose weights are on the device all together."""
 
     def __init__(self, module: nn.Module, device: torch.device, transfer: Transfer):
-        self.device, self.transfer = device, transfer
-        self.luggage = Luggage(module, pin=device.type == "cuda")
+        self.module, self.device, self.transfer = module, device, transfer
+        self.pack()
+
+    def pack(self) -> None:
+        """Take the module's weights, which are in host memory, as those that `enter` copies."""
+        self.weights = PackedWeights(self.module, pin=self.device.type == "cuda")
 
     def enter(self) -> None:
-        block = torch.empty(self.luggage.size, dtype=torch.uint8, device=self.device)
-        self.transfer.copy(self.luggage.home, block)
+        block = torch.empty(self.weights.size, dtype=torch.uint8, device=self.device)
+        self.transfer.copy(self.weights.home, block)
         self.transfer.join()
-        self.luggage.unpack(block)
+        self.weights.unpack(block)
 
     def leave(self) -> None:
-        self.luggage.unpack(self.luggage.home)
-
-    close = leave
+        self.weights.unpack(self.weights.home)
 
 
 class Layered:
-    """A part that goes through the device unit by unit: one works while the next is copied.
+    """A part that goes through the device unit by unit: one computes while the next is copied.
 
-    `units` are modules in the order in which they work. That order is only expected, for the prefetch: a unit
+    `units` are modules in the order in which they are called. Only the prefetch relies on that order: a unit
     that is called out of turn is fetched then.
     """
 
     def __init__(self, units: Iterable[nn.Module], device: torch.device, transfer: Transfer):
         self.device, self.transfer = device, transfer
-        units = list(units)
-        self.luggage = [Luggage(unit, pin=device.type == "cuda") for unit in units]
+        self.weights: list[PackedWeights] = []  # of each unit
         self.slots: list[Tensor] = []
         self.holds: list[int | None] = []  # the unit whose weights each slot has
-        self.hooks = []
         for number, unit in enumerate(units):
-            self.hooks += [
-                unit.register_forward_pre_hook(lambda *_, number=number: self.before(number)),
-                unit.register_forward_hook(lambda *_, number=number: self.after(number)),
-            ]
+            self.weights.append(PackedWeights(unit, pin=device.type == "cuda"))
+            unit.register_forward_pre_hook(lambda *_, number=number: self.before(number))
+            unit.register_forward_hook(lambda *_, number=number: self.after(number))
 
     def enter(self) -> None:
-        size = max(luggage.size for luggage in self.luggage)
+        size = max(weights.size for weights in self.weights)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
         self.holds = [None, None]
 
@@ -140,29 +138,24 @@ class Layered:
             self.fetch(number, 0)
         self.transfer.join()
         slot = self.holds.index(number)
-        self.luggage[number].unpack(self.slots[slot])
-        following = (number + 1) % len(self.luggage)
+        self.weights[number].unpack(self.slots[slot])
+        following = (number + 1) % len(self.weights)
         if following not in self.holds:
             self.fetch(following, 1 - slot)
 
     @torch.inference_mode(False)
     def after(self, number: int) -> None:
-        self.luggage[number].unpack(self.luggage[number].home)
+        self.weights[number].unpack(self.weights[number].home)
 
     def fetch(self, number: int, slot: int) -> None:
         self.holds[slot] = number
-        self.transfer.copy(self.luggage[number].home, self.slots[slot][: self.luggage[number].size])
+        self.transfer.copy(self.weights[number].home, self.slots[slot][: self.weights[number].size])
 
     def leave(self) -> None:
         self.transfer.join()  # a copy may still be on its way into a slot
-        for luggage in self.luggage:
-            luggage.unpack(luggage.home)
+        for weights in self.weights:
+            weights.unpack(weights.home)
         self.slots, self.holds = [], []
-
-    def close(self) -> None:
-        self.leave()
-        for hook in self.hooks:
-            hook.remove()
 
 
 class Stage:
@@ -186,7 +179,7 @@ class Stage:
 
 
 def unet_units(unet: nn.Module) -> list[nn.Module]:
-    """A UNet's children in the order in which they work, lists of blocks as their blocks."""
+    """A UNet's children in the order in which they are called, each list of blocks replaced by its blocks."""
     return [
         unit for child in unet.children() for unit in (child if isinstance(child, nn.ModuleList) else [child])
     ]
@@ -194,14 +187,15 @@ def unet_units(unet: nn.Module) -> list[nn.Module]:
 
 def offload(
     model: LatentDiffusion, device: torch.device, by_layer: bool = False, transfer: Transfer | None = None
-) -> Undo:
-    """Keep `model`'s weights in host memory, and on `device` only while they work; returns the undo.
+) -> None:
+    """Keep `model`'s weights in host memory, and on `device` only while they are used.
 
     Of the text encoder, the UNet and the first stage the one in use is on `device`, until another is called.
-    With `by_layer` two blocks of the UNet at a time are, the second on its way while the first works.
-    `model.device` becomes `device`, where inputs are expected and outputs come. The parts are to be called
-    through `model`'s methods, and not recorded as graphs, which know weights by address. `transfer` is for
-    tests.
+    With `by_layer` two blocks of the UNet at a time are, the second being copied while the first computes.
+    `model.device` becomes `device`, where inputs are expected and outputs come. Call the parts through
+    `model`'s methods, change the first stage's precision with `model.first_stage_to` (a cast of the module
+    itself would last only until it leaves the device), and record no graphs, which know weights by address.
+    `transfer` is for tests.
     """
     transfer = transfer or (StreamTransfer(device) if device.type == "cuda" else PlainTransfer())
     stage = Stage()
@@ -213,7 +207,7 @@ def offload(
 
         return call
 
-    steps = []
+    parts = {}
     with torch.inference_mode(False):
         for name, methods in PARTS.items():
             module = getattr(model, name)
@@ -221,11 +215,17 @@ def offload(
                 part = Layered(unet_units(module.diffusion_model), device, transfer)
             else:
                 part = Whole(module, device, transfer)
-            steps.append(part.close)
-            steps += [override(model, method, staged(getattr(model, method), part)) for method in methods]
+            parts[name] = part
+            for method in methods:
+                setattr(model, method, staged(getattr(model, method), part))
         for buffer in model.buffers(recurse=False):  # the schedule, a few kilobytes
-            home = buffer.data
-            buffer.data = home.to(device)
-            steps.append(lambda buffer=buffer, home=home: setattr(buffer, "data", home))
-    steps.append(stage.leave)
-    return undo_all(steps)
+            buffer.data = buffer.data.to(device)
+
+    @torch.inference_mode(False)
+    def first_stage_to(dtype: torch.dtype) -> None:
+        """Cast the weights in host memory, from which every later use copies them."""
+        stage.leave()
+        model.first_stage_model.to(dtype)
+        parts["first_stage_model"].pack()
+
+    model.first_stage_to = first_stage_to

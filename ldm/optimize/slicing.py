@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import CrossAttention
 from ldm.modules.diffusionmodules.model import AttnBlock
-from ldm.optimize.override import Undo, override, undo_all
 
 LIMIT = 2**25  # elements of the attention matrix at once: 128 MiB in float32
 
@@ -33,18 +32,15 @@ def sliced_attention(attend: Attend, limit: int, q: Tensor, k: Tensor, v: Tensor
     return out
 
 
-def slice_attention(model: nn.Module, limit: int = LIMIT) -> Undo:
-    """Let every attention of the UNet and of the autoencoder in `model` work in slices; returns the undo.
+def slice_attention(model: nn.Module, limit: int = LIMIT) -> None:
+    """Let every attention of the UNet and of the autoencoder in `model` work in slices.
 
     Up to `limit` elements of the attention matrix are held at once, and as many for the softmax, where torch
     has no fused kernel for the device, the type or the layout; fused kernels never hold it.
-    Equal to the plain result to rounding.
+    The result equals the plain one to rounding. A `limit` below 1 is a ValueError.
     """
     if limit < 1:
         raise ValueError(f"an attention slice of {limit} elements; at least 1")
-    steps = [
-        override(module, "attend", partial(sliced_attention, module.attend, limit))
-        for module in model.modules()
-        if isinstance(module, CrossAttention | AttnBlock)
-    ]
-    return undo_all(steps)
+    for module in model.modules():
+        if isinstance(module, CrossAttention | AttnBlock):
+            module.attend = partial(sliced_attention, module.attend, limit)

@@ -1,10 +1,10 @@
-"""`--vae_tiling`: the first stage in overlapping tiles, so that its memory does not grow with the picture.
+"""`--vae_tiling`: the first stage in overlapping tiles, so that its memory does not grow with the image.
 
-A tile lacks the rest of the picture, of which GroupNorm takes its statistics and attention its keys. Tiles
-that take their own drift apart in colour. So the whole picture, reduced to the size of a tile by leaving out
-pixels, goes through the network first, and all tiles are normalised by its statistics; what still tells them
-apart is blended over their overlap. On the bundled model, pictures of 768 to 1536 pixels in tiles of 512 are
-35 to 47 dB from the whole decode (25 to 33 dB where each tile has its own statistics).
+A tile lacks the rest of the image, from which GroupNorm takes its statistics and attention its keys. Tiles
+with statistics of their own drift apart in colour. So the whole image, reduced to the size of a tile by
+leaving out pixels, goes through the network first, and all tiles are normalised by its statistics; the
+remaining differences are blended over their overlap. On the bundled model, images of 768 to 1536 pixels in
+tiles of 512 are 35 to 47 dB from the whole decode (25 to 33 dB where each tile has its own statistics).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.optimize.override import Undo, override, undo_all
 
 TILE, OVERLAP = 64, 16  # latents: for Stable Diffusion tiles of 512 pixels, blended over 128
 
 
 @dataclass(frozen=True)
 class Span:
-    """What a tile covers of one side, in latents, and its weight at every element of the result there."""
+    """The part of one side that a tile covers, in latents, and its weight at each element of the result."""
 
     start: int
     stop: int
@@ -41,14 +40,14 @@ def spans(length: int, tile: int, overlap: int, scale: int) -> list[Span]:
     """The fewest tiles that cover `length` latents and overlap by `overlap` or more, spread evenly.
 
     Their weights have `scale` elements to a latent and add up to 1 everywhere. A weight falls linearly over
-    `overlap` latents around the middle of what two neighbours share: the border of a tile, where the picture
+    `overlap` latents around the middle of what two neighbours share: the border of a tile, where the image
     around it is missing, counts least, or not at all.
     """
     steps = max(0, -((tile - length) // (tile - overlap)))
     starts = [i * (length - tile) // steps for i in range(steps + 1)] if steps else [0]
     place = (torch.arange(length * scale) + 0.5) / scale
     seams = [(left + tile + right) / 2 for left, right in pairwise(starts)]
-    # the part of the picture at each place that the tiles behind each seam give
+    # the share of the image at each place that comes from the tiles behind each seam
     behind = [((place - seam) / overlap + 0.5).clamp(0, 1) for seam in seams]
     shares = [torch.ones_like(place), *behind, torch.zeros_like(place)]
     return [
@@ -79,11 +78,13 @@ def common_statistics(module: nn.Module, function: Callable[[Tensor], Tensor], x
     finally:
         for hook in hooks:
             hook.remove()
-    undo = undo_all([override(norm, "forward", partial(normalise, norm)) for norm in known])
+    for norm in known:
+        norm.forward = partial(normalise, norm)
     try:
         yield
     finally:
-        undo()
+        for norm in known:
+            del norm.forward  # uncovers the method of the class
 
 
 def in_tiles(
@@ -117,13 +118,13 @@ def reduced(x: Tensor, side: int, step: int) -> Tensor:
     return F.interpolate(x, size, mode="nearest-exact")
 
 
-def tile_first_stage(model: LatentDiffusion, tile: int = TILE, overlap: int = OVERLAP) -> Undo:
-    """Let `model` encode and decode in square tiles of `tile` latents, one image at a time; returns the undo.
+def tile_first_stage(model: LatentDiffusion, tile: int = TILE, overlap: int = OVERLAP) -> None:
+    """Let `model` encode and decode in square tiles of `tile` latents, one image at a time.
 
-    Pictures of any size; one that fits into a tile gives the plain result exactly. `overlap` is what
-    neighbours share at least, up to a third of a tile, so that no more than two meet in a row. To decode
-    1024x1024 pixels Stable Diffusion's autoencoder takes 1.0 GiB in float32 on a CPU instead of 3.7, and does
-    2.5 times the work.
+    Images may have any size; one that fits into a tile gives the plain result exactly. Neighbours share at
+    least `overlap` latents, 1 … a third of a tile, so that no more than two meet in a row; anything else is
+    an InputError. To decode 1024x1024 pixels Stable Diffusion's autoencoder takes 1.0 GiB in float32 on a CPU
+    instead of 3.7, and does 2.5 times the work.
     """
     if not 1 <= overlap <= tile // 3:
         raise InputError(
@@ -152,6 +153,4 @@ def tile_first_stage(model: LatentDiffusion, tile: int = TILE, overlap: int = OV
             return plain_encode(x)
         return DiagonalGaussianDistribution(tiled(moments, x, factor, 1))
 
-    return undo_all(
-        [override(model, "encode_first_stage", encode), override(model, "decode_first_stage", decode)]
-    )
+    model.encode_first_stage, model.decode_first_stage = encode, decode

@@ -1,4 +1,4 @@
-"""What a UNet makes of a timestep, computed once for a run instead of once for each of its images.
+"""The UNet's offsets of a timestep, computed once for a run instead of once for each of its images.
 
 The time embedding and the residual blocks' projections of it are 0.007 % of a v1 call's arithmetic, but 56 of
 its kernels and 56 MB of weights to read: where a GPU replays graphs that is time, on a CPU it is not.
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
-from ldm.optimize.override import Undo, override, undo_all
+from ldm.optimize.graph import autocast_state
 
 LARGEST = 32  # a batch: beyond it the arithmetic hides the launches
 MOST = 1000  # timesteps that are kept; 80 kB each for one guided image of a v1 model in 16 bits
 
 
 class KeptTimesteps:
-    """A UNet's calls with the offsets of the timesteps given to it, which must not change in place.
+    """A UNet's calls with kept offsets of the timesteps that are given to it.
 
-    Timesteps are known again as the object they are: `ldm.sampling.denoiser.timesteps` gives the same one for
-    the same number. Class labels are part of an embedding: a call with them is computed as ever, as are one
-    with gradients and a large batch.
+    Timesteps are recognised as an object: `ldm.sampling.denoiser.timesteps` gives the same one for the same
+    number. Neither it nor the UNet's weights may change in place. The plain layers are called with class
+    labels, which are part of the embedding, with gradients, and for a large batch.
     """
 
     def __init__(self, unet: UNetModel):
@@ -32,13 +32,14 @@ class KeptTimesteps:
         self.plain = {layer: layer.forward for layer in layers}
         self.widths = [layer[-1].out_features for layer in layers]
         self.kept: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()  # timesteps, their offsets
-        self.buffers: dict[tuple, Tensor] = {}  # of each kind of call; a recorded graph reads them
+        self.buffers: dict[tuple, Tensor] = {}  # one for each kind of call; recorded graphs read them
         self.current: dict[nn.Module, Tensor] | None = None
-        self.steps = [override(layer, "forward", self.reading(layer)) for layer in layers]
-        self.steps += [override(unet, "embed", self.embed), override(unet, "forward", self.forward)]
+        for layer in layers:
+            layer.forward = self.reading(layer)
+        unet.embed, unet.forward = self.embed, self.forward
 
     def embed(self, timesteps: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The time embedding; while offsets are read nobody looks at it."""
+        """The time embedding; while kept offsets are in use no layer reads it."""
         return self.plain_embed(timesteps, y, dtype) if self.current is None else timesteps
 
     def reading(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -61,14 +62,14 @@ class KeptTimesteps:
             self.current = None
 
     def offsets(self, timesteps: Tensor, dtype: torch.dtype) -> dict[nn.Module, Tensor]:
-        """What each residual block adds, [b, c], where calls of this kind always find it."""
+        """What each residual block adds, [b, c], at the address where calls of this kind always read it."""
         device = timesteps.device
-        kind = (len(timesteps), dtype, device, torch.is_autocast_enabled(device.type))
+        kind = (len(timesteps), dtype, device, autocast_state(device.type))
         key = (id(timesteps), *kind)
         if key not in self.kept:
             embedding = self.plain_embed(timesteps, None, dtype)
             offsets = torch.cat([plain(embedding) for plain in self.plain.values()], dim=1)
-            self.kept[key] = timesteps, offsets  # an object that is held keeps its id to itself
+            self.kept[key] = timesteps, offsets  # no other object has the id of one that is held
             while len(self.kept) > MOST:
                 self.kept.popitem(last=False)
         self.kept.move_to_end(key)
@@ -79,10 +80,10 @@ class KeptTimesteps:
         return dict(zip(self.plain, self.buffers[kind].split(self.widths, dim=1), strict=True))
 
 
-def keep_timesteps(model: LatentDiffusion) -> Undo:
-    """Compute what `model`'s UNet makes of each timestep once; returns the undo.
+def keep_timesteps(model: LatentDiffusion) -> None:
+    """Compute the offsets that `model`'s UNet derives from each timestep once. Its weights must not change.
 
-    The result is the plain one, bit for bit. Together with `graph_unet` this is applied after it: the
-    recordings read what is kept.
+    The result is the plain one, bit for bit. Together with `graph_unet` apply this after it: the recordings
+    read what is kept.
     """
-    return undo_all(KeptTimesteps(model.model.diffusion_model).steps)
+    KeptTimesteps(model.model.diffusion_model)

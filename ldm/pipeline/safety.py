@@ -1,6 +1,6 @@
-"""The safety checker of the original scripts: does a picture come near a concept that it should not show?
+"""The safety checker of the original scripts: does an image come near a concept that it should not show?
 
-The picture's CLIP embedding is compared with those of 17 concepts, each of which has a threshold, and first
+The image's CLIP embedding is compared with those of 17 concepts, each of which has a threshold, and first
 with those of 3 "special care" concepts: near one of these, the other thresholds are lowered a little. What
 the concepts are, and what slips through: Rando et al. 2022, https://arxiv.org/abs/2210.04610
 """
@@ -15,22 +15,72 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.errors import InputError
+from ldm.errors import FieldError, InputError
+from ldm.log import notice
+from ldm.weights.loading import SAFETY_FOLDER, find
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 
+def safety_for(mode: str) -> str:
+    """What --safety comes to here: "on", "flag", "off", or "unchecked" for "auto" without a checker.
+
+    FieldError for a mode that needs a checker where there is none.
+    """
+    there = find(SAFETY_FOLDER).is_dir()
+    if mode in ("on", "flag") and not there:
+        raise FieldError(
+            "{safety} {mode}: there is no {folder}; put the published config.json and model.safetensors "
+            "there, or choose {safety} off",
+            mode=mode,
+            folder=SAFETY_FOLDER,
+        )
+    return ("on" if there else "unchecked") if mode == "auto" else mode
+
+
+@dataclass(frozen=True)
+class Safety:
+    """The safety checker's verdicts as a pipeline takes them; without a checker nothing is checked."""
+
+    checker: SafetyChecker | None = None
+    blacken: bool = True
+
+    @classmethod
+    def load(cls, mode: str, device: torch.device) -> Safety:
+        """The checks for a mode of `safety_for`; a notice if images go unchecked."""
+        if mode == "unchecked":
+            notice(f"The images are unchecked: there is no {SAFETY_FOLDER} (--safety off: no such notice)")
+        if mode in ("off", "unchecked"):
+            return cls()
+        return cls(load_safety_checker(find(SAFETY_FOLDER), device), blacken=mode == "on")
+
+    def __call__(self, images: Sequence[np.ndarray | None]) -> list[tuple[np.ndarray | None, bool | None]]:
+        """Each image, black if it was found, and whether it was; None (a NaN image) stays None."""
+        there = [image for image in images if image is not None]
+        if self.checker is None or not there:
+            return [(image, None) for image in images]
+        verdicts = iter(self.checker(there))
+        checked: list[tuple[np.ndarray | None, bool | None]] = []
+        for image in images:
+            if image is None:
+                checked.append((None, None))
+                continue
+            found = next(verdicts)
+            checked.append((image * 0 if found and self.blacken else image, found))
+        return checked
+
+
 @dataclass(frozen=True)
 class SafetyChecker:
-    """Made by `load_safety_checker`. Pictures are uint8 [H, W, 3], of any sizes."""
+    """Made by `load_safety_checker`. Images are uint8 [H, W, 3], of any sizes."""
 
     clip: nn.Module  # image encoder and projection, with the concepts' embeddings and thresholds as buffers
     process: Any  # transformers' CLIPImageProcessor
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[bool]:
-        """For each picture: is it too near to a concept?"""
+        """For each image: is it too near to a concept?"""
         return (self.scores(images)[1] > 0).any(dim=1).tolist() if len(images) else []
 
     def scores(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -52,7 +102,7 @@ class SafetyChecker:
         return special.round(decimals=3).cpu(), concept.round(decimals=3).cpu()
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Pictures -> [b, 3, 224, 224]: shorter side resized to 224, bicubic; middle cut out; normalised."""
+        """Images -> [b, 3, 224, 224]: shorter side resized to 224, bicubic; middle cut out; normalised."""
         return self.process(list(images), return_tensors="pt", input_data_format="channels_last").pixel_values
 
 
@@ -80,7 +130,7 @@ def load_safety_checker(folder: Path, device: str | torch.device = "cpu") -> Saf
     state = {name.replace(wrapper, "vision_model.", 1): tensor for name, tensor in state.items()}
     load_weights(checker.clip, state, path=weights)
     if not all(tensor.isfinite().all() for tensor in checker.clip.state_dict().values()):
-        raise InputError(f"{weights} holds NaN or infinity, every picture would pass: download it again")
+        raise InputError(f"{weights} holds NaN or infinity, every image would pass: download it again")
     checker.clip.to(device).float().eval().requires_grad_(False)
     return checker
 

@@ -1,13 +1,17 @@
 """The processes of a run: one, or several that Lightning Fabric starts or a launcher (torchrun, srun) did.
 
-They share nothing but counters in rank 0's store, from which each takes the number of the next batch to make:
-a slow device takes fewer. Nobody waits for anybody until the end, so a process that dies takes nothing along
-but the batch in its hands.
+They share nothing but a key-value store at the launcher's address and port. It holds rank 0's job and a few
+counters, from which each process takes the number of the next batch to make: a slow device takes fewer.
+Nobody waits for anybody until the end, so a process that dies takes nothing along but its current batch.
 """
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
+import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,11 +28,16 @@ if TYPE_CHECKING:
 
 
 class LeaderEnded(InputError):
-    """The process with rank 0 is not there any more."""
+    """The process with rank 0 has ended."""
 
 
 T = TypeVar("T")
-SILENCE = 600.0  # seconds without a step of anybody's, after which those that have not finished are given up
+MEETING = 600.0  # seconds within which all processes have to come together
+SILENCE = 600.0  # seconds without a step of any process, after which unfinished ones count as lost
+LEADER_BEAT = 5.0  # seconds between two signs of rank 0's life
+LEADER_SILENCE = 60.0  # seconds without one, after which rank 0 counts as ended
+PART = 4 * 2**20  # bytes of a value in the store, which refuses more than 8 MiB
+TAKING = 30.0  # seconds that rank 0 gives the others to take a shared value
 NO_MORE = 2**60  # added to the number of batches that were dealt
 
 
@@ -55,10 +64,10 @@ def find_place(devices: int | None, nodes: int | None) -> Place:
     InputError where the two contradict each other.
     """
     env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:  # torchrun
+    if in_torchrun():
         local, size, rank = (int(env[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "RANK"))
         place = Place(rank, local, size // local, started=True)
-    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun; sbatch alone starts one process
+    elif in_srun():
         machines = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
         size, rank = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"])
         place = Place(rank, size // machines, machines, started=True)
@@ -72,8 +81,34 @@ def find_place(devices: int | None, nodes: int | None) -> Place:
     return place
 
 
+def in_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def in_srun() -> bool:
+    """Whether this is one of several tasks of a step; sbatch alone, or one task, starts one process."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def is_follower() -> bool:
+    """Whether the environment alone says that this process has not rank 0.
+
+    Rank 0 finds the same mistakes in the arguments, so that a follower need not report them.
+    """
+    env = os.environ
+    if in_torchrun():
+        ranks = [env["RANK"]]
+    elif in_srun():
+        ranks = [env["SLURM_PROCID"]]
+    elif int(env.get("WORLD_SIZE", 1)) > 1:  # Fabric sets it for its children
+        ranks = [env.get("NODE_RANK", 0), env.get("LOCAL_RANK", 0)]
+    else:
+        return False
+    return any(int(rank) > 0 for rank in ranks)
+
+
 class Counters(dict):
-    """Those of a process that is alone, with the one method of a TCPStore that is used."""
+    """The store of a process that is alone, with the one method of a TCPStore that it uses."""
 
     def add(self, name: str, value: int) -> int:
         self[name] = self.get(name, 0) + value
@@ -89,6 +124,8 @@ class Team:
         self.device: torch.device | None = None  # of this process, if it is not alone
         self.processes: list[subprocess.Popen] = []  # that were started from here
         self.store: Any = Counters()
+        self._shared = 0
+        self._signs, self._last_sign = -1, 0.0  # rank 0's signs of life, and when the last one was seen
 
     def join(self, device_type: str) -> None:
         """Start the others, or meet those that a launcher started. InputError if that cannot be done."""
@@ -96,62 +133,140 @@ class Team:
             return
         try:
             from lightning_fabric import Fabric
+            from lightning_fabric.plugins.environments import LightningEnvironment
             from lightning_fabric.strategies import DDPStrategy
         except ImportError as error:
             raise InputError(
                 f"--devices needs Lightning Fabric ({error}): pip install pytorch-lightning"
             ) from error
-        import logging
-
         for name in ("lightning_fabric", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
-            strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(minutes=10))
+            if in_srun() and not in_torchrun():
+                set_srun_variables()
+            # The environment is given, not detected: Lightning overlooks an srun step within salloc, and
+            # takes a single task for one of several. This one starts children unless LOCAL_RANK is set.
             fabric = Fabric(
                 accelerator=device_type,
-                strategy=strategy,
+                strategy=DDPStrategy(),
                 devices=self.place.devices,
                 num_nodes=self.place.nodes,
+                plugins=LightningEnvironment(),
             )
-            fabric.launch()
             self.device = fabric.device
-            launcher = fabric.strategy.launcher
-            self.processes = list(launcher.procs)
-            launcher.procs.clear()  # Fabric would kill all with the first process that dies
-            self._meet(fabric)
+            # Not fabric.launch(): that also connects all processes by gloo, on ports of its own.
+            fabric.strategy.launcher.launch(self._meet, fabric.strategy)
+        except LeaderEnded:
+            raise
         except Exception as error:  # an environment that does not fit, a port, a peer that ended
             raise InputError(f"the {self.place.size} processes did not come together: {error}") from error
 
-    def _meet(self, fabric: Any) -> None:
-        from torch.distributed import TCPStore
+    def _meet(self, strategy: Any) -> None:
+        """Connect to the store, and wait until all have done so."""
+        from torch.distributed import PrefixStore, TCPStore
 
-        host = fabric.strategy.cluster_environment.main_address
-        store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.leads else None
-        port = fabric.broadcast(store and store.port)
-        self.store = store or TCPStore(host, port, is_master=False, wait_for_workers=False)
-        self._broadcast = fabric.broadcast
+        self.processes = list(strategy.launcher.procs)
+        strategy.launcher.procs.clear()  # Fabric would kill all with the first process that dies
+        strategy.accelerator.setup_device(self.device)
+        address, port = strategy.cluster_environment.main_address, strategy.cluster_environment.main_port
+        # Whether torchrun itself has opened the store.
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = TCPStore(
+            address,
+            port,
+            is_master=self.leads and not agent,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=MEETING),
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        self.store = PrefixStore(f"ldm-run-{attempt}", store)
+        self.store.add("met", 1)
+        if self.leads:
+            self._give_signs_of_life()
+        if not self._all("met", self.place.size, MEETING):
+            raise TimeoutError("some have ended, or are not there yet")
+
+    def _all(self, name: str, size: int, limit: float) -> bool:
+        """Wait for a counter to reach `size`. False after `limit` seconds, or once a child has ended."""
+        end = time.monotonic() + limit
+        try:
+            while self.store.add(name, 0) < size:
+                if time.monotonic() > end or any(process.poll() is not None for process in self.processes):
+                    return False
+                if self._leader_ended():
+                    raise LeaderEnded("the process with rank 0 has ended")
+                time.sleep(0.02)
+        except RuntimeError as error:
+            raise LeaderEnded("the process with rank 0 has ended") from error
+        return True
+
+    def _give_signs_of_life(self) -> None:
+        """Count in the background while this process lives: torchrun's store outlives rank 0."""
+        stop = threading.Event()
+
+        def give() -> None:
+            try:
+                while not stop.wait(LEADER_BEAT):
+                    self.store.add("signs of life", 1)
+            except RuntimeError:  # the store is gone
+                return
+
+        thread = threading.Thread(target=give, name="signs of life", daemon=True)
+        thread.start()
+        atexit.register(lambda: (stop.set(), thread.join()))  # not within torch while Python shuts down
+
+    def _leader_ended(self) -> bool:
+        """Whether a follower has seen no sign of rank 0's life for too long."""
+        if self.leads:
+            return False
+        now, signs = time.monotonic(), self.store.add("signs of life", 0)
+        if signs != self._signs:
+            self._signs, self._last_sign = signs, now
+        return now - self._last_sign > LEADER_SILENCE
 
     def share(self, value: T | None) -> T:
-        """Rank 0's value, for all of them. LeaderEnded if it has ended."""
+        """Rank 0's value, for all processes. LeaderEnded if rank 0 has ended."""
         if self.place.size == 1:
             return value
+        self._shared += 1
+        key = f"shared {self._shared}"
+        if self.leads:
+            data = pickle.dumps(value)
+            parts = [data[i : i + PART] for i in range(0, len(data), PART)]
+            for i, part in enumerate(parts):
+                self.store.set(f"{key} part {i}", part)
+            self.store.set(key, str(len(parts)))  # last: all parts are there
+            # Rank 0 may end next, and its store with it.
+            self._all(f"{key} taken", self.place.size - 1, TAKING)
+            return value
         try:
-            return self._broadcast(value)
+            while not self.store.check([key]):
+                if self._leader_ended():
+                    raise LeaderEnded("the process with rank 0 has ended")
+                time.sleep(0.05)
+            parts = [self.store.get(f"{key} part {i}") for i in range(int(self.store.get(key)))]
+            self.store.add(f"{key} taken", 1)
+            return pickle.loads(b"".join(parts))
         except RuntimeError as error:
             raise LeaderEnded("the process with rank 0 has ended") from error
 
     def deal(self, items: Sequence[T]) -> Iterator[T]:
-        """What falls to this process, one item at a time: each item goes to one process."""
+        """The items that fall to this process, one at a time: each item goes to one process."""
         while (i := self.count("dealt", 1) - 1) < len(items):
             yield items[i]
 
     def stop(self) -> None:
-        """No more items for anybody."""
+        """No process gets a further item."""
         self.count("dealt", NO_MORE)
 
     def count(self, name: str, value: int) -> int:
-        """Add to a counter of all; returns what it is now, a lot where rank 0 has ended: no work is left."""
+        """Add to a counter that all share and return its new value.
+
+        Where rank 0 has ended this returns NO_MORE, so that no work is left.
+        """
         try:
+            if self._leader_ended():
+                return NO_MORE
             return self.store.add(name, value)
         except RuntimeError:
             if self.leads:
@@ -159,7 +274,7 @@ class Team:
             return NO_MORE
 
     def finish(self, tick: Callable[[], None]) -> int:
-        """Rank 0 waits for the others, with ticks, and tells how many of them were lost."""
+        """Rank 0 waits for the others, calling `tick` meanwhile, and returns how many of them were lost."""
         if not self.leads:
             self.count("finished", 1)
             return 0
@@ -178,3 +293,16 @@ class Team:
         if lost := others - finished:
             notice(f"{lost} of {self.place.size} processes ended before they were done")
         return lost
+
+
+def set_srun_variables() -> None:
+    """Set for Fabric what torchrun would have set, from the variables of this srun step."""
+    from lightning_fabric.plugins.environments import SLURMEnvironment
+
+    env = os.environ
+    env["LOCAL_RANK"], env["NODE_RANK"] = env["SLURM_LOCALID"], env.get("SLURM_NODEID", "0")
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "127.0.0.1")
+    env.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+    # Every task has to find the same port: one for each step of a job.
+    job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
+    env.setdefault("MASTER_PORT", str(15000 + (10 * job + step) % 10000))

@@ -1,4 +1,4 @@
-"""The making of a run's images by one process: sampled, checked, saved and told, batch by batch."""
+"""One process's share of a run: images sampled, saved and reported, batch by batch."""
 
 from __future__ import annotations
 
@@ -6,191 +6,124 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import InputError
-from ldm.images.outputs import CannotWrite, PictureWriter
+from ldm.images.outputs import CannotWrite
 from ldm.log import LOG, notice
+from ldm.runs.manifest import RunRecord
+from ldm.runs.plan import Plan
 from ldm.runs.processes import Team
+from ldm.runs.writer import ImageWriter
+from ldm.sampling import catalogue
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.pipeline.generate import Settings
-    from ldm.pipeline.safety import SafetyChecker
-    from ldm.runs.manifest import RunRecord
-    from ldm.sampling.batches import Batch
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What images that may share a batch have in common."""
-
-    settings: Settings
-    init_image: np.ndarray | None
-    facts: dict[str, Any]  # what is told of each
+    from ldm.pipeline.pipeline import GeneratedImage, Pipeline
 
 
 @dataclass(frozen=True)
 class Job:
     """What the processes of a run have to agree on."""
 
-    kinds: list[Kind]
-    batches: list[Batch]  # with images that are missing
-    names: dict[int, str]  # of the files of these batches, without suffix
+    plan: Plan
+    batches: list[tuple[int, ...]]  # with images that are missing
+    names: list[str]  # of the files of all images, without suffix
     record: RunRecord
+    facts: dict[str, Any]  # of the run, recorded with each of its images
 
 
 @dataclass(frozen=True)
-class Telling:
-    """What of the images is told, and where."""
+class ReportOptions:
+    """How a process reports on its images."""
 
-    metadata: bool = True  # settings in the files
     json: bool = False  # the manifest's lines also on stdout
     bar: bool = True
 
 
-class Safety:
-    """The safety checker's verdicts as a run takes them; without a checker nothing is checked."""
-
-    def __init__(self, checker: SafetyChecker | None = None, blacken: bool = True):
-        self.checker, self.blacken = checker, blacken
-
-    def __call__(
-        self, images: Sequence[np.ndarray | None]
-    ) -> list[tuple[np.ndarray | None, dict[str, bool]]]:
-        """Each image, black if it was found, with what is to be told; None (a NaN image) stays None."""
-        there = [image for image in images if image is not None]
-        if self.checker is None or not there:
-            return [(image, {}) for image in images]
-        verdicts = iter(self.checker(there))
-        checked: list[tuple[np.ndarray | None, dict[str, bool]]] = []
-        for image in images:
-            if image is None:
-                checked.append((None, {}))
-                continue
-            found = next(verdicts)
-            checked.append((image * 0 if found and self.blacken else image, {"nsfw_content_detected": found}))
-        return checked
-
-
-def make(
-    model: LatentDiffusion,
-    job: Job,
-    writer: PictureWriter,
-    team: Team,
-    interrupt: Interrupt,
-    safety: Safety,
-    telling: Telling,
+def make_images(
+    pipeline: Pipeline, job: Job, writer: ImageWriter, team: Team, interrupt: Interrupt, report: ReportOptions
 ) -> int:
     """Make and save this process's share of the missing images, until all are there or the user ends it.
 
-    Files are written in a thread while the next batch is sampled. The team counts the images that "failed".
-    Returns how many of the team's other processes were lost, if this one leads it.
+    Files are written in a thread while the next batch is sampled. Returns how many of the team's other
+    processes were lost, if this one leads it.
     """
-    from ldm.pipeline.generate import generate
-
     missing = set(job.record.missing())
-    steps = [kind.settings.steps_to_run for kind in job.kinds]
-    adaptive = any(kind.settings.sampler == "dpm_adaptive" for kind in job.kinds)
-    total = None if adaptive else sum(len(batch) * steps[batch.kind] for batch in job.batches)
     images = sum(map(len, job.batches))
+    taken: list[tuple[int, ...]] = []  # the batches under way, which `share` yields as requests
 
-    def save_batch(batch: Batch, checked: list[tuple], seconds: float) -> None:
-        kind, each = job.kinds[batch.kind], round(seconds / len(batch), 3)
-        own_facts = image_facts(kind.settings, batch)
-        for (image, flags), prompt, own in zip(checked, batch.prompts, own_facts, strict=True):
-            k = own["image"]
+    def share() -> Any:
+        for numbers in team.deal(job.batches):
+            taken.append(numbers)
+            yield job.plan.batch(numbers)
+
+    def save_batch(numbers: tuple[int, ...], generated: list[GeneratedImage]) -> None:
+        for k, image in zip(numbers, generated, strict=True):
             if k in missing:
-                facts = kind.facts | {"prompt": prompt} | own | flags
-                line = facts | {"seconds": each, "nan": image is None}
-                saved = save(writer, k, image, facts if telling.metadata else None, line, job.names[k])
-                if telling.json:
-                    print(json.dumps(saved | {"outdir": str(writer.folder.path)}), flush=True)
-                if saved["nan"] or "error" in saved:
-                    team.count("failed", 1)
+                line = save(writer, k, image, job.facts, job.names[k])
+                if report.json:
+                    print(json.dumps(line | {"outdir": str(writer.folder.path)}), flush=True)
 
-    with ThreadPoolExecutor(1) as thread, StepBar(images, total, team, telling.bar) as bar:
-        handing = Handing(thread)
-        for number, mine in groupby(team.deal(job.batches), key=lambda batch: batch.kind):
-            kind = job.kinds[number]
-            start = time.perf_counter()
-            for batch, pictures in generate(model, mine, kind.settings, bar.step, kind.init_image):
-                checked = safety(pictures)
-                seconds = time.perf_counter() - start
-                handing.over(save_batch, batch, checked, seconds)
-                bar.finish(len(batch))
-                start = time.perf_counter()
-                if interrupt.asked:
-                    team.stop()
-        handing.finish()
+    with ThreadPoolExecutor(1) as thread, StepBar(images, total_steps(job), team, report.bar) as bar:
+        background = BackgroundWriter(thread)
+        for generated in pipeline.batches(share(), bar.step):
+            background.submit(save_batch, taken.pop(0), generated)
+            bar.finish(len(generated))
+            if interrupt.asked or job.record.lost:
+                team.stop()
+        background.finish()
         return team.finish(tick=lambda: bar.step(0))
 
 
-class Handing:
-    """Work for a thread, one piece at a time: what fails there fails here, at the next or at the end."""
+def total_steps(job: Job) -> int | None:
+    """Steps of all images; None if a sampler chooses their number."""
+    firsts = [(len(batch), job.plan.requests[batch[0]]) for batch in job.batches]
+    if any(catalogue.SAMPLERS[request.sampler].adaptive for _, request in firsts):
+        return None
+    return sum(images * request.steps_to_run for images, request in firsts)
+
+
+def save(
+    writer: ImageWriter, k: int, image: GeneratedImage, facts: dict[str, Any], name: str
+) -> dict[str, Any]:
+    """Write image k and its line of the manifest, which is returned; a notice if it is NaN or not written.
+
+    Raises CannotWrite where no later image could be written, either.
+    """
+    settings = facts | image.settings | {"image": k}
+    line = settings | {"seconds": round(image.seconds, 3), "nan": image.pixels is None}
+    if image.pixels is None:
+        notice(f"image {k} ({image.request.prompt!r}) came out as NaN and is skipped")
+        return writer.record.add(k, None, line, failed=True)
+    try:
+        line = writer.add(k, image.pixels, settings, line, name)
+    except InputError as error:
+        if isinstance(error, CannotWrite) and error.full:
+            raise
+        notice(f"image {k}: {error}")
+        return writer.record.add(k, None, line | {"error": str(error)}, failed=True)
+    LOG.info("image %d: %s, %s s", k, line["file"], line["seconds"])
+    return line
+
+
+class BackgroundWriter:
+    """Work for a thread, one piece at a time: what fails there fails here, at the next piece or the end."""
 
     def __init__(self, thread: ThreadPoolExecutor):
         self.thread = thread
         self.work: Future | None = None
 
-    def over(self, function: Any, *args: Any) -> None:
+    def submit(self, function: Callable[..., None], *args: Any) -> None:
         self.finish()
         self.work = self.thread.submit(function, *args)
 
     def finish(self) -> None:
         if self.work is not None:
             self.work.result()
-
-
-def save(
-    writer: PictureWriter,
-    k: int,
-    image: np.ndarray | None,
-    settings: dict[str, Any] | None,
-    told: dict[str, Any],
-    name: str,
-) -> dict[str, Any]:
-    """Write image k and its line of the manifest, which is returned; a notice if it is NaN or not written.
-
-    Raises CannotWrite where no later image could be written, either.
-    """
-    if image is None:
-        notice(f"image {k} ({told['prompt']!r}) came out as NaN and is skipped")
-        return writer.record.add(k, None, told)
-    try:
-        line = writer.add(k, image, settings, told, name)
-    except InputError as error:
-        if isinstance(error, CannotWrite) and error.full:
-            raise
-        notice(f"image {k}: {error}")
-        return writer.record.add(k, None, told | {"error": str(error)})
-    LOG.info("image %d: %s, %s s", k, line["file"], line["seconds"])
-    return line
-
-
-def image_facts(settings: Settings, batch: Batch) -> list[dict[str, int]]:
-    """Number and seeds of each image, to make it alone; in the original's one stream it has no seed."""
-    from ldm.sampling.noise import image_seed, start_seeds
-
-    facts = []
-    for i, (k, given) in enumerate(zip(batch.numbers, batch.seeds or [None] * len(batch), strict=True)):
-        own = {"image": k}
-        if settings.rng == "image":
-            own["seed"] = image_seed(settings.seed, k) if given is None else given
-            if settings.variation_seed is not None:
-                own["variation_seed"] = image_seed(settings.variation_seed, k)
-            if settings.fixed_code:
-                first = settings.seed if settings.start_seed is None else settings.start_seed
-                own["start_seed"] = start_seeds(first, batch)[i]
-        facts.append(own)
-    return facts
 
 
 class Interrupt:

@@ -1,6 +1,6 @@
 """Diffusion sampling out of four independent choices: schedule, denoiser, sampler, noise.
 
-What needs torch is imported when it is first asked for, so that names and options can be checked without it.
+Everything is imported when it is first asked for, so that names and options can be checked without torch.
 """
 
 from importlib import import_module
@@ -8,13 +8,19 @@ from typing import Any
 
 _PLACES = {
     "Denoiser": "denoiser",
+    "same_length": "denoiser",
     "default_trajectory": "run",
     "sample": "run",
+    "CompvisStream": "noise",
+    "ImageNoise": "noise",
+    "ImageSeeds": "noise",
     "SAMPLERS": "samplers",
     "SCHEDULES": "schedule",
     "Discretization": "schedule",
-    "Trajectory": "schedule",
-    "trajectory": "schedule",
+    "Trajectory": "trajectory",
+    "guidance_interval": "trajectory",
+    "own_steps": "trajectory",
+    "plan_trajectory": "trajectory",
 }
 
 __all__ = [*_PLACES]

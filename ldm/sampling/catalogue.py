@@ -1,118 +1,38 @@
-"""What is known of samplers and schedules without running them: names, options, papers. Imports no torch."""
+"""What is known of samplers and schedules without running them: names, options, papers. Imports no torch.
+
+`SAMPLERS` and `SCHEDULES` map names to the facts recorded where the functions are defined. What is about
+schedules imports numpy when it is first asked for.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 from ldm.errors import InputError
+from ldm.sampling import facts, samplers
+from ldm.sampling.facts import SamplerFacts, ScheduleFacts
 
-CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
-ANCESTRAL = ("eta", "s_noise")
-
-SCHEDULES = {
-    "leading": "the original's DDIM and PLMS grid",
-    "uniform": "the original's DPM-Solver grid: fractional timesteps from the last one to 0",
-    "linspace": "k-diffusion's: even timesteps, both ends included",
-    "trailing": "even timesteps that start at the last one",
-    "karras": "even in sigma^(1/rho), rho 7",
-    "exponential": "even in log sigma",
-    "polyexponential": "log sigma along a power rho, here 1: exponential",
-    "sgm_uniform": "generative-models': linspace without its last timestep",
-    "ays": "Align Your Steps: 11 noise levels optimised for v1 and v2 models",
-    "lcm": "of the 50 timesteps that latent consistency models are distilled on",
-}
-SCHEDULE_ALIASES = {"normal": "linspace", "alignyoursteps": "ays", "timeuniform": "uniform"}
-RHO = {"karras": 7.0, "polyexponential": 1.0}  # the schedules with a rho, and its default
+SAMPLERS: dict[str, SamplerFacts] = {name: facts.SAMPLERS[name] for name in samplers.SAMPLERS}
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Facts about one sampler; `options` are its function's keyword arguments that a user may set."""
+@cache
+def schedules() -> dict[str, ScheduleFacts]:
+    """Facts about schedules by name."""
+    import ldm.sampling.schedule  # noqa: F401  its functions record them
 
-    schedule: str  # its default
-    order: int
-    calls: str  # model calls per step
-    paper: str  # arXiv number
-    aliases: tuple[str, ...]  # its names elsewhere
-    options: tuple[str, ...] = ()
-    noise: str = ""  # "": none, "plain": independent draws, "brownian": increments of one path
-
-    @property
-    def stochastic(self) -> str:
-        """yes, no, or the option that makes it so."""
-        if self.options == ANCESTRAL and self.calls not in ("N in all", "adaptive"):
-            return "yes"
-        return {(): "yes" if self.noise else "no", CHURN: "s_churn > 0"}.get(self.options, "eta > 0")
+    return facts.SCHEDULES
 
 
-SAMPLERS = {
-    "ddim": Sampler("leading", 1, "1", "2010.02502", ("DDIM", "DDIMScheduler"), ("eta",), "plain"),
-    "plms": Sampler("leading", 4, "1 (first: 2)", "2202.09778", ("PLMS", "PNDM", "PNDMScheduler")),
-    "ddpm": Sampler("leading", 1, "1", "2006.11239", ("DDPM", "DDPMScheduler"), (), "plain"),
-    "euler": Sampler("linspace", 1, "1", "2206.00364", ("Euler", "EulerDiscreteScheduler"), CHURN, "plain"),
-    "euler_ancestral": Sampler(
-        "linspace",
-        1,
-        "1",
-        "2006.11239",
-        ("Euler a", "euler_a", "EulerAncestralDiscreteScheduler"),
-        ANCESTRAL,
-        "plain",
-    ),
-    "heun": Sampler("linspace", 2, "2", "2206.00364", ("Heun", "HeunDiscreteScheduler"), CHURN, "plain"),
-    "dpm_2": Sampler("linspace", 2, "2", "2206.00364", ("DPM2", "KDPM2DiscreteScheduler"), CHURN, "plain"),
-    "dpm_2_ancestral": Sampler(
-        "linspace",
-        2,
-        "2",
-        "2206.00364",
-        ("DPM2 a", "dpm_2_a", "KDPM2AncestralDiscreteScheduler"),
-        ANCESTRAL,
-        "plain",
-    ),
-    "lms": Sampler("linspace", 4, "1", "2204.13902", ("LMS", "LMSDiscreteScheduler")),
-    "dpm_fast": Sampler("linspace", 3, "N in all", "2206.00927", ("DPM fast",), ANCESTRAL, "plain"),
-    "dpm_adaptive": Sampler(
-        "linspace", 3, "adaptive", "2206.00927", ("DPM adaptive", "dpm_ad"), ANCESTRAL, "plain"
-    ),
-    "dpmpp_2s_ancestral": Sampler(
-        "linspace",
-        2,
-        "2",
-        "2211.01095",
-        ("DPM++ 2S a", "DPM++ 2S Ancestral", "dpmpp_2s_a", "k_dpmpp_2_a"),
-        ANCESTRAL,
-        "plain",
-    ),
-    "dpmpp_sde": Sampler(
-        "linspace",
-        2,
-        "2",
-        "2211.01095",
-        ("DPM++ SDE", "dpmpp_sde_gpu", "DPMSolverSDEScheduler"),
-        ANCESTRAL,
-        "brownian",
-    ),
-    "dpmpp_2m": Sampler(
-        "uniform",
-        2,
-        "1",
-        "2211.01095",
-        ("DPM++ 2M", "dpm_solver", "DPMSolver", "DPM-Solver++", "k_dpmpp_2", "DPMSolverMultistepScheduler"),
-    ),
-    "dpmpp_2m_sde": Sampler(
-        "exponential", 2, "1", "2211.01095", ("DPM++ 2M SDE", "dpmpp_2m_sde_gpu"), ANCESTRAL, "brownian"
-    ),
-    "dpmpp_3m_sde": Sampler(
-        "exponential", 3, "1", "2211.01095", ("DPM++ 3M SDE", "dpmpp_3m_sde_gpu"), ANCESTRAL, "brownian"
-    ),
-    "unipc": Sampler(
-        "uniform", 2, "1", "2302.04867", ("UniPC", "uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler")
-    ),
-    "lcm": Sampler("lcm", 1, "1", "2310.04378", ("LCM", "LCMScheduler"), (), "plain"),
-}
+def __getattr__(name: str) -> Any:
+    if name == "SCHEDULES":
+        return schedules()
+    if name == "RHO":  # the schedules with a rho, and its default
+        return {name: known.rho for name, known in schedules().items() if known.rho is not None}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def resolve(name: str) -> tuple[str, str | None]:
@@ -122,7 +42,7 @@ def resolve(name: str) -> tuple[str, str | None]:
     are one; `DPM++ 2M Karras` implies a schedule. InputError names the nearest known ones.
     """
     plain = _plain(name)
-    for suffix, schedule in {"": None, **_SUFFIXES}.items():
+    for suffix, schedule in {"": None, **_suffixes()}.items():
         if plain.endswith(suffix):
             stem = plain.removesuffix(suffix)
             for prefix in ("", "k", "sample"):
@@ -133,12 +53,34 @@ def resolve(name: str) -> tuple[str, str | None]:
 
 def resolve_schedule(name: str) -> str:
     """The schedule of a name in any spelling; InputError names the nearest known ones."""
-    known = {_plain(schedule): schedule for schedule in SCHEDULES} | SCHEDULE_ALIASES
+    known = {_plain(schedule): schedule for schedule in schedules()}
+    known |= {_plain(alias): schedule for schedule, of in schedules().items() for alias in of.aliases}
     if found := known.get(_plain(name)):
         return found
-    raise InputError(
-        f"--schedule {name} is not known; {_nearest(_plain(name), known)}; choose from {', '.join(SCHEDULES)}"
-    )
+    near, choices = _nearest(_plain(name), known), ", ".join(schedules())
+    raise InputError(f"--schedule {name} is not known; {near}; choose from {choices}")
+
+
+def uses_ends_only(sampler: str) -> bool:
+    """Whether a sampler chooses its own levels between the ends of those that it is given."""
+    return SAMPLERS[sampler].ends_only
+
+
+def check_levels(
+    sampler: str,
+    *,
+    schedule: str | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> None:
+    """InputError if levels are given (neither None nor empty) to a sampler that would use only their ends."""
+    given = {"schedule": schedule, "timesteps": timesteps, "sigmas": sigmas}
+    for flag, value in given.items():
+        if value and uses_ends_only(sampler):
+            raise InputError(
+                f"--{flag} has no effect on {sampler}: it chooses its own noise levels between the first and "
+                "the last one"
+            )
 
 
 def table() -> str:
@@ -150,8 +92,8 @@ def table() -> str:
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    schedules = [f"{name:<18}{what}" for name, what in SCHEDULES.items()]
-    return "\n".join([*map(str.rstrip, lines), "", "schedule", *schedules])
+    described = [f"{name:<18}{what.description}" for name, what in schedules().items()]
+    return "\n".join([*map(str.rstrip, lines), "", "schedule", *described])
 
 
 def _plain(name: str) -> str:
@@ -161,8 +103,18 @@ def _plain(name: str) -> str:
 
 _KNOWN = {_plain(alias): name for name, s in SAMPLERS.items() for alias in (name, *s.aliases)}
 _KNOWN |= {alias.removesuffix("scheduler"): name for alias, name in _KNOWN.items()}  # diffusers' classes
-_SUFFIXES = {_plain(name): name for name in SCHEDULES if name != "uniform"}
-_SUFFIXES |= {"k": "karras", "ka": "karras"}  # InvokeAI's and A1111's
+
+
+@cache
+def _suffixes() -> dict[str, str]:
+    """What a sampler's name may end with -> the schedule it implies.
+
+    "Uniform" does not: ours is DPM-Solver's grid, A1111's is linspace.
+    """
+    theirs = {_plain(known.a1111): name for name, known in schedules().items() if known.a1111}
+    plain = {_plain(name): name for name in schedules()}
+    unambiguous = {suffix: name for suffix, name in plain.items() if theirs.get(suffix, name) == name}
+    return unambiguous | {"k": "karras", "ka": "karras"}  # InvokeAI's and A1111's
 
 
 def _nearest(plain: str, known: dict[str, str]) -> str:

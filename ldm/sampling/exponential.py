@@ -4,173 +4,22 @@ Their time is lambda = -log sigma, in which a step is h = log(sigma / sigma_next
 (DPM-Solver++, Lu et al. 2022, https://arxiv.org/abs/2211.01095) are DDIM steps toward a better x0.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import numpy as np
-from torch import Tensor
+from ldm.sampling.facts import sampler
+from ldm.sampling.steps import ancestral_step, steps, toward
 
-from ldm.sampling.steps import Callback, Denoise, Noise, ancestral_step, run_ancestral, toward
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
+    import numpy as np
+    from torch import Tensor
 
-def two_stage_step(denoise: Denoise, x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """DPM-Solver++(2S), algorithm 1 with r = 1/2: toward the x0 half way on, or at once to sigma 0."""
-    if sigma_next > 0:
-        middle = math.sqrt(sigma * sigma_next)
-        x0 = denoise(toward(x, x0, sigma, middle), middle)
-    return toward(x, x0, sigma, sigma_next)
-
-
-def dpmpp_2s_ancestral(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-) -> Tensor:
-    """DPM-Solver++(2S) with fresh noise in each step (k-diffusion, `sample_dpmpp_2s_ancestral`)."""
-    return run_ancestral(two_stage_step, denoise, x, sigmas, noise, callback, eta, s_noise)
-
-
-def dpmpp_sde(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-) -> Tensor:
-    """DPM-Solver++ for the SDE, two calls a step, r = 1/2 (k-diffusion, `sample_dpmpp_sde`).
-
-    Both draws of a step are of one interval, so the noise should be that of one Brownian path.
-    """
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x0 = estimate = denoise(x, sigma)
-        if sigma_next > 0:
-            middle = math.sqrt(sigma * sigma_next)
-            down, up = ancestral_step(sigma, middle, eta)
-            x_middle = toward(x, x0, sigma, down)
-            if up > 0:
-                x_middle = x_middle + noise(sigma, middle) * (s_noise * up)
-            estimate = denoise(x_middle, middle)
-        down, up = ancestral_step(sigma, sigma_next, eta)
-        x = toward(x, estimate, sigma, down)
-        if up > 0:
-            x = x + noise(sigma, sigma_next) * (s_noise * up)
-        if callback:
-            callback(i + 1, x0)
-    return x
-
-
-def dpmpp_2m(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    lower_order_final: bool = False,
-) -> Tensor:
-    """DPM-Solver++(2M), algorithm 2.
-
-    `lower_order_final` makes the last step first-order; the original does so below 15 steps.
-    """
-    return run_2m(denoise, x, sigmas, noise, callback, 0.0, 0.0, lower_order_final)
-
-
-def dpmpp_2m_sde(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-) -> Tensor:
-    """DPM-Solver++(2M) for the SDE, midpoint (k-diffusion, `sample_dpmpp_2m_sde`)."""
-    return run_2m(denoise, x, sigmas, noise, callback, eta, s_noise, lower_order_final=False)
-
-
-def run_2m(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    noise: Noise | None,
-    callback: Callback | None,
-    eta: float,
-    s_noise: float,
-    lower_order_final: bool,
-) -> Tensor:
-    """Toward an x0 that goes on as it went in the last step."""
-    last_x0, last_h = None, 0.0
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x0 = estimate = denoise(x, sigma)
-        h = math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
-        if last_x0 is not None and sigma_next > 0 and not (lower_order_final and i == len(sigmas) - 2):
-            estimate = x0 + (x0 - last_x0) * (h / (2 * last_h))
-        x = toward(x, estimate, sigma, sde_level(sigma, sigma_next, eta))
-        if eta > 0 and sigma_next > 0:
-            x = x + noise(sigma, sigma_next) * (s_noise * sde_noise(sigma_next, h, eta))
-        last_x0, last_h = x0, h
-        if callback:
-            callback(i + 1, x0)
-    return x
-
-
-def sde_level(sigma: float, sigma_next: float, eta: float) -> float:
-    """The level to which a step of the SDE takes x without its noise: h is 1 + eta times as long."""
-    return sigma_next * (sigma_next / sigma) ** eta
-
-
-def sde_noise(sigma_next: float, h: float, eta: float) -> float:
-    """The deviation of the noise that a step of the SDE adds."""
-    return sigma_next * math.sqrt(-math.expm1(-2 * eta * h))
-
-
-def dpmpp_3m_sde(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-) -> Tensor:
-    """DPM-Solver++(3M) for the SDE (k-diffusion, `sample_dpmpp_3m_sde`).
-
-    The integral of x0's Taylor series in lambda, whose derivatives are divided differences of past x0.
-    """
-    past: list[tuple[Tensor, float]] = []  # x0 and the h that followed it, newest first
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x0 = denoise(x, sigma)
-        h = math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
-        x_next = toward(x, x0, sigma, sde_level(sigma, sigma_next, eta))
-        if past and sigma_next > 0:
-            length = h * (1 + eta)
-            phi_2 = math.expm1(-length) / length + 1
-            (x0_1, h_1), *older = past
-            slope = (x0 - x0_1) * (h / h_1)
-            if older:
-                ((x0_2, h_2),) = older
-                bend = (slope - (x0_1 - x0_2) * (h / h_2)) * (h / (h_1 + h_2))
-                slope = slope + bend * (h_1 / h)
-                x_next = x_next - bend * (phi_2 / length - 0.5)
-            x_next = x_next + slope * phi_2
-        if eta > 0 and sigma_next > 0:
-            x_next = x_next + noise(sigma, sigma_next) * (s_noise * sde_noise(sigma_next, h, eta))
-        x, past = x_next, [(x0, h), *past[:1]]
-        if callback:
-            callback(i + 1, x0)
-    return x
-
+    from ldm.sampling.steps import Callback, Denoise, Noise, Sigmas
 
 # DPM-Solver (Lu et al. 2022, https://arxiv.org/abs/2206.00927), on eps: single steps of order 1 to 3
 
@@ -227,25 +76,24 @@ def ancestral_level(sigma: float, sigma_next: float, end: float, eta: float) -> 
     return down, math.sqrt(max(0.0, sigma_next**2 - down**2))
 
 
-def dpm_fast(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    eta: float = 0.0,
-    s_noise: float = 1.0,
-) -> Tensor:
+@sampler(
+    "DPM fast",
+    order=3, calls="N in all", schedule="linspace", paper="2206.00927", noise="plain", ends_only=True,
+)  # fmt: skip
+def dpm_fast(denoise: Denoise, x: Tensor, sigmas: Sigmas, *, noise: Noise = None, callback: Callback = None,
+             eta: float = 0.0, s_noise: float = 1.0) -> Tensor:  # fmt: skip
     """DPM-Solver-fast, appendix D.2: as many model calls as `sigmas` has steps, its levels even in lambda.
 
     Of `sigmas` only the ends count. A run that ends at 0 spends its last call on getting there.
     """
-    calls, end = len(sigmas) - 1, sigmas[-1]
-    if end == 0:
-        calls, end = calls - 1, sigmas[-2]
+    import numpy as np
+
+    calls, end = len(sigmas) - 1, float(sigmas[-1])
+    to_zero = end == 0
+    if to_zero:
+        calls, end = calls - 1, float(sigmas[-2])
     orders = fast_orders(calls) if calls else []
-    levels = np.geomspace(sigmas[0], end, len(orders) + 1).tolist()  # its ends are exact
+    levels = np.geomspace(float(sigmas[0]), end, len(orders) + 1).tolist()  # its ends are exact
     done = 0
     for order, (sigma, sigma_next) in zip(orders, pairwise(levels), strict=True):
         step = SingleStep(denoise, x, sigma)
@@ -257,35 +105,37 @@ def dpm_fast(
             done += 1
             if callback:
                 callback(done, step.x0)
-    if sigmas[-1] == 0:
+    if to_zero:
         x = denoise(x, end)
         if callback:
             callback(done + 1, x)
     return x
 
 
-def dpm_adaptive(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    eta: float = 0.0,
-    s_noise: float = 1.0,
-    order: int = 3,
-    rtol: float = 0.05,
-    atol: float = 0.0078,
-) -> Tensor:
+PURE_NOISE = 15.0  # above v1's first level hardly anything of an image shows in x
+LONGEST_IN_NOISE = 1.0  # h
+
+
+@sampler(
+    "DPM adaptive", "dpm_ad",
+    order=3, calls="adaptive", schedule="linspace", paper="2206.00927", noise="plain",
+    ends_only=True, adaptive=True,
+)  # fmt: skip
+def dpm_adaptive(denoise: Denoise, x: Tensor, sigmas: Sigmas, *, noise: Noise = None,
+                 callback: Callback = None, eta: float = 0.0, s_noise: float = 1.0, order: int = 3,
+                 rtol: float = 0.05, atol: float = 0.0078) -> Tensor:  # fmt: skip
     """Steps as long as the difference of order, 2 or 3, and the one below allows (appendix C).
 
-    The controller of the length is k-diffusion's.
+    The controller of the length is k-diffusion's, but for the limit on steps in pure noise: there x0 hardly
+    changes and the error is next to none, so from zero terminal SNR's 4096 the length grew until one step,
+    its error measured by the noise that it began with, leapt over all levels at which an image forms.
 
     Of `sigmas` only the ends count. The difference has to come from the device, once a step, and is that of
     the whole batch: images that shall not depend on others come one at a time.
     """
-    end = sigmas[-1] or sigmas[-2]
-    sigma, h, last, steps = sigmas[0], 0.05, x, 0
+    first, *_, last_but_one, final = map(float, (sigmas[0], *sigmas[-2:]))
+    end = final or last_but_one
+    sigma, h, last, done = first, 0.05, x, 0
     while math.log(sigma / end) > 1e-5:
         sigma_next = max(end, sigma * math.exp(-h))
         down, up = ancestral_level(sigma, sigma_next, end, eta) if eta else (sigma_next, 0.0)
@@ -296,22 +146,177 @@ def dpm_adaptive(
             low, high = step.second(down, r=1 / 3), step.third(down)
         allowed = (rtol * low.abs().maximum(last.abs())).clamp(min=atol)
         error = ((low - high) / allowed).square().mean().sqrt().item()
-        if not math.isfinite(error):  # no step size can help; such pictures are told and left out
+        if not math.isfinite(error):  # no step size can help; such an image is reported and left out
             return high
         factor = (1 / (1e-8 + error)) ** (1 / (1.5 if eta else order))
         factor = 1 + math.atan(factor - 1)  # soft limits
         h *= factor
+        if sigma > PURE_NOISE:
+            h = min(h, LONGEST_IN_NOISE)
         if factor < 0.81:
             continue
-        x, last, sigma, steps = high, low, sigma_next, steps + 1
+        x, last, sigma, done = high, low, sigma_next, done + 1
         if up > 0:
             x = x + noise(step.sigma, sigma) * (s_noise * up)
         if callback:
-            callback(steps, step.x0)
-    if sigmas[-1] == 0:
+            callback(done, step.x0)
+    if final == 0:
         x = denoise(x, end)
         if callback:
-            callback(steps + 1, x)
+            callback(done + 1, x)
+    return x
+
+
+# DPM-Solver++ (Lu et al. 2022, https://arxiv.org/abs/2211.01095), on x0
+
+
+@sampler(
+    "DPM++ 2S a", "DPM++ 2S Ancestral", "dpmpp_2s_a", "k_dpmpp_2_a",
+    order=2, calls="2", schedule="linspace", paper="2211.01095", noise="plain", automatic="karras",
+)  # fmt: skip
+def dpmpp_2s_ancestral(denoise: Denoise, x: Tensor, sigmas: Sigmas, *, noise: Noise = None,
+                       callback: Callback = None, eta: float = 1.0, s_noise: float = 1.0,
+                       ) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2S), algorithm 1 with r = 1/2, and fresh noise (k-diffusion, `sample_dpmpp_2s_ancestral`).
+
+    Toward the x0 half way on, or at once to sigma 0.
+    """
+    for i, sigma, sigma_next in steps(sigmas):
+        x0 = estimate = denoise(x, sigma)
+        down, up = ancestral_step(sigma, sigma_next, eta)
+        if down > 0:
+            middle = math.sqrt(sigma * down)
+            estimate = denoise(toward(x, x0, sigma, middle), middle)
+        x = toward(x, estimate, sigma, down)
+        if up > 0:
+            x = x + noise(sigma, sigma_next) * (s_noise * up)
+        if callback:
+            callback(i + 1, x0)
+    return x
+
+
+@sampler(
+    "DPM++ SDE", "dpmpp_sde_gpu", "DPMSolverSDEScheduler",
+    order=2, calls="2", schedule="linspace", paper="2211.01095", noise="brownian", automatic="karras",
+)  # fmt: skip
+def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, *, noise: Noise = None,
+              callback: Callback = None, eta: float = 1.0, s_noise: float = 1.0) -> Tensor:  # fmt: skip
+    """DPM-Solver++ for the SDE, two calls a step, r = 1/2 (k-diffusion, `sample_dpmpp_sde`).
+
+    Both draws of a step are of one interval, so the noise should be that of one Brownian path.
+    """
+    for i, sigma, sigma_next in steps(sigmas):
+        x0 = estimate = denoise(x, sigma)
+        if sigma_next > 0:
+            middle = math.sqrt(sigma * sigma_next)
+            down, up = ancestral_step(sigma, middle, eta)
+            x_middle = toward(x, x0, sigma, down)
+            if up > 0:
+                x_middle = x_middle + noise(sigma, middle) * (s_noise * up)
+            estimate = denoise(x_middle, middle)
+        down, up = ancestral_step(sigma, sigma_next, eta)
+        x = toward(x, estimate, sigma, down)
+        if up > 0:
+            x = x + noise(sigma, sigma_next) * (s_noise * up)
+        if callback:
+            callback(i + 1, x0)
+    return x
+
+
+def log_step(sigma: float, sigma_next: float) -> float:
+    """h, infinite to sigma 0."""
+    return math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
+
+
+@sampler(
+    "DPM++ 2M", "dpm_solver", "DPMSolver", "DPM-Solver++", "k_dpmpp_2", "DPMSolverMultistepScheduler",
+    order=2, calls="1", schedule="uniform", paper="2211.01095", automatic="karras",
+)  # fmt: skip
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Sigmas, *, noise: Noise = None, callback: Callback = None,
+             lower_order_final: bool | None = None) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2M), algorithm 2: toward an x0 that goes on as it went in the last step.
+
+    `lower_order_final` makes the last step first-order; None is the original's rule, below 15 steps.
+    """
+    final = len(sigmas) - 2
+    if lower_order_final is None:
+        lower_order_final = len(sigmas) - 1 < 15
+    last_x0, last_h = None, 0.0
+    for i, sigma, sigma_next in steps(sigmas):
+        x0 = estimate = denoise(x, sigma)
+        h = log_step(sigma, sigma_next)
+        if last_x0 is not None and sigma_next > 0 and not (lower_order_final and i == final):
+            estimate = x0 + (x0 - last_x0) * (h / (2 * last_h))
+        x = toward(x, estimate, sigma, sigma_next)
+        last_x0, last_h = x0, h
+        if callback:
+            callback(i + 1, x0)
+    return x
+
+
+def sde_level(sigma: float, sigma_next: float, eta: float) -> float:
+    """The level to which a step of the SDE takes x without its noise: h is 1 + eta times as long."""
+    return sigma_next * (sigma_next / sigma) ** eta
+
+
+def sde_noise(sigma_next: float, h: float, eta: float) -> float:
+    """The standard deviation of the noise that a step of the SDE adds."""
+    return sigma_next * math.sqrt(-math.expm1(-2 * eta * h))
+
+
+@sampler(
+    "DPM++ 2M SDE", "dpmpp_2m_sde_gpu",
+    order=2, calls="1", schedule="exponential", paper="2211.01095", noise="brownian", automatic="exponential",
+)  # fmt: skip
+def dpmpp_2m_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, *, noise: Noise = None,
+                 callback: Callback = None, eta: float = 1.0, s_noise: float = 1.0) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2M) for the SDE, midpoint (k-diffusion, `sample_dpmpp_2m_sde`)."""
+    last_x0, last_h = None, 0.0
+    for i, sigma, sigma_next in steps(sigmas):
+        x0 = estimate = denoise(x, sigma)
+        h = log_step(sigma, sigma_next)
+        if last_x0 is not None and sigma_next > 0:
+            estimate = x0 + (x0 - last_x0) * (h / (2 * last_h))
+        x = toward(x, estimate, sigma, sde_level(sigma, sigma_next, eta))
+        if eta > 0 and sigma_next > 0:
+            x = x + noise(sigma, sigma_next) * (s_noise * sde_noise(sigma_next, h, eta))
+        last_x0, last_h = x0, h
+        if callback:
+            callback(i + 1, x0)
+    return x
+
+
+@sampler(
+    "DPM++ 3M SDE", "dpmpp_3m_sde_gpu",
+    order=3, calls="1", schedule="exponential", paper="2211.01095", noise="brownian", automatic="exponential",
+)  # fmt: skip
+def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, *, noise: Noise = None,
+                 callback: Callback = None, eta: float = 1.0, s_noise: float = 1.0) -> Tensor:  # fmt: skip
+    """DPM-Solver++(3M) for the SDE (k-diffusion, `sample_dpmpp_3m_sde`).
+
+    The integral of x0's Taylor series in lambda, whose derivatives are divided differences of past x0.
+    """
+    past: list[tuple[Tensor, float]] = []  # x0 and the h that followed it, newest first
+    for i, sigma, sigma_next in steps(sigmas):
+        x0 = denoise(x, sigma)
+        h = log_step(sigma, sigma_next)
+        x_next = toward(x, x0, sigma, sde_level(sigma, sigma_next, eta))
+        if past and sigma_next > 0:
+            length = h * (1 + eta)
+            phi_2 = math.expm1(-length) / length + 1
+            (x0_1, h_1), *older = past
+            slope = (x0 - x0_1) * (h / h_1)
+            if older:
+                ((x0_2, h_2),) = older
+                bend = (slope - (x0_1 - x0_2) * (h / h_2)) * (h / (h_1 + h_2))
+                slope = slope + bend * (h_1 / h)
+                x_next = x_next - bend * (phi_2 / length - 0.5)
+            x_next = x_next + slope * phi_2
+        if eta > 0 and sigma_next > 0:
+            x_next = x_next + noise(sigma, sigma_next) * (s_noise * sde_noise(sigma_next, h, eta))
+        x, past = x_next, [(x0, h), *past[:1]]
+        if callback:
+            callback(i + 1, x0)
     return x
 
 
@@ -320,6 +325,8 @@ def dpm_adaptive(
 
 def unipc_system(places: Sequence[float], h: float) -> tuple[np.ndarray, np.ndarray]:
     """R and b of equation 8 with B(h) = e^h - 1; the weights solve R rho = b. `places`: of x0 in h."""
+    import numpy as np
+
     order = len(places)
     phi, factorial, b = -math.expm1(-h) / h - 1, 1, []
     for k in range(1, order + 1):
@@ -329,25 +336,22 @@ def unipc_system(places: Sequence[float], h: float) -> tuple[np.ndarray, np.ndar
     return np.vander(places, order, increasing=True).T, np.array(b)
 
 
-def unipc(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    order: int = 2,
-) -> Tensor:
+@sampler(
+    "UniPC", "uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler",
+    order=2, calls="1", schedule="uniform", paper="2302.04867",
+)  # fmt: skip
+def unipc(denoise: Denoise, x: Tensor, sigmas: Sigmas, *, noise: Noise = None, callback: Callback = None,
+          order: int = 2) -> Tensor:  # fmt: skip
     """UniPC on x0 with B_2: a multistep predictor, corrected by the very model call that the next step needs.
 
     The last steps are of lower order, as in the authors' code.
     """
-    steps, x_last, past = len(sigmas) - 1, x, []  # past: (x0, sigma), newest first
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+    x_last, past = x, []  # past: (x0, sigma), newest first
+    for i, sigma, sigma_next in steps(sigmas):
         x0 = denoise(x, sigma)
         if past:  # the last step again, now that its end is known
             x = unipc_step(x_last, past, sigma, x0)
-        past = [(x0, sigma), *past][: min(order, i + 1, steps - i)]
+        past = [(x0, sigma), *past][: min(order, i + 1, len(sigmas) - 1 - i)]
         x_last = x
         x = unipc_step(x, past, sigma_next)
         if callback:
@@ -359,6 +363,8 @@ def unipc_step(
     x: Tensor, past: Sequence[tuple[Tensor, float]], sigma_next: float, x0_next: Tensor | None = None
 ) -> Tensor:
     """From the newest of `past`, (x0, sigma), to sigma_next: predicted, or corrected if x0 there is known."""
+    import numpy as np
+
     (x0, sigma), *older = past
     x_next = toward(x, x0, sigma, sigma_next)
     if sigma_next == 0 or (not older and x0_next is None):
@@ -374,3 +380,20 @@ def unipc_step(
         weights = np.linalg.solve(R[:-1, :-1], b[:-1]) if len(older) > 1 else [0.5]
     change = sum(float(weight) * slope for weight, slope in zip(weights, slopes, strict=True))
     return x_next - change * math.expm1(-h)
+
+
+@sampler("LCM", "LCMScheduler", order=1, calls="1", schedule="lcm", paper="2310.04378", noise="plain")
+def lcm(
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, *, noise: Noise = None, callback: Callback = None
+) -> Tensor:
+    """Consistency sampling, for models distilled to it (Luo et al. 2023, https://arxiv.org/abs/2310.04378).
+
+    All the way to x0 in one step, and back up with fresh noise.
+    """
+    for i, sigma, sigma_next in steps(sigmas):
+        x = x0 = denoise(x, sigma)
+        if sigma_next > 0:
+            x = x0 + noise(sigma, sigma_next) * sigma_next
+        if callback:
+            callback(i + 1, x0)
+    return x

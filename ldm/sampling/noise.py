@@ -1,19 +1,18 @@
 """Where random numbers come from: a stream for each image, or the original's one stream for the run.
 
-All are callables `noise(sigma, sigma_next)` for the samplers, with `start()` for the initial latents and
+Both are callables `noise(sigma, sigma_next)` for the samplers, with `start()` for the initial latents and
 `posterior()` for the draw of an init image's latents.
 """
 
 import math
 import struct
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from ldm.sampling.batches import MAX_SEED, Batch
 
 
 def image_generator(seed: int) -> torch.Generator:
@@ -41,7 +40,7 @@ class BrownianPath:
     def __init__(self, seed: int, shape: Sequence[int]):
         self.seed = seed
         self.shape = tuple(shape)
-        self._node = lru_cache(maxsize=3 * self.DEPTH)(self._node)  # neighbours share most of their ancestors
+        self._nodes: OrderedDict[tuple[int, int], Tensor] = OrderedDict()  # the most recently used
 
     def increment(self, sigma: float, sigma_next: float) -> Tensor:
         """Standard normal: what the path does between two sigmas, over the root of the time that takes."""
@@ -62,7 +61,16 @@ class BrownianPath:
         return torch.lerp(left, self._node(self.DEPTH, int(index) + 1), part) + bridge
 
     def _node(self, level: int, index: int) -> Tensor:
-        """The value at u = index / 2^level."""
+        """The value at u = index / 2^level; some are kept, as neighbours share most of their ancestors."""
+        place = level, index
+        if place not in self._nodes:
+            self._nodes[place] = self._bridge(level, index)
+            while len(self._nodes) > 3 * self.DEPTH:
+                self._nodes.popitem(last=False)
+        self._nodes.move_to_end(place)
+        return self._nodes[place]
+
+    def _bridge(self, level: int, index: int) -> Tensor:
         if index == 0:
             return torch.zeros(self.shape)
         if index % 2 == 0:
@@ -76,75 +84,85 @@ class BrownianPath:
         return torch.randn(self.shape, generator=place_generator(self.seed, place))
 
 
-class ImageNoise:
-    """Each image's own stream, on the CPU in float32: equal on any device and in any batch.
+@dataclass(frozen=True)
+class ImageSeeds:
+    """Where one image's random numbers come from. Seeds are 0 … 2^63 - 1."""
 
-    With `brownian` the steps' noise are the increments of a path of the image's seed. `start_seeds` are other
-    images' to start from (--fixed_code); all else stays the image's own.
+    seed: int
+    start_seed: int | None = None  # another image's noise to start from; all else stays the image's own
+    variation_seed: int | None = None  # every draw is varied towards that of this seed …
+    variation_strength: float = 0.0  # … so far, 0 … 1; see `slerp`
+
+
+class SeedStream:
+    """All draws of one seed, [c, h, w], on the CPU; the steps' are a generator's or a Brownian path's."""
+
+    def __init__(self, seed: int, shape: tuple[int, ...], brownian: bool, start_seed: int | None = None):
+        self.seed = seed
+        self.shape = shape
+        self.generator = image_generator(seed)
+        self.path = BrownianPath(seed, shape) if brownian else None
+        self.other_start = None if start_seed is None else image_generator(start_seed)
+
+    def start(self) -> Tensor:
+        own = self._draw(self.generator)  # drawn in any case: the steps must not see this noise again
+        return own if self.other_start is None else self._draw(self.other_start)
+
+    def posterior(self) -> Tensor:
+        return self._draw(place_generator(self.seed, b"posterior"))
+
+    def step(self, sigma: float, sigma_next: float) -> Tensor:
+        return self._draw(self.generator) if self.path is None else self.path.increment(sigma, sigma_next)
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        return torch.randn(self.shape, generator=generator)
+
+
+class ImageNoise:
+    """Each image's own noise, drawn and varied on the CPU in float32: equal on any device and in any batch.
+
+    `shape` is one image's [c, h, w]. With `brownian` the steps' noise are the increments of a path of the
+    image's seed.
     """
 
     def __init__(
         self,
-        seeds: Sequence[int],
+        images: Sequence[ImageSeeds],
         shape: Sequence[int],
         device: torch.device,
-        start_seeds: Sequence[int] | None = None,
         brownian: bool = False,
     ):
-        self.seeds = list(seeds)
-        self.generators = [image_generator(seed) for seed in seeds]
-        self.starts = [image_generator(seed) for seed in start_seeds] if start_seeds else self.generators
-        self.shape = tuple(shape)  # of one image: c, h, w
         self.device = device
-        self.paths = [BrownianPath(seed, shape) for seed in seeds] if brownian else None
-
-    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Standard normal [b, c, h, w]."""
-        return self._stack([torch.randn(self.shape, generator=g) for g in generators])
-
-    def _stack(self, rows: list[Tensor]) -> Tensor:
-        batch = torch.stack(rows)
-        if self.device.type == "cuda":  # from pinned memory the copy does not wait for the device
-            return batch.pin_memory().to(self.device, non_blocking=True)
-        return batch.to(self.device)
+        self.strengths = [image.variation_strength for image in images]
+        self.streams = [SeedStream(i.seed, tuple(shape), brownian, i.start_seed) for i in images]
+        self.others = [
+            None if i.variation_seed is None else SeedStream(i.variation_seed, tuple(shape), brownian)
+            for i in images
+        ]
 
     def start(self) -> Tensor:
-        own = self.draw(self.generators)  # drawn in any case: the steps must not see this noise again
-        return own if self.starts is self.generators else self.draw(self.starts)
+        return self._batch(SeedStream.start)
 
     def posterior(self) -> Tensor:
         """For the latents of an init image; text and image to image start from equal noise."""
-        return self.draw([place_generator(seed, b"posterior") for seed in self.seeds])
+        return self._batch(SeedStream.posterior)
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        if self.paths is None:
-            return self.draw(self.generators)
-        return self._stack([path.increment(sigma, sigma_next) for path in self.paths])
+        return self._batch(lambda stream: stream.step(sigma, sigma_next))
 
     def finish(self, unused: int) -> None:
         """A stream of one's own has nobody to keep in step with."""
 
-
-class VariedNoise:
-    """The way from one batch's noise to another's: 0 is the first exactly, 1 is the second exactly.
-
-    Every draw goes along the sphere, so that it stays as long as noise is.
-    """
-
-    def __init__(self, first: ImageNoise, second: ImageNoise, strength: float):
-        self.first, self.second, self.strength = first, second, strength
-
-    def start(self) -> Tensor:
-        return slerp(self.first.start(), self.second.start(), self.strength)
-
-    def posterior(self) -> Tensor:
-        return slerp(self.first.posterior(), self.second.posterior(), self.strength)
-
-    def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        return slerp(self.first(sigma, sigma_next), self.second(sigma, sigma_next), self.strength)
-
-    def finish(self, unused: int) -> None:
-        pass
+    def _batch(self, draw: Callable[[SeedStream], Tensor]) -> Tensor:
+        """One draw of each image's, [b, c, h, w], on the device."""
+        rows = []
+        for stream, other, strength in zip(self.streams, self.others, self.strengths, strict=True):
+            row = draw(stream)
+            rows.append(row if other is None else slerp(row[None], draw(other)[None], strength)[0])
+        batch = torch.stack(rows)
+        if self.device.type == "cuda":  # from pinned memory the copy does not wait for the device
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -193,63 +211,38 @@ class CompvisNoise:
             self.draw()
 
 
-Noise = ImageNoise | VariedNoise | CompvisNoise
+class CompvisStream:
+    """The original's one generator for a whole run, whose batches draw one after the other.
 
-
-def noise_source(
-    rng: str,
-    seed: int,
-    shape: Sequence[int],
-    fixed_code: bool,
-    device: torch.device,
-    n_samples: int,
-    *,
-    init_image: bool = False,
-    brownian: bool = False,
-    variation: tuple[int, float] | None = None,
-    start_seed: int | None = None,
-) -> Callable[[Batch], Noise]:
-    """The noise of each batch of a run: `rng` is "image" or "compvis", `shape` is one image's [c, h, w].
-
-    Image k has the seed that its batch gives it, or `seed + k`, modulo 2^63, and is varied towards
-    `variation`'s (seed + k, strength). `fixed_code` starts every batch from equal noise, that of `start_seed`
-    (by default `seed`), in the original's stream drawn for `n_samples` images. Only per-image noise is
-    `brownian` or varied.
+    `shape` is one image's [c, h, w]. What the original draws once for all batches is drawn here, for the
+    `first_batch` images of the first one, which is the largest: with `init_image` the posterior's noise, with
+    `fixed_code` the noise that every batch starts from.
     """
-    if rng == "compvis":
-        generator = torch.Generator(device).manual_seed(seed)
-        host = generator if device.type == "cpu" else torch.Generator().manual_seed(seed)
-        posterior = torch.randn(n_samples, *shape, generator=host).to(device) if init_image else None
-        code = torch.randn(n_samples, *shape, generator=generator, device=device) if fixed_code else None
 
-        def rows(draw: Tensor | None, batch: Batch) -> Tensor | None:
-            return None if draw is None else draw[batch.position : batch.position + len(batch)]
+    def __init__(
+        self,
+        seed: int,
+        shape: Sequence[int],
+        device: torch.device,
+        first_batch: int,
+        *,
+        fixed_code: bool = False,
+        init_image: bool = False,
+    ):
+        self.shape = tuple(shape)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        batch = (first_batch, *self.shape)
+        # the original encodes on the host's random numbers, even where it samples on a GPU's
+        host = self.generator if device.type == "cpu" else torch.Generator().manual_seed(seed)
+        self.posterior = torch.randn(batch, generator=host).to(device) if init_image else None
+        self.code = torch.randn(batch, generator=self.generator, device=device) if fixed_code else None
 
-        return lambda batch: CompvisNoise(
-            generator, (len(batch), *shape), rows(code, batch), rows(posterior, batch)
-        )
-
-    def own(seed: int, batch: Batch, first: int | None, given: Sequence[int | None] | None) -> ImageNoise:
-        given = given or [None] * len(batch)
-        seeds = [image_seed(seed, k) if g is None else g for g, k in zip(given, batch.numbers, strict=True)]
-        starts = None if first is None else start_seeds(first, batch)
-        return ImageNoise(seeds, shape, device, starts, brownian)
-
-    def image_noise(batch: Batch) -> ImageNoise | VariedNoise:
-        first = (seed if start_seed is None else start_seed) if fixed_code else None
-        noise = own(seed, batch, first, batch.seeds)
-        if variation is None:
-            return noise
-        return VariedNoise(noise, own(variation[0], batch, None, None), variation[1])
-
-    return image_noise
+    def batch(self, images: int, position: int = 0) -> CompvisNoise:
+        """The noise of the next `images` images, the first of which is at `position` within its batch."""
+        rows = slice(position, position + images)
+        code = None if self.code is None else self.code[rows]
+        posterior = None if self.posterior is None else self.posterior[rows]
+        return CompvisNoise(self.generator, (images, *self.shape), code, posterior)
 
 
-def start_seeds(first: int, batch: Batch) -> list[int]:
-    """With --fixed_code: the seeds from whose noise the images of a batch start."""
-    return [image_seed(first, batch.position + i) for i in range(len(batch))]
-
-
-def image_seed(seed: int, k: int) -> int:
-    """The seed of image k of a run."""
-    return (seed + k) % (MAX_SEED + 1)
+NoiseSource = ImageNoise | CompvisNoise

@@ -1,16 +1,18 @@
-"""Noise schedules: betas, alphas, sigmas, and which of them a run visits. All of it float64 on the host.
+"""Noise schedules: betas, alphas, and the grids of sigmas for a run. All of it float64 on the host.
 
 A latent at timestep t is `sqrt(a_t) x0 + sqrt(1 - a_t) eps` in the variance-preserving form of the model.
 Samplers work on the same latent divided by `sqrt(a_t)`, that is `x0 + sigma eps` with
 `sigma = sqrt((1 - a) / a)` (Karras et al. 2022, https://arxiv.org/abs/2206.00364, C.3.3).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ldm.errors import InputError
+from ldm.sampling import facts
+from ldm.sampling.facts import schedule
 
 
 def make_beta_schedule(
@@ -79,47 +81,69 @@ def to_first_alpha(discretization: Discretization, timesteps: Sequence[float]) -
     return np.append(discretization.sigma(timesteps), end)
 
 
+@schedule(
+    "the original's DDIM and PLMS grid",
+    level_above=True,
+    a1111="DDIM",  # ends at no noise, not at timestep 0; runs more steps where they do not divide 1000
+)
 def leading(d: Discretization, steps: int) -> np.ndarray:
     """The original's DDIM and PLMS grid."""
     return to_first_alpha(d, leading_timesteps(steps, d.num_timesteps))
 
 
+@schedule("the original's DPM-Solver grid: fractional timesteps from the last one to 0", "time_uniform")
 def uniform(d: Discretization, steps: int) -> np.ndarray:
     """DPM-Solver's grid: even, fractional timesteps from the last one to timestep 0."""
     return d.sigma(np.linspace(d.num_timesteps - 1, 0, steps + 1))
 
 
+@schedule(
+    "k-diffusion's: even timesteps, both ends included",
+    "normal",
+    a1111="Uniform",  # interpolates log sigma instead of log alpha between timesteps: 2e-4 of sigma
+)
 def linspace(d: Discretization, steps: int) -> np.ndarray:
     """k-diffusion's grid: even, fractional timesteps from the last one to timestep 0, then no noise."""
     return np.append(d.sigma(np.linspace(d.num_timesteps - 1, 0, steps)), 0.0)
 
 
+@schedule(
+    "even timesteps that start at the last one",
+    a1111="Simple",  # rounds timesteps up: one apart where steps do not divide 1000
+)
 def trailing(d: Discretization, steps: int) -> np.ndarray:
     """Even timesteps from the last one on (Lin et al. 2023, https://arxiv.org/abs/2305.08891, table 2)."""
     timesteps = np.round(d.num_timesteps - np.arange(steps) * d.num_timesteps / steps) - 1
     return np.append(d.sigma(timesteps), 0.0)
 
 
-def sgm_uniform(d: Discretization, steps: int) -> np.ndarray:
-    """The grid of Stability's generative-models: even, fractional timesteps without timestep 0."""
-    return np.append(d.sigma(np.linspace(d.num_timesteps - 1, 0, steps + 1)[:-1]), 0.0)
-
-
+@schedule("even in sigma^(1/rho), rho 7", a1111="Karras", even_rho=math.inf)
 def karras(d: Discretization, steps: int, rho: float = 7.0) -> np.ndarray:
     """Even in sigma^(1/rho) (Karras et al. 2022, https://arxiv.org/abs/2206.00364, eq. 5)."""
     low, high = d.sigma(0) ** (1 / rho), d.sigma(d.num_timesteps - 1) ** (1 / rho)
     return np.append(np.linspace(high, low, steps) ** rho, 0.0)
 
 
+@schedule("even in log sigma", a1111="Exponential")
+def exponential(d: Discretization, steps: int) -> np.ndarray:
+    """Even in log sigma."""
+    return polyexponential(d, steps)
+
+
+@schedule("log sigma along a power rho, here 1: exponential", a1111="Polyexponential", even_rho=1.0)
 def polyexponential(d: Discretization, steps: int, rho: float = 1.0) -> np.ndarray:
     """log sigma falls along a power: for rho above 1 more steps are spent at low noise."""
     low, high = np.log(d.sigma(0)), np.log(d.sigma(d.num_timesteps - 1))
     return np.append(np.exp(low + np.linspace(1, 0, steps) ** rho * (high - low)), 0.0)
 
 
-def exponential(d: Discretization, steps: int) -> np.ndarray:
-    """Even in log sigma."""
-    return polyexponential(d, steps)
+@schedule(
+    "generative-models': linspace without its last timestep",
+    a1111="SGM Uniform",  # interpolates log sigma instead of log alpha between timesteps: 2e-4 of sigma
+)
+def sgm_uniform(d: Discretization, steps: int) -> np.ndarray:
+    """The grid of Stability's generative-models: even, fractional timesteps without timestep 0."""
+    return np.append(d.sigma(np.linspace(d.num_timesteps - 1, 0, steps + 1)[:-1]), 0.0)
 
 
 # Noise levels for Stable Diffusion 1.5 (Sabour et al. 2024, https://arxiv.org/abs/2404.14507)
@@ -129,12 +153,18 @@ AYS_SIGMAS = (
 )
 
 
+@schedule(
+    "Align Your Steps: 11 noise levels optimised for v1 and v2 models",
+    "align_your_steps",
+    a1111="Align Your Steps",  # its n levels include the lowest one, 0.029, and no noise comes after them
+)
 def ays(d: Discretization, steps: int) -> np.ndarray:
     """Align Your Steps: the published levels, log-linear in between, and no noise in place of the last."""
     at = np.linspace(0, len(AYS_SIGMAS) - 1, steps + 1)[:-1]
     return np.append(np.exp(np.interp(at, np.arange(len(AYS_SIGMAS)), np.log(AYS_SIGMAS))), 0.0)
 
 
+@schedule("of the 50 timesteps that latent consistency models are distilled on")
 def lcm(d: Discretization, steps: int) -> np.ndarray:
     """Of the 50 timesteps that latent consistency models are distilled on (or as many as there are steps)."""
     taught = np.arange(max(50, steps), 0, -1) * d.num_timesteps // max(50, steps) - 1
@@ -142,37 +172,4 @@ def lcm(d: Discretization, steps: int) -> np.ndarray:
 
 
 # (discretization, steps) -> descending sigmas [steps + 1]
-SCHEDULES = {
-    "leading": leading,
-    "uniform": uniform,
-    "linspace": linspace,
-    "trailing": trailing,
-    "karras": karras,
-    "exponential": exponential,
-    "polyexponential": polyexponential,
-    "sgm_uniform": sgm_uniform,
-    "ays": ays,
-    "lcm": lcm,
-}
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """The noise levels of one run."""
-
-    sigmas: tuple[float, ...]  # descending, [steps + 1]
-    start: float  # the level that an init image is noised to; the run takes it for sigmas[0]
-
-    @property
-    def steps(self) -> int:
-        return len(self.sigmas) - 1
-
-
-def trajectory(grid: np.ndarray, steps: int | None = None, original: bool = False) -> Trajectory:
-    """The last `steps` steps of a grid of sigmas, by default all of them.
-
-    An init image is noised to the first level of the run, or with `original`, which is for the `leading`
-    grid, to the level above as the original does.
-    """
-    first = 0 if steps is None else len(grid) - 1 - steps
-    return Trajectory(tuple(grid[first:].tolist()), float(grid[max(first - 1, 0) if original else first]))
+SCHEDULES: dict[str, Callable[..., np.ndarray]] = {name: globals()[name] for name in facts.SCHEDULES}

@@ -1,15 +1,28 @@
-"""What samplers share: their arguments' types, the way between levels, and runs of steps with noise."""
+"""What samplers share: their arguments' types, the levels of each step, and the ways between levels."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-Denoise = Callable[[Tensor, float], Tensor]
-Noise = Callable[[float, float], Tensor]
-Callback = Callable[[int, Tensor], None]
-Step = Callable[[Denoise, Tensor, Tensor, float, float], Tensor]  # (denoise, x, x0, sigma, sigma_next) -> x
+    from torch import Tensor
+
+    Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> x0
+    Draw = Callable[[float, float], Tensor]  # (sigma, sigma_next) -> a standard normal tensor like x
+    Noise = Draw | None
+    Callback = Callable[[int, Tensor], None] | None  # (step, from 1; x0)
+    Sigmas = Sequence[float] | Tensor  # descending, [steps + 1]
+
+
+def steps(sigmas: Sigmas) -> Iterator[tuple[int, float, float]]:
+    """(i, sigma, sigma_next) of every step, i from 0, the levels as plain floats."""
+    for i, (sigma, sigma_next) in enumerate(pairwise(map(float, sigmas))):
+        yield i, sigma, sigma_next
 
 
 def toward(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
@@ -23,48 +36,7 @@ def ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, 
     return max(0.0, sigma_next**2 - up**2) ** 0.5, up
 
 
-def run_ancestral(
-    step: Step,
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    noise: Noise | None,
-    callback: Callback | None,
-    eta: float,
-    s_noise: float,
-) -> Tensor:
-    """Steps that go below each level and come back up with fresh noise."""
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x0 = denoise(x, sigma)
-        down, up = ancestral_step(sigma, sigma_next, eta)
-        x = step(denoise, x, x0, sigma, down)
-        if up > 0:
-            x = x + noise(sigma, sigma_next) * (s_noise * up)
-        if callback:
-            callback(i + 1, x0)
-    return x
-
-
-def run_churned(
-    step: Step,
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    noise: Noise | None,
-    callback: Callback | None,
-    s_churn: float,
-    s_tmin: float,
-    s_tmax: float,
-    s_noise: float,
-) -> Tensor:
-    """Steps from above each level (Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 2)."""
-    gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        if gamma > 0 and s_tmin <= sigma <= s_tmax:
-            level, sigma = sigma, sigma * (1 + gamma)
-            x = x + noise(sigma, level) * (s_noise * (sigma**2 - level**2) ** 0.5)
-        x0 = denoise(x, sigma)
-        x = step(denoise, x, x0, sigma, sigma_next)
-        if callback:
-            callback(i + 1, x0)
-    return x
+def churn(x: Tensor, sigma: float, gamma: float, s_noise: float, noise: Draw) -> tuple[Tensor, float]:
+    """x and sigma, raised by the part gamma, at most sqrt(2) - 1 (Karras et al. 2022, algorithm 2)."""
+    raised = sigma * (1 + min(gamma, math.sqrt(2) - 1))
+    return x + noise(raised, sigma) * (s_noise * (raised**2 - sigma**2) ** 0.5), raised

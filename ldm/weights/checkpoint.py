@@ -4,7 +4,6 @@ Tensors are mapped from the file, not read: a 4 GB checkpoint opens in a fractio
 training checkpoint with its optimizer only the weights are ever touched.
 """
 
-import hashlib
 import io
 import json
 import mmap
@@ -21,6 +20,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldm.errors import InputError
+from ldm.log import notice
+from ldm.weights.families import family, identify
+from ldm.weights.files import check_file, user_file
 from ldm.weights.unpickle import StoredTensor, StoredValues, Unpickler
 
 State = dict[str, Tensor]
@@ -39,35 +41,21 @@ SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, the library's own
 PICKLE_LIMIT = 100_000_000  # bytes; a full training checkpoint's has less than one
 
 
-def check_file(path: Path) -> None:
-    """InputError if no file with anything in it is there."""
-    if path.is_dir():
-        what = "a diffusers folder" if (path / "model_index.json").exists() else "a folder"
-        raise InputError(f"{path} is {what}, which cannot be read: give a single .ckpt or .safetensors file")
-    if not path.exists():
-        where = f" (a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
-        raise InputError(f"no checkpoint at {path}{where}: put or link one there, or name one with --ckpt")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty: download or copy it again")
-
-
 def read_state_dict(path: str | Path) -> State:
     """The tensors of a `.safetensors` or `.ckpt` by name: on the CPU, in the file's dtypes.
 
     The content decides which format it is, not the extension. The tensors are mapped: pages load when used,
     writing to one never reaches the file, and the file must stay unchanged while they live. A `state_dict` or
-    `model` wrapper is removed; whatever is not a tensor is dropped.
+    `model` wrapper is removed. Whatever is not a tensor is dropped, and so are tensors of dtypes that no
+    weight can have (quantised ones).
 
     Raises InputError for a file that is missing, a folder, empty, cut short, damaged, of another kind, or
     that carries code.
     """
     path = Path(path)
     check_file(path)
-    try:
-        with path.open("rb") as file:
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise InputError(f"{path} cannot be opened: {error.strerror}") from error
+    with user_file(path), path.open("rb") as file:
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     head = buffer[:512]
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= SAFETENSORS_HEADER_LIMIT:
@@ -163,7 +151,11 @@ def _map_tensors(content: Any, locate: Callable[[StoredValues], tuple[Any, int]]
         content = next((value for value in inner if isinstance(value, dict)), content)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no state dict: save the model's state_dict() instead of the model")
-    stored = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, StoredTensor)}
+    stored = {
+        name: t
+        for name, t in content.items()
+        if isinstance(name, str) and isinstance(t, StoredTensor) and t.is_usable
+    }
     return _not_empty({name: t.map(*locate(t.values)) for name, t in stored.items()}, content, path)
 
 
@@ -180,67 +172,6 @@ def _cut_short(path: Path, how: str) -> InputError:
 
 def _big_endian(path: Path) -> InputError:
     return InputError(f"{path} was written on a big-endian machine: save it again on an ordinary one")
-
-
-def fingerprint(path: str | Path) -> str:
-    """Eight hex digits that tell checkpoints apart at no cost: the `Model hash` of A1111's first versions.
-
-    SHA-256 of the 64 KiB at offset 1 MiB, or of the whole file where that is shorter.
-    """
-    check_file(Path(path))
-    with Path(path).open("rb") as file:
-        file.seek(0x100000)
-        part = file.read(0x10000)
-        if not part:
-            file.seek(0)
-            part = file.read()
-    return hashlib.sha256(part).hexdigest()[:8]
-
-
-# The first row that matches names the model. A pattern sees the weight names, a line each, below a first line
-# "unet <input channels> <context width>", and the last column is the config that fits.
-FAMILIES = (
-    (r"^conditioner\.embedders\.|^unet . 2048", "Stable Diffusion XL", None),
-    (r"\bjoint_blocks\.", "Stable Diffusion 3", None),
-    (r"\bdouble_blocks\.", "FLUX", None),
-    (r"^control_model\.|^controlnet_cond_embedding\.", "a ControlNet", None),
-    (r"\blora_|\.lora\.", "a LoRA", None),
-    (r"^emb_params$|^clip_[gl]$", "a textual inversion", None),
-    (r"^(unet\.)?down_blocks\.", "a diffusers UNet", None),
-    (r"^model\.diffusion_model\.label_emb\.0\.0\.weight", "Stable unCLIP", None),
-    (r"^unet 4 768", "Stable Diffusion v1", "v1-inference.yaml"),
-    (r"^unet 9 768", "Stable Diffusion v1 inpainting", "v1-inpainting-inference.yaml"),
-    (r"^unet 8 768", "InstructPix2Pix", None),
-    (r"^unet 4 1024", "Stable Diffusion v2", "v2-inference.yaml, or v2-inference-v.yaml for 768 pixels"),
-    (r"^unet 9 1024", "Stable Diffusion v2 inpainting", "v2-inpainting-inference.yaml"),
-    (r"^unet 5 1024", "Stable Diffusion v2 depth", "v2-midas-inference.yaml"),
-    (r"^unet 7 1024", "the Stable Diffusion x4 upscaler", "x4-upscaling.yaml"),
-    (r"^unet 4 1280", "LAION-400M text2img-large", "txt2img-1p4B-eval.yaml"),
-    (r"^model(_ema)?\.diffusion_model", "a latent diffusion model of an unlisted kind", None),
-    (r"^(first_stage_model\.|vae\.)?(en|de)coder\.(conv_in|mid)", "an autoencoder alone", None),
-    (r"^(cond_stage_model\.transformer\.)?text_model\.|\bresblocks\.", "a text encoder alone", None),
-    (r"", "an unknown model", None),
-)
-# [width, input channels, 3, 3] and [width, context width]
-UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
-UNET_CONTEXT = re.compile(r"model\.diffusion_model\.input_blocks\..*\.attn2\.to_k\.weight")
-
-
-def _family(state: Mapping[str, Tensor]) -> tuple[str, str | None]:
-    """(name, config that fits): the row of FAMILIES without its pattern."""
-    shapes = {name: t.shape for name, t in state.items()}
-    contexts = [
-        shape[1] for name, shape in shapes.items() if UNET_CONTEXT.fullmatch(name) and len(shape) == 2
-    ]
-    inputs = shapes.get(UNET_INPUT, ())
-    unet = f"unet {inputs[1]} {next(iter(contexts), None)}" if len(inputs) == 4 else ""
-    names = "\n".join((unet, *state))
-    return next((name, config) for pattern, name, config in FAMILIES if re.search(pattern, names, re.M))
-
-
-def identify(state: Mapping[str, Tensor]) -> str:
-    """Which model a state dict belongs to, in words such as "Stable Diffusion v2 depth"."""
-    return _family(state)[0]
 
 
 def pick_weights(
@@ -302,7 +233,8 @@ def load_weights(
     `requires_grad` stays as the model was built. CLIP's names fit with `text_model.` and without it
     (transformers >= 5.6, NovelAI). Schedule buffers are never taken from the file.
 
-    Raises InputError for missing, misshapen or unknown weights, naming the model that the file looks like.
+    Weights that the model does not have (merges carry `embedding_manager.*` and the like) are left out, with
+    a notice. Raises InputError for missing or misshapen ones, naming the model that the file looks like.
     """
     wanted = {name: t for name, t in model.state_dict().items() if not COMPUTED.fullmatch(name)}
     given = {_respell(name, wanted): t for name, t in state.items() if not COMPUTED.fullmatch(name)}
@@ -329,14 +261,17 @@ def load_weights(
             f"{len(no_floats)} of {len(wanted)} weights are no floating-point numbers "
             f"(first {first}: {given[first].dtype})"
         )
-    if unknown:
-        faults.append(f"{len(unknown)} weights are not of this model (first {unknown[0]!r})")
     if faults:
-        family, config = _family(given)
+        if unknown:
+            faults.append(f"{len(unknown)} weights are not of this model (first {unknown[0]!r})")
+        given_family, config = family(given)
         fit = f"its config is {config}" if config else "no config here fits it"
         raise InputError(
-            f"{path} looks like {family} ({fit}), the model is {identify(wanted)}: {', '.join(faults)}"
+            f"{path} looks like {given_family} ({fit}), the model is {identify(wanted)}: {', '.join(faults)}"
         )
+    if unknown:
+        first = ", ".join(repr(name[:80]) for name in unknown[:3]) + (", …" if len(unknown) > 3 else "")
+        notice(f"{path}: {len(unknown)} of its weights are not of this model and are left out ({first})")
 
     def convert(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor

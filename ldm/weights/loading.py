@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import functools
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import InputError
+from ldm.log import notice
+from ldm.weights.files import exists
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +32,15 @@ BUNDLED_WEIGHTS = "models/scenes-64/model.safetensors"
 class ModelFiles:
     config: Path
     weights: Path
-    notice: str | None = None  # what to tell the user about the choice
+    notice: str | None = None  # a line for the user about the choice
+
+
+BUNDLED_FILES = ModelFiles(ROOT / BUNDLED_CONFIG, ROOT / BUNDLED_WEIGHTS)
 
 
 def find(path: str) -> Path:
     """A path of this repository, from whatever folder a script is run; the working folder comes first."""
-    return Path(path) if Path(path).exists() else ROOT / path
+    return Path(path) if exists(Path(path)) else ROOT / path
 
 
 def choose_model(config: str | None, ckpt: str | None) -> ModelFiles:
@@ -42,7 +51,7 @@ def choose_model(config: str | None, ckpt: str | None) -> ModelFiles:
         is_bundled = find(ckpt).resolve() == ROOT / BUNDLED_WEIGHTS
         return ModelFiles(find(config or (BUNDLED_CONFIG if is_bundled else V1_CONFIG)), find(ckpt))
     # a link to nowhere is an error to report, not a reason to run another model
-    linked = next((path for path in map(find, V1_WEIGHTS) if path.exists() or path.is_symlink()), None)
+    linked = next((path for path in map(find, V1_WEIGHTS) if exists(path) or path.is_symlink()), None)
     if linked or config is not None:
         return ModelFiles(find(config or V1_CONFIG), linked or find(V1_WEIGHTS[0]))
     folder = Path(V1_WEIGHTS[0]).parent
@@ -53,17 +62,28 @@ def choose_model(config: str | None, ckpt: str | None) -> ModelFiles:
     return ModelFiles(ROOT / BUNDLED_CONFIG, ROOT / BUNDLED_WEIGHTS, notice)
 
 
+@functools.lru_cache(maxsize=8)
+def _read_yaml(path: Path, _mtime_ns: int, _size: int) -> Any:
+    """The content of a YAML file, parsed anew only when the file has changed."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+
+
 def read_section(path: Path, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A top-level section of a YAML file; InputError if the file is missing, malformed or without it.
+    """A top-level section of a YAML file, as the caller's own copy; InputError if the file is missing,
+    malformed or without it.
 
     With a default the section may be missing.
     """
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    if not exists(path):
+        raise InputError(f"{path}: {os.strerror(errno.ENOENT)}")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        status = path.stat()
+        content = _read_yaml(path.absolute(), status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
@@ -71,7 +91,7 @@ def read_section(path: Path, name: str, default: dict[str, Any] | None = None) -
     section = content.get(name, default) if isinstance(content, dict) else None
     if not isinstance(section, dict):
         raise InputError(f"{path} has no {name}: section")
-    return section
+    return copy.deepcopy(section)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -92,13 +112,19 @@ def load_model(
     """A LatentDiffusion in eval mode on the CPU, built without values and filled from the mapped checkpoint.
 
     `config` is a `model:` section; `which` is "raw" or "ema", by default what the section's `use_ema` says.
-    Floating-point weights become `dtype`, by default float32; those of that type in the file are not copied.
+    The model's `weights_used` is the one that was taken. Floating-point weights become `dtype`, by default
+    float32; those of that type in the file are not copied.
+
+    With a notice, a file that is marked as v-prediction makes a model that predicts v, unless the config sets
+    the parameterization. The model's `zero_terminal_snr` says whether its schedule is to be rescaled because
+    the file is marked as trained on such a one. InputError for a config or a checkpoint that cannot be used.
     """
     import torch
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.util import instantiate_from_config
     from ldm.weights.checkpoint import load_weights, pick_weights, read_state_dict
+    from ldm.weights.families import prediction_markers
 
     params = config.get("params") or {}
     which = which or ("ema" if params.get("use_ema", True) else "raw")
@@ -114,10 +140,25 @@ def load_model(
     if not isinstance(model, LatentDiffusion):
         raise InputError(f"the config's model is {type(model).__name__}, not a LatentDiffusion")
     model.register_schedule()  # now with values
-    state = pick_weights(
-        read_state_dict(weights), which, path=weights, names=[name for name, _ in model.named_parameters()]
-    )
-    load_weights(model, state, path=weights, dtype=dtype or torch.float32)
+    state = read_state_dict(weights)
+    names = [name for name, _ in model.named_parameters()]
+    picked = pick_weights(state, which, path=weights, names=names)
+    load_weights(model, picked, path=weights, dtype=dtype or torch.float32)
+
+    v_pred, ztsnr = prediction_markers(state)
+    if v_pred and "parameterization" not in params:
+        model.parameterization = "v"
+        notice(f"{weights} is marked as v-prediction: its UNet is taken to predict v")
+    elif v_pred and model.parameterization != "v":
+        notice(
+            f"{weights} is marked as v-prediction, at odds with the config's parameterization: "
+            f"{model.parameterization}, which is used"
+        )
+    model.zero_terminal_snr = ztsnr and model.parameterization == "v"  # pure noise says nothing about eps
+    if ztsnr:
+        how = "its schedule is rescaled" if model.zero_terminal_snr else "ignored, as its UNet predicts eps"
+        notice(f"{weights} is marked as trained with zero terminal SNR: {how}")
+    model.weights_used = which
     return model.eval().requires_grad_(False)
 
 

@@ -25,7 +25,7 @@ CODE_MODULES = {
 }
 CODE_BUILTINS = {"__import__", "apply", "breakpoint", "compile", "eval", "exec", "execfile", "input", "open"}
 # fmt: on
-# With others, quantized or smaller than a byte, torch crashes the program or can do nothing.
+# With others, quantised or smaller than a byte, torch crashes the program or can do nothing.
 DTYPES = re.compile(r"torch\.(bool|bfloat16|complex(64|128)|float(16|32|64|8_\w+)|u?int(8|16|32|64))")
 
 
@@ -63,12 +63,29 @@ class StoredValues(Inert):
         return self.numel * self.dtype.itemsize
 
 
-class StoredTensor(Inert):
-    """A tensor, by the arguments of `torch._utils._rebuild_tensor_v2` or `_v3`, which adds the dtype."""
+class OtherDtype(Inert):
+    """Stands in for a dtype of which only the size of a value is known, in bytes."""
 
-    def __init__(self, values: StoredValues, offset, size, stride, _requires_grad, _hooks, dtype=None, *_):
+    def __init__(self, itemsize: int):
+        self.itemsize = itemsize
+
+
+class StoredTensor(Inert):
+    """A tensor, by the arguments of `torch._utils._rebuild_tensor_v2`.
+
+    `flags` may have "conj" or "neg": torch stored a view whose values are conjugated or negated on use.
+    """
+
+    def __init__(self, values: StoredValues, offset, size, stride, _requires_grad, _hooks, flags=None, *_):
         self.values, self.offset, self.size, self.stride = values, offset, size, stride
-        self.dtype = dtype if isinstance(dtype, torch.dtype) else values.dtype
+        self.dtype = values.dtype
+        self.flags = flags if isinstance(flags, dict) else {}
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether torch can compute with the dtype, see DTYPES."""
+        dtypes = self.values.dtype, self.dtype
+        return all(isinstance(dtype, torch.dtype) and DTYPES.fullmatch(str(dtype)) for dtype in dtypes)
 
     def map(self, buffer, position: int) -> torch.Tensor:
         """The tensor whose values begin at byte `position` of `buffer`, in the same memory; ValueError or
@@ -80,7 +97,18 @@ class StoredTensor(Inert):
             flat = torch.frombuffer(buffer, dtype=values.dtype, count=values.numel, offset=position)
         if position % values.dtype.itemsize:  # the old format aligns nothing
             flat = flat.clone()
-        return flat.view(self.dtype).as_strided(self.size, self.stride, values.start + self.offset)
+        tensor = flat.view(self.dtype).as_strided(self.size, self.stride, values.start + self.offset)
+        # views, as copies of a hostile stride 0 could take any amount of memory
+        tensor = tensor.conj() if "conj" in self.flags else tensor
+        return torch._neg_view(tensor) if "neg" in self.flags else tensor
+
+
+class StoredBytes(StoredTensor):
+    """A tensor, by the arguments of `torch._utils._rebuild_tensor_v3`: bytes, and their dtype."""
+
+    def __init__(self, values: StoredValues, offset, size, stride, grad, hooks, dtype, flags=None, *_):
+        super().__init__(values, offset, size, stride, grad, hooks, flags)
+        self.dtype = dtype
 
 
 class StoredParameter(Inert):
@@ -90,13 +118,24 @@ class StoredParameter(Inert):
         return tensor
 
 
+class StoredWithAttributes(Inert):
+    """`torch._tensor._rebuild_from_type_v2(function, class, arguments, attributes)`, written for a tensor of
+    another class or with attributes of Python: just the tensor that the function stands for."""
+
+    def __new__(cls, function, _type, arguments, *_):
+        known = function in (StoredTensor, StoredBytes, StoredParameter)
+        return function(*arguments) if known else super().__new__(cls)
+
+
 KNOWN_GLOBALS = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): Tuple,
     ("torch._utils", "_rebuild_tensor_v2"): StoredTensor,
-    ("torch._utils", "_rebuild_tensor_v3"): StoredTensor,
+    ("torch._utils", "_rebuild_tensor_v3"): StoredBytes,
     ("torch._utils", "_rebuild_parameter"): StoredParameter,
     ("torch._utils", "_rebuild_parameter_with_state"): StoredParameter,
+    ("torch._tensor", "_rebuild_from_type"): StoredWithAttributes,
+    ("torch._tensor", "_rebuild_from_type_v2"): StoredWithAttributes,
     ("torch.storage", "UntypedStorage"): torch.uint8,
     ("torch", "DoubleStorage"): torch.float64,
     ("torch", "FloatStorage"): torch.float32,
@@ -108,6 +147,14 @@ KNOWN_GLOBALS = {
     ("torch", "CharStorage"): torch.int8,
     ("torch", "ByteStorage"): torch.uint8,
     ("torch", "BoolStorage"): torch.bool,
+    ("torch", "ComplexDoubleStorage"): torch.complex128,
+    ("torch", "ComplexFloatStorage"): torch.complex64,
+    # no weight can be quantised: only the size is needed, to find what comes next in the old format
+    ("torch", "QInt8Storage"): OtherDtype(1),
+    ("torch", "QInt32Storage"): OtherDtype(4),
+    ("torch", "QUInt8Storage"): OtherDtype(1),
+    ("torch", "QUInt4x2Storage"): OtherDtype(1),
+    ("torch", "QUInt2x4Storage"): OtherDtype(1),
 }
 
 

@@ -43,7 +43,7 @@ def test_calls_are_counted_and_written(monkeypatch, tmp_path, capsys):
     assert "| model calls, plms, N = 20, guided | N + 1 | 21 |" in (tmp_path / "test.md").read_text()
 
 
-def test_results_tell_the_machine_but_not_whose_it_is(monkeypatch, tmp_path):
+def test_results_name_the_machine_but_not_whose_it_is(monkeypatch, tmp_path):
     record = run(monkeypatch, tmp_path, "--only", "calls")
     assert record["machine"]["torch"] == torch.__version__.partition("+")[0]
     for text in ((tmp_path / name).read_text() for name in ("test.json", "test.md")):

@@ -58,7 +58,7 @@ def test_all_is_well(command: Callable[..., Result], place: Path) -> None:
         "ok  cpu: float32 works",
         "ok  bundled model models/scenes-64/model.safetensors: 12 million weights, all there, model hash ",
         "--  no Stable Diffusion weights are linked",
-        "--  no folder models/safety-checker: pictures are unchecked",
+        "--  no folder models/safety-checker: images are unchecked",
     ):
         assert sum(line.startswith(start) for line in result.out) == 1, start
 
@@ -104,29 +104,74 @@ def test_broken_things_give_code_1(
         list(doctor.examine("out", debug=True))
 
 
+def requiring(monkeypatch: pytest.MonkeyPatch, *requirements: str) -> None:
+    """The installed package requires these."""
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: list(requirements))
+
+
 def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extras and what another system needs are left out; versions compare as versions, not as text."""
+
     def version(name: str) -> str:
         if name == "einops":
             raise metadata.PackageNotFoundError(name)
-        return "1.2"
+        return "1.10.dev3+local"
 
-    monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.setitem(sys.modules, "regex", None)
-    found = [str(finding) for finding in doctor.packages() if finding.state == "broken"]
-    pip = "python -m pip install -c constraints.txt"
-    assert found == [
-        f"!!  einops is not installed: {pip} einops",
-        f"!!  regex 1.2 is installed, but its module regex is not there: {pip} --force-reinstall regex",
-    ]
-    monkeypatch.setattr(doctor, "_setup_argument", lambda name: ["numpy>=2.1", "tqdm>=0.9"])
+    requiring(
+        monkeypatch,
+        "einops",
+        "numpy>=2.1",
+        "tqdm>=1.9",
+        "pillow<1.9",
+        "torch>=99",
+        'diffusers; extra == "test"',
+        "nothing; sys_platform == 'nowhere'",
+    )
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    pip = doctor.PIP
     assert list(map(str, doctor.packages())) == [
-        f"!!  numpy 1.2 is older than 2.1: {pip} numpy",
-        "ok  tqdm 1.2",
+        f"!!  einops is not installed: {pip} einops",
+        f"!!  numpy 1.10.dev3+local does not fit numpy>=2.1: {pip} numpy",
+        "ok  tqdm 1.10.dev3+local",
+        f"!!  pillow 1.10.dev3+local does not fit pillow<1.9: {pip} pillow",
     ]
+
+
+def test_a_module_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    requiring(monkeypatch, "invisible-watermark")
+    monkeypatch.setitem(sys.modules, "imwatermark", None)
+    finding = one(doctor.packages())
+    assert "its module imwatermark is not there" in finding.what
+    assert finding.advice == f"{doctor.PIP} --force-reinstall invisible-watermark"
+
+
+def test_requirements_are_those_of_the_installed_package() -> None:
+    """They have its version limits, and the extras' packages are not among them."""
+    named = [str(requirement) for requirement in doctor.requirements()]
+    assert any(text.startswith("torch>=") for text in named)
+    assert not any("extra" in text or text in ("pytest", "ruff", "diffusers") for text in named)
+
+
+def test_the_package_itself_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One finding says so and how to install it; Python and torch are not judged by what is not known."""
+    monkeypatch.setattr(doctor, "PACKAGE", "stable-diffusion-toolkit-of-nobody")
+    finding = one(doctor.packages())
+    assert finding.state == "broken"
+    assert "is not installed" in finding.what
+    assert "--editable ." in finding.advice
+    assert one(doctor.python()).state == "ok"
+    assert one(doctor.torch_build()).state == "ok"
+
+
+def test_a_package_that_a_probe_needs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "packaging.specifiers", None)
+    found = [str(finding) for finding in doctor.examine("out")]
+    assert found[0] == f"!!  Python: the module packaging is not there: {doctor.PIP} packaging"
+    assert any(line.startswith("ok  cpu: float32") for line in found)
 
 
 def test_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "version_info", (3, 10, 9))
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.10.9")
     assert one(doctor.python()).advice == "install Python >=3.11 and run `make demo`"
 
 
@@ -141,7 +186,7 @@ def test_torch_missing(command: Callable[..., Result], monkeypatch: pytest.Monke
 
 def test_torch_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    assert one(doctor.torch_build()).what == "torch 2.9.1+cpu is too old for torch>=2.11"
+    assert one(doctor.torch_build()).what == "torch 2.9.1+cpu does not fit torch>=2.11"
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +211,7 @@ def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("gpu", "built", "said", "visible", "state", "words"),
     [
-        (False, "13.2", "", None, "note", "pictures are computed on the CPU"),
+        (False, "13.2", "", None, "note", "images are computed on the CPU"),
         (True, "13.2", "driver too old", None, "broken", "torch cannot use it (driver too old)"),
         (True, None, "", None, "broken", "torch is built without CUDA"),
         (True, "13.2", "", "", "note", "CUDA_VISIBLE_DEVICES hides it"),
@@ -219,7 +264,7 @@ def test_code_for_a_gpu() -> None:
 
 
 def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN, wrong values and errors: of consequence only where pictures are made of them."""
+    """NaN, wrong values and errors: of consequence only where images are made of them."""
 
     def compute(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
         values, seconds = torch.ones(9), {torch.float32: 3.0, torch.bfloat16: 6.0}.get(dtype, 1.0)
@@ -234,11 +279,11 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert list(map(str, doctor.precisions())) == [
         "ok  cpu: float32 works",
-        "--  cpu: float16 does not work (its values are off by 50 %): pictures do not need it",
+        "--  cpu: float16 does not work (its values are off by 50 %): images do not need it",
         "ok  cpu: bfloat16 works, 2.0 times as slow as float32",
         "ok  cuda:0: float32 works",
         "!!  cuda:0: float16 does not work (its values are NaN): use --precision full",
-        "--  cuda:0: bfloat16 does not work (RuntimeError: no kernel image): pictures do not need it",
+        "--  cuda:0: bfloat16 does not work (RuntimeError: no kernel image): images do not need it",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind as a user may give them, and files that are none."""
+"""Images of every kind as a user may give them, and files that are none."""
 
 import io
 import random
@@ -6,7 +6,6 @@ import re
 import struct
 import subprocess
 import sys
-import time
 import warnings
 import zlib
 from pathlib import Path
@@ -17,7 +16,14 @@ from golden_files import golden_file
 from PIL import Image, ImageCms, ImageFile
 
 from ldm.errors import InputError
-from ldm.images.init_image import fit, open_picture, parse_colour, read_init_image, target_size
+from ldm.images.init_image import (
+    fit,
+    init_size,
+    open_init_image,
+    parse_colour,
+    read_init_image,
+    target_size,
+)
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
@@ -44,18 +50,18 @@ def opened(tmp_path: Path):
         image: Image.Image | bytes, kind: str = "PNG", background: str = "white", **options
     ) -> np.ndarray:
         data = image if isinstance(image, bytes) else encode(image, kind, **options)
-        (tmp_path / "picture").write_bytes(data)
-        picture = open_picture(str(tmp_path / "picture"), background)
-        assert picture.mode == "RGB"
-        return np.asarray(picture).astype(int)
+        (tmp_path / "image").write_bytes(data)
+        rgb = open_init_image(str(tmp_path / "image"), background)
+        assert rgb.mode == "RGB"
+        return np.asarray(rgb).astype(int)
 
     return call
 
 
 def refusal(path: Path | str, *arguments) -> str:
-    """What `open_picture` has against this file: one line that names it."""
+    """What `open_init_image` has against this file: one line that names it."""
     with pytest.raises(InputError) as caught:
-        open_picture(str(path), *arguments)
+        open_init_image(str(path), *arguments)
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
@@ -177,7 +183,7 @@ def test_a_profile_is_followed_and_a_broken_one_is_not(opened) -> None:
 
 
 def test_a_photo_is_turned_upright(opened) -> None:
-    """Cameras store the picture lying and say so; the original painted it lying."""
+    """Cameras store the image lying and say so; the original painted it lying."""
     image = Image.new("RGB", (32, 16), WHITE)
     image.paste(RED, (0, 0, 16, 16))  # the left half, upright the upper one
     exif = Image.Exif()
@@ -200,11 +206,11 @@ def test_broken_exif_is_passed_over(opened, cut) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_of_several_pictures_the_first_is_used(opened, caplog, kind) -> None:
+def test_of_several_images_the_first_is_used(opened, caplog, kind) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE, WHITE)]
     pixels = opened(frames[0], kind, save_all=True, append_images=frames[1:])
     assert np.abs(pixels[4, 4] - RED).max() <= 2
-    assert caplog.messages[0].endswith("holds 3 pictures; the first one is used")
+    assert caplog.messages[0].endswith("holds 3 images; the first one is used")
 
 
 def test_previews_in_a_photo_are_not_worth_a_word(opened, capsys) -> None:
@@ -217,13 +223,13 @@ def test_previews_in_a_photo_are_not_worth_a_word(opened, capsys) -> None:
 # --- files that are refused
 
 
-def test_files_that_are_no_pictures(tmp_path) -> None:
+def test_files_that_are_no_images(tmp_path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "page.png").write_text("<html>404</html>")
     (tmp_path / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     assert "is empty" in refusal(tmp_path / "empty.png")
-    assert "no picture; these can be read: PNG, JPEG," in refusal(tmp_path / "page.png")
-    assert "no picture; these can be read: PNG, JPEG," in refusal(tmp_path / "drawing.eps")
+    assert "not an image; these can be read: PNG, JPEG," in refusal(tmp_path / "page.png")
+    assert "not an image; these can be read: PNG, JPEG," in refusal(tmp_path / "drawing.eps")
     assert "No such file" in refusal(tmp_path / "nowhere.png")
     assert "directory" in refusal(tmp_path)
     assert "null" in refusal("a\0b.png")
@@ -263,13 +269,13 @@ def test_no_pixels(tmp_path) -> None:
 def test_a_colour_that_is_none(tmp_path) -> None:
     for colour in ("nocolour", "#12", "", "rgb(1,2)", "x" * 200):
         with pytest.raises(InputError, match=re.escape(f"--background {colour!r} is no colour")):
-            open_picture(str(tmp_path / "nowhere"), colour)
+            open_init_image(str(tmp_path / "nowhere"), colour)
     assert parse_colour("Navy") == (0, 0, 128)
     assert parse_colour("#fF8000") == (255, 128, 0)
 
 
 def test_damaged_files_end_in_one_line(tmp_path) -> None:
-    """Bytes are changed and cut off at random: a picture comes out, or one line."""
+    """Bytes are changed and cut off at random: an image comes out, or one line."""
     rgba, exif = Image.fromarray(NOISE), Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
     rgb = rgba.convert("RGB")
@@ -289,7 +295,7 @@ def test_damaged_files_end_in_one_line(tmp_path) -> None:
         *(encode(rgb, kind) for kind in ("BMP", "PPM", "JPEG2000", "AVIF")),
     ]
     rng, path = random.Random(0), tmp_path / "damaged"
-    pictures, messages = 0, []
+    opened, messages = 0, []
     for turn in range(400):
         data = bytearray(files[turn % len(files)])
         if rng.random() < 0.3:
@@ -300,12 +306,12 @@ def test_damaged_files_end_in_one_line(tmp_path) -> None:
             )
         path.write_bytes(data)
         try:
-            assert open_picture(str(path), max_pixels=10**6).mode == "RGB"
-            pictures += 1
+            assert open_init_image(str(path), max_pixels=10**6).mode == "RGB"
+            opened += 1
         except InputError as error:
             messages.append(str(error))
     assert all(str(path) in message and "\n" not in message for message in messages)
-    assert min(pictures, len(messages)) > 50
+    assert min(opened, len(messages)) > 50
 
 
 # --- too many pixels
@@ -330,17 +336,15 @@ def test_a_huge_claim_is_refused_before_decoding(tmp_path, pillow_limit, monkeyp
     }
     for name, data in claims.items():
         (tmp_path / name).write_bytes(data)
-        start = time.perf_counter()
         words = "has 10,000,000,000 pixels, more than --max_pixels 64,000,000"
         assert refusal(tmp_path / name).endswith(words)
-        assert time.perf_counter() - start < 1
 
 
 def test_the_limit_is_exact_and_the_users(tmp_path, pillow_limit, monkeypatch) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.new("RGB", (7, 9)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)  # smaller than the user's: no say
-    assert open_picture(str(path), max_pixels=63).size == (7, 9)
+    assert open_init_image(str(path), max_pixels=63).size == (7, 9)
     assert "63 pixels, more than --max_pixels 62" in refusal(path, "white", 62)
     assert Image.MAX_IMAGE_PIXELS == 5
 
@@ -384,12 +388,12 @@ def test_the_default_is_the_originals() -> None:
 
 @pytest.mark.parametrize("upright", [False, True])
 def test_stretch_crop_and_pad(upright) -> None:
-    """Three stripes of 32 pixels, along the long side of a picture of 96x32, on 64x64."""
+    """Three stripes of 32 pixels, along the long side of an image of 96x32, on 64x64."""
     stripes = np.repeat(np.array([[RED, GREEN, BLUE]], np.uint8), 32, 1).repeat(32, 0)
-    picture = Image.fromarray(stripes.transpose(1, 0, 2) if upright else stripes)
+    image = Image.fromarray(stripes.transpose(1, 0, 2) if upright else stripes)
 
     def fitted(how: str) -> np.ndarray:
-        pixels = np.asarray(fit(picture, 64, 64, how, "white"))
+        pixels = np.asarray(fit(image, 64, 64, how, "white"))
         assert pixels.shape == (64, 64, 3)
         return pixels.transpose(1, 0, 2) if upright else pixels
 
@@ -418,6 +422,78 @@ def test_a_result_that_would_be_too_large(tmp_path) -> None:
         read_init_image(str(tmp_path / "line.png"), 512, None, "stretch", "white", 64_000_000)
 
 
+# PIL images, and sizes
+
+
+def turned(kind: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {} if kind != "MPO" else {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}
+    return encode(Image.new("RGB", (320, 130), RED), kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF", "MPO", "JPEG2000", "GIF", "BMP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_from_the_header(tmp_path, kind, orientation) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(turned(kind, orientation))
+    for size in ((None, None), (256, None), (None, 64), (16, 24)):
+        assert init_size(path, *size) == read_init_image(path, *size).shape[:2]
+    with Image.open(path) as image:
+        assert init_size(image) == read_init_image(path).shape[:2]
+
+
+def test_the_header_is_enough(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    for kind in ("JPEG", "TIFF", "WEBP"):
+        (tmp_path / kind).write_bytes(turned(kind, 6))
+        assert init_size(str(tmp_path / kind)) == (320, 128)
+
+
+def test_refusals_of_a_size(tmp_path) -> None:
+    Image.new("RGB", (10_000, 1)).save(tmp_path / "line.png")
+    for arguments, words in [
+        ((tmp_path / "line.png", 512), "line.png would become 5120000x512: more than --max_pixels"),
+        ((tmp_path / "line.png", 8, 8, 9_999), "line.png has 10,000 pixels, more than --max_pixels 9,999"),
+        ((tmp_path / "nowhere.png",), "cannot read the image .*nowhere.png: No such file"),
+        ((Image.new("RGB", (9, 9)), 8, 8, 80), "the init image has 81 pixels"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            init_size(*arguments)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16", "F"])
+def test_pil_images(tmp_path, mode) -> None:
+    """They come out as their files do, and stay as they are."""
+    values = {"I;16": NOISE[..., 0].astype(np.uint16) * 257, "F": NOISE[..., 0] / np.float32(255)}
+    image = Image.fromarray(values[mode]) if mode in values else Image.fromarray(NOISE).convert(mode)
+    path = tmp_path / ("image.tif" if mode == "F" else "image.png")
+    image.save(path)
+    before = image.copy()
+    assert np.array_equal(read_init_image(image, background="red"), read_init_image(path, background="red"))
+    assert (image.mode, image.info) == (before.mode, before.info)
+    assert image.tobytes() == before.tobytes()
+
+
+def test_an_opened_photo_is_turned_and_stays_as_it_is(tmp_path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(turned("JPEG", 6))
+    with Image.open(tmp_path / "photo.jpg") as image:
+        pixels = read_init_image(image)
+        assert image.size == (320, 130)
+        assert image.getexif()[0x0112] == 6
+    assert np.array_equal(pixels, read_init_image(tmp_path / "photo.jpg"))
+
+
+def test_refused_pil_images(tmp_path) -> None:
+    (tmp_path / "half.png").write_bytes(turned("PNG", 1)[:-40])
+    with Image.open(tmp_path / "half.png") as image, pytest.raises(InputError, match=r"half\.png: "):
+        read_init_image(image)
+    with pytest.raises(InputError, match="the init image has 320 pixels, more than --max_pixels 319"):
+        read_init_image(Image.new("L", (320, 1)), max_pixels=319)
+    with pytest.raises(InputError, match="cannot read the image 7: "):
+        read_init_image(7)
+
+
 def test_torch_is_not_needed() -> None:
-    code = "import ldm.init_image, sys; sys.exit('torch' in sys.modules)"
+    code = "import ldm.images.init_image, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

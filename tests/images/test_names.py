@@ -46,6 +46,12 @@ def test_names(template, name):
     assert file_name(template, FACTS) == name
 
 
+@pytest.mark.parametrize("name", ["nul .txt", "CONIN$", "conout$.x", "aux.a.b", "com¹", "lpt9 "])
+def test_names_of_devices(name):
+    check_template(name)
+    assert file_name(name, {}) == f"_{name.strip()}"
+
+
 def test_every_field_has_a_name():
     for field in FIELDS:
         check_template(f"{{{field}}}")
@@ -128,6 +134,9 @@ def test_bad_templates_are_named(template, words):
         ("NUL.tar.gz", "_NUL.tar.gz"),
         ("LPT¹", "_LPT¹"),
         ("COM10", "COM10"),
+        ("nul .txt", "nul-.txt"),
+        ("conin$", "conin"),
+        ("icon.con", "icon.con"),
         ("  ", "none"),
     ],
 )
@@ -173,7 +182,7 @@ def test_unique_names_of_many_alike():
 
 
 def test_imports_neither_torch_nor_numpy():
-    script = "import sys, ldm.names; assert not {'torch', 'numpy'} & set(sys.modules)"
+    script = "import sys, ldm.images.names; assert not {'torch', 'numpy', 'pathvalidate'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 

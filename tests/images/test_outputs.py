@@ -1,6 +1,5 @@
 import errno
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -8,35 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_files import case
+from image_files import noise as image
 from PIL import Image
 
 from ldm.errors import InputError
-from ldm.images.metadata import a1111_parameters, read_metadata
-from ldm.images.outputs import OutputFolder, Watermarker
+from ldm.images import outputs
+from ldm.images.metadata import read_texts
+from ldm.images.outputs import OutputFolder
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {
-    "prompt": "a cat",
-    "negative_prompt": "",
-    "steps": 50,
-    "sampler": "plms",
-    "scale": 7.5,
-    "seed": 42,
-    "width": 512,
-    "height": 256,
-    "checkpoint": "/home/ann/models/sd-v1-4.ckpt",
-    "config": "configs/stable-diffusion/v1-inference.yaml",
-    "model_hash": "fe4efff1e1",
-}
-
-
-def image(height: int = 4, width: int = 6, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+TEXTS = ("a cat\nSteps: 50", '{"prompt": "a cat"}')
+TEMPORARY = ".0123456789ab.00000000000000000000000000000000.tmp"
 
 
 def save(outdir: Path) -> str:
-    return OutputFolder(outdir).save_image(image(), SETTINGS).name
+    return OutputFolder(outdir).save_image(image(), TEXTS).name
 
 
 def files(outdir: Path) -> list[str]:
@@ -55,9 +40,9 @@ os.link = {link}
 folder = OutputFolder(sys.argv[1])
 sys.stdin.readline()
 for index in range({count}):
-    settings = dict(prompt=f"{{os.getpid()}} {{index}}", width=64, height=64)
+    texts = f"{{os.getpid()}} {{index}}", "{{}}"
     image = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    print(folder.save_image(image, settings).name, flush=True)
+    print(folder.save_image(image, texts).name, flush=True)
 """
     return subprocess.Popen(
         [sys.executable, "-c", script, outdir],
@@ -68,15 +53,15 @@ for index in range({count}):
     )
 
 
-# --- names
+# names
 
 
 def test_names_of_the_original(tmp_path):
     outdir = tmp_path / "a" / "b"
     folder = OutputFolder(outdir)
     pixels = image()
-    paths = [folder.save_image(pixels, SETTINGS), folder.save_image(pixels, SETTINGS)]
-    paths.append(folder.save_grid(pixels, SETTINGS))
+    paths = [folder.save_image(pixels, TEXTS), folder.save_image(pixels, TEXTS)]
+    paths.append(folder.save_grid(pixels, TEXTS))
     assert files(outdir) == ["grid-0000.png", "samples/00000.png", "samples/00001.png"]
     assert paths == [outdir / "samples/00000.png", outdir / "samples/00001.png", outdir / "grid-0000.png"]
     for path in paths:
@@ -87,14 +72,14 @@ def test_a_deleted_file_does_not_cause_an_overwrite(tmp_path):
     """The original counted the files in the folder: with an early one deleted, it wrote over the last one."""
     folder = OutputFolder(tmp_path)
     for seed in range(3):
-        folder.save_image(image(seed=seed), SETTINGS)
-        folder.save_grid(image(seed=seed), SETTINGS)
+        folder.save_image(image(seed=seed), TEXTS)
+        folder.save_grid(image(seed=seed), TEXTS)
     (tmp_path / "samples/00000.png").unlink()
     (tmp_path / "grid-0000.png").unlink()
 
     folder = OutputFolder(tmp_path)
-    assert folder.save_image(image(), SETTINGS).name == "00003.png"
-    assert folder.save_grid(image(), SETTINGS).name == "grid-0003.png"
+    assert folder.save_image(image(), TEXTS).name == "00003.png"
+    assert folder.save_grid(image(), TEXTS).name == "grid-0003.png"
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples/00002.png")), image(seed=2))
 
 
@@ -116,8 +101,8 @@ def test_foreign_files_do_not_shift_the_numbers(tmp_path):
     (tmp_path / "00012.png").touch()
 
     folder = OutputFolder(tmp_path)
-    assert folder.save_image(image(), SETTINGS).name == "00000.png"
-    assert folder.save_grid(image(), SETTINGS).name == "grid-0000.png"
+    assert folder.save_image(image(), TEXTS).name == "00000.png"
+    assert folder.save_grid(image(), TEXTS).name == "grid-0000.png"
 
 
 def test_numbers_of_more_digits(tmp_path):
@@ -125,22 +110,36 @@ def test_numbers_of_more_digits(tmp_path):
     (tmp_path / "samples/99999.png").touch()
     (tmp_path / "grid-9999.png").touch()
     folder = OutputFolder(tmp_path)
-    assert [folder.save_image(image(), SETTINGS).name for _ in range(2)] == ["100000.png", "100001.png"]
-    assert folder.save_grid(image(), SETTINGS).name == "grid-10000.png"
+    assert [folder.save_image(image(), TEXTS).name for _ in range(2)] == ["100000.png", "100001.png"]
+    assert folder.save_grid(image(), TEXTS).name == "grid-10000.png"
     assert save(tmp_path) == "100002.png"
+
+
+def test_texts_are_in_the_files(tmp_path):
+    folder = OutputFolder(tmp_path, "jpg")
+    assert read_texts(folder.save_image(image(), TEXTS)) == TEXTS
+    assert read_texts(folder.save_grid(image(), None)) == (None, None)
+
+
+def test_an_equal_file_with_the_name_is_taken_again(tmp_path):
+    """Its process ended between the file and its line of the manifest."""
+    folder = OutputFolder(tmp_path)
+    paths = [folder.save_image(image(seed=seed), TEXTS, "a/b", again=True) for seed in (0, 0, 1, 1)]
+    assert [path.name for path in paths] == ["b.png", "b.png", "b-2.png", "b-2.png"]
+    assert folder.save_image(image(), TEXTS, "a/b").name == "b-3.png"
 
 
 def test_files_have_the_users_permissions(tmp_path):
     folder = OutputFolder(tmp_path)
     previous = os.umask(0o022)
     try:
-        path = folder.save_image(image(), SETTINGS)
+        path = folder.save_image(image(), TEXTS)
     finally:
         os.umask(previous)
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-# --- several writers, and interruptions
+# several writers, and interruptions
 
 
 @pytest.mark.parametrize("link", ["os.link", "no_links"])
@@ -156,8 +155,8 @@ def test_two_processes_lose_nothing(tmp_path, link):
     expected = [f"{number:05d}.png" for number in range(60)]
     assert sorted(names) == expected
     assert files(tmp_path / "samples") == expected
-    prompts = {read_metadata(tmp_path / "samples" / name)["prompt"] for name in expected}
-    assert len(prompts) == 60
+    texts = {read_texts(tmp_path / "samples" / name) for name in expected}
+    assert len(texts) == 60
 
 
 def test_a_killed_process_leaves_whole_images_only(tmp_path):
@@ -187,7 +186,7 @@ def test_an_interrupted_save_leaves_no_file(tmp_path, monkeypatch, call):
 
     monkeypatch.setattr(os, call, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        folder.save_image(image(), SETTINGS)
+        folder.save_image(image(), TEXTS)
     assert files(tmp_path) == []
 
 
@@ -199,9 +198,9 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(InputError, match=rf"{tmp_path}/samples: No space left"):
-            folder.save_image(image(), SETTINGS)
+            folder.save_image(image(), TEXTS)
     assert files(tmp_path) == []
-    assert folder.save_image(image(), SETTINGS).name == "00000.png"
+    assert folder.save_image(image(), TEXTS).name == "00000.png"
 
 
 def test_folders_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatch):
@@ -232,139 +231,104 @@ def test_a_run_lists_the_folder_once(tmp_path, monkeypatch):
     folder = OutputFolder(tmp_path)
     monkeypatch.delattr(os, "listdir")
     monkeypatch.delattr(os, "scandir")
-    assert [folder.save_image(image(), SETTINGS).name for _ in range(2)] == ["00000.png", "00001.png"]
+    assert [folder.save_image(image(), TEXTS).name for _ in range(2)] == ["00000.png", "00001.png"]
 
 
-# --- settings inside the file
+# temporary files
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "a cat",
-        "",
-        'say "hi", it\'s: 8k\\n, {"a": 1}',
-        "first\nsecond\r\n\n  third\nSteps: 3",
-        "café, naïve",
-        "夜のカフェテラス 🎸 \u200b",
-        "x" * 20_000,
-    ],
-)
-def test_prompts_come_back(tmp_path, prompt):
-    settings = SETTINGS | {"prompt": prompt, "negative_prompt": prompt}
-    path = OutputFolder(tmp_path).save_image(image(), settings)
-    metadata = read_metadata(path)
-    assert metadata["prompt"] == metadata["negative_prompt"] == prompt
-    text = Image.open(path).text["parameters"]
-    assert text == a1111_parameters(metadata)
-    assert text.startswith(prompt)
+def old(path: Path, seconds: int) -> Path:
+    """A file that nobody has written to for so many seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    modified = path.stat().st_mtime - seconds
+    os.utime(path, (modified, modified))
+    return path
 
 
-def test_a_prompt_in_a_broken_encoding_does_not_cost_the_image(tmp_path):
-    """Python makes lone surrogates of command-line bytes that are not UTF-8."""
-    path = OutputFolder(tmp_path).save_image(image(), SETTINGS | {"prompt": "caf\udce9"})
-    assert read_metadata(path)["prompt"] == "caf\udce9"
-    assert Image.open(path).text["parameters"].startswith("caf?\n")
+def test_temporary_files_of_dead_processes_are_removed(tmp_path):
+    """They stayed if they came from another host, or if another process had the dead one's number by now."""
+    host = os.uname().nodename if hasattr(os, "uname") else "here"
+    names = [TEMPORARY, f".another.host.4242.{'0' * 32}.tmp", f".{host}.{os.getpid()}.{'0' * 32}.tmp"]
+    for name in names:
+        old(tmp_path / "samples" / name, 3600)
+        old(tmp_path / name, 61)
+    OutputFolder(tmp_path)
+    assert files(tmp_path) == []
 
 
-def test_settings_come_back_without_the_users_folders(tmp_path):
-    settings = SETTINGS | {"index": 3, "eta": None, "init_img": "../x/y.jpg", "weights": "ema"}
-    path = OutputFolder(tmp_path).save_image(image(), settings)
-    assert read_metadata(path) == settings | {
-        "checkpoint": "sd-v1-4.ckpt",
-        "config": "v1-inference.yaml",
-        "init_img": "y.jpg",
-    }
-    assert b"home" not in path.read_bytes()
+def test_temporary_files_of_living_processes_and_other_files_stay(tmp_path):
+    kept = [old(tmp_path / "samples" / TEMPORARY, 30), old(tmp_path / TEMPORARY, -3600)]
+    kept += [old(tmp_path / name, 3600) for name in (".notes.tmp", f"{'0' * 32}.tmp", f".{'0' * 32}.tmp")]
+    OutputFolder(tmp_path)
+    assert files(tmp_path) == sorted(str(path.relative_to(tmp_path)) for path in kept)
 
 
-def test_files_without_settings(tmp_path):
-    Image.fromarray(image()).save(tmp_path / "plain.png")
-    Image.fromarray(image()).save(tmp_path / "photo.jpg")
-    assert read_metadata(tmp_path / "plain.png") is None
-    assert read_metadata(tmp_path / "photo.jpg") is None
-    with pytest.raises(InputError, match=r"cannot read the picture .*nowhere\.png: No such file"):
-        read_metadata(tmp_path / "nowhere.png")
+def test_the_age_of_temporary_files_is_by_the_file_systems_clock(tmp_path, monkeypatch):
+    """A network drive's clock may differ from this host's by hours."""
+    monkeypatch.setattr("time.time", lambda: pytest.fail("this host's clock was asked"))
+    left = old(tmp_path / "samples" / TEMPORARY, 3600)
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **options: _slow_clock(stat(path, **options)))
+    OutputFolder(tmp_path)
+    assert not os.path.exists(left)
 
 
-def test_parameters_are_those_of_the_web_ui():
-    assert a1111_parameters(SETTINGS | {"negative_prompt": "blurry, dark"}) == (
-        "a cat\n"
-        "Negative prompt: blurry, dark\n"
-        "Steps: 50, Sampler: PLMS, CFG scale: 7.5, Seed: 42, Size: 512x256, "
-        "Model hash: fe4efff1e1, Model: sd-v1-4"
-    )
-    minimal = {"prompt": "a cat", "width": 8, "height": 8}
-    assert a1111_parameters(minimal) == "a cat\nSize: 8x8"
-    assert "Sampler: DPM++ 2M, Schedule type: Karras" in a1111_parameters(
-        minimal | {"sampler": "dpmpp_2m", "schedule": "karras"}
-    )
-    assert "Sampler: a_new_one" in a1111_parameters(minimal | {"sampler": "a_new_one"})
-    assert "Denoising strength: 0, Eta: 0.5" in a1111_parameters(minimal | {"strength": 0, "eta": 0.5})
-    assert "Model: stable-diffusion-2.1" in a1111_parameters(
-        minimal | {"checkpoint": "models/stable-diffusion-2.1/"}
-    )
+def _slow_clock(status: os.stat_result) -> os.stat_result:
+    values = list(status)
+    values[8] -= 7200  # st_mtime
+    return os.stat_result(values)
 
 
-def test_other_tools_can_parse_the_parameters():
-    """With the pattern of AUTOMATIC1111's `parse_generation_parameters`."""
-    text = a1111_parameters(SETTINGS | {"checkpoint": 'my "best", v2: final.safetensors'})
-    pattern = r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
-    fields = dict(re.findall(pattern, text.splitlines()[-1]))
-    assert fields["Model"] == r'"my \"best\", v2: final"'
-    assert fields["Model hash"] == "fe4efff1e1"
-    assert fields["Steps"] == "50"
+def test_an_owners_temporary_files_are_removed_at_once(tmp_path):
+    folder = OutputFolder(tmp_path)
+    mine = [f".a.b.{'0' * 32}.tmp", f".a.b.{'1' * 32}.tmp"]
+    others = [f".axb.{'0' * 32}.tmp", f".c.{'0' * 32}.tmp"]
+    for name in (*mine, *others):
+        (tmp_path / name).touch()
+        (tmp_path / "samples" / name).touch()
+    folder.clear("a.b")
+    assert files(tmp_path) == sorted([*others, *(f"samples/{name}" for name in others)])
+    folder.clear("a.b")
 
 
-# --- watermark
+def test_temporary_files_carry_their_owner(tmp_path, monkeypatch):
+    folder = OutputFolder(tmp_path)
+    folder.owner = "run7"
+    found = []
+    monkeypatch.setattr(os, "fsync", lambda _: found.extend(files(tmp_path)))
+    folder.save_image(image(), None)
+    folder.save_grid(image(), None)
+    assert [Path(name).name[:6] for name in found if name.endswith(".tmp")] == [".run7."] * 2
+    assert OutputFolder(tmp_path).owner != OutputFolder(tmp_path).owner
 
 
-def decode(pixels: np.ndarray, length: int) -> bytes:
-    from imwatermark import WatermarkDecoder
-
-    return WatermarkDecoder("bytes", 8 * length).decode(np.ascontiguousarray(pixels[..., ::-1]), "dwtDct")
+# file systems without hard links
 
 
-def test_watermark_is_the_originals():
-    tensors, _ = case("txt2img_plms")
-    pixels, expected = np.asarray(tensors["image_0"]), np.asarray(tensors["watermarked_0"])
-    before = pixels.copy()
-    marked = Watermarker()(pixels)
-    assert np.array_equal(marked, expected)
-    assert np.array_equal(pixels, before)
-    assert marked.flags.c_contiguous
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_without_hard_links(tmp_path, monkeypatch, error):
+    def no_links(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "link", no_links)
+    folder = OutputFolder(tmp_path)
+    (tmp_path / "samples/00001.png").write_text("mine")
+    assert [folder.save_image(image(), TEXTS).name for _ in range(2)] == ["00000.png", "00002.png"]
+    assert files(tmp_path) == ["samples/00000.png", "samples/00001.png", "samples/00002.png"]
+    assert (tmp_path / "samples/00001.png").read_text() == "mine"
 
 
-@pytest.mark.parametrize("message", ["StableDiffusionV1", "SDV2"])
-@pytest.mark.parametrize("size", [(512, 512), (256, 256), (264, 520)])
-def test_watermark_can_be_read_from_the_file(tmp_path, message, size):
-    """From a grey picture; it loses bits in strong colours, with the original's own code as well."""
-    grey = np.random.default_rng(0).integers(64, 192, size, dtype=np.uint8)
-    pixels = np.stack([grey, grey, grey], axis=-1)
-    path = OutputFolder(tmp_path).save_image(Watermarker(message)(pixels), SETTINGS)
-    assert decode(np.asarray(Image.open(path)), len(message)) == message.encode()
+@pytest.mark.parametrize("links", [True, False])
+def test_a_vanished_file_leaves_no_empty_one(tmp_path, monkeypatch, links):
+    """Whatever `os.link` raised was taken for a file system without hard links: an empty image stayed."""
 
+    def vanish(source, _):
+        os.unlink(source)
+        raise OSError(errno.ENOENT if links else errno.EPERM, "vanished")
 
-def test_images_too_small_for_the_watermark_are_told_apart():
-    """The original crashed at the first save of a run below 256 x 256 pixels."""
-    assert [Watermarker.fits(*size) for size in [(256, 256), (128, 512), (248, 256), (64, 64)]] == [
-        1,
-        1,
-        0,
-        0,
-    ]
-    assert Watermarker()(image(128, 512)).shape == (128, 512, 3)
-
-
-def test_a_watermark_that_cannot_be_written_is_refused_at_once(monkeypatch):
-    monkeypatch.setitem(sys.modules, "imwatermark", None)
-    with pytest.raises(InputError, match=r"pip install invisible-watermark.*--watermark none"):
-        Watermarker()
-    with pytest.raises(InputError, match="message is empty"):
-        Watermarker("")
-
-
-def test_none_of_these_modules_imports_torch():
-    code = "import sys, ldm.images, ldm.outputs, ldm.prompts; print({'torch', 'cv2'} & {*sys.modules})"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout == "set()\n"
+    folder = OutputFolder(tmp_path)
+    monkeypatch.setattr(os, "link", vanish)
+    with pytest.raises(outputs.CannotWrite, match=r"cannot write to .*samples: (vanished|No such file)"):
+        folder.save_image(image(), TEXTS)
+    assert files(tmp_path) == []

@@ -1,16 +1,17 @@
-"""What is reused and merged, and how near the pictures stay."""
+"""Deep features that are reused, tokens that are merged, and how near the images stay."""
 
-import functools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
+from tiny_sampling import contexts, normal, tiny_model
 from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.optimize.approximate import (
     merge_similar_tokens,
     merge_tokens,
@@ -19,25 +20,12 @@ from ldm.optimize.approximate import (
 )
 from ldm.sampling import SAMPLERS, Denoiser
 from ldm.sampling.run import default_trajectory
-from ldm.util import instantiate_from_config
-from ldm.weights.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, find, load_model, read_config
 
 
 @pytest.fixture(autouse=True)
 def inference() -> Iterator[None]:
     with torch.inference_mode():
         yield
-
-
-def tiny_model() -> LatentDiffusion:
-    with torch.inference_mode(False):
-        model = instantiate_from_config(tiny.MODEL)
-        model.load_state_dict(tiny.state_dict())
-        return model.eval().requires_grad_(False)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def calls(model: LatentDiffusion, steps: list[float], batch: int = 1, seed: int = 0) -> list[Tensor]:
@@ -65,10 +53,8 @@ def computed(model: LatentDiffusion, work: Callable[[], object]) -> list[bool]:
 def test_deep_features_of_every_call_are_the_plain_result() -> None:
     model, steps = tiny_model(), [900.0, 500.0, 400.0, 1.0]
     expected = calls(model, steps)
-    undo = reuse_deep_features(model, 1)
+    reuse_deep_features(model, 1)
     assert all(torch.equal(a, b) for a, b in zip(calls(model, steps), expected, strict=True))
-    undo()
-    assert not {"run", "forward"} & vars(model.model.diffusion_model).keys()
 
 
 def test_deep_features_are_computed_at_every_third_call() -> None:
@@ -108,6 +94,36 @@ def test_another_shape_begins_anew() -> None:
     ]
 
 
+@pytest.mark.parametrize("scale", [5.0, 1.0], ids=["guided", "unguided"])
+def test_a_run_uses_no_features_of_another_run(scale: float) -> None:
+    """Image to image that started where the run before had ended got the features of that run's image."""
+    model, plain = tiny_model(), tiny_model()
+    reuse_deep_features(model, 9)
+    uncond, cond, other = contexts(3)
+
+    def denoised(model: LatentDiffusion, cond: Tensor, sigmas: list[float]) -> Tensor:
+        denoiser = Denoiser(model, cond.clone(), uncond, scale)  # batches never share a tensor
+        for sigma in sigmas:
+            x0 = denoiser(normal(1, 4, 8, 8, seed=len(sigmas)) * sigma, sigma)
+        return x0
+
+    denoised(model, cond, [14.0, 2.0])
+    for start in (2.0, 1.0):  # lower than the first level of the run before, and not above its last
+        assert torch.equal(denoised(model, other, [start]), denoised(plain, other, [start]))
+
+
+def test_class_labels_are_part_of_a_run() -> None:
+    with torch.inference_mode(False):
+        unet = UNetModel(4, 32, 4, 1, [1], [1], num_classes=5, num_heads=2, context_dim=32, num_groups=8)
+    reuse_deep_features(SimpleNamespace(model=SimpleNamespace(diffusion_model=unet)), 9)
+    x, context, seen = normal(1, 4, 8, 8), contexts(1)[0], []
+    unet.middle_block.register_forward_pre_hook(lambda *_: seen.append(t))
+    labels = [torch.tensor([0]), torch.tensor([1])]
+    for t, label in ((900.0, 0), (500.0, 0), (400.0, 1), (300.0, 1)):
+        unet(x, torch.tensor([t]), context, labels[label])
+    assert seen == [900.0, 400.0]
+
+
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 7), (1, 3), (2, 1)])
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
 def test_merged_tokens_are_averages_of_their_own(height: int, width: int, ratio: float) -> None:
@@ -133,16 +149,15 @@ def test_the_most_alike_tokens_are_merged() -> None:
 def test_no_merging_is_the_plain_result() -> None:
     model = tiny_model()
     expected = calls(model, [500.0])
-    undo = merge_similar_tokens(model, 0)
+    merge_similar_tokens(model, 0)
     assert torch.equal(calls(model, [500.0])[0], expected[0])
-    undo()
 
 
 def test_only_self_attention_at_the_latents_resolution_is_merged() -> None:
     model = tiny_model()
     unet = model.model.diffusion_model
     expected = calls(model, [500.0])
-    undo = merge_similar_tokens(model, 0.5)
+    merge_similar_tokens(model, 0.5)
     widest = widest_transformers(unet)
     assert len(widest) == 3
     for layer in unet.modules():
@@ -159,8 +174,6 @@ def test_only_self_attention_at_the_latents_resolution_is_merged() -> None:
     hook.remove()
     assert tokens == [15]
     assert 0 < (results[0] - expected[0]).abs().max() < expected[0].abs().max()
-    undo()
-    assert torch.equal(calls(model, [500.0])[0], expected[0])
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 0.8])
@@ -174,14 +187,7 @@ def test_features_for_no_call_are_an_error() -> None:
         reuse_deep_features(tiny_model(), 0)
 
 
-@functools.cache
-def bundled() -> LatentDiffusion:
-    with torch.inference_mode(False):
-        return load_model(read_config(find(BUNDLED_CONFIG)), find(BUNDLED_WEIGHTS))
-
-
-def pictures() -> Tensor:
-    model = bundled()
+def images(model: LatentDiffusion) -> Tensor:
     prompts = ["a red cube left of a blue sphere on a grey background", "a small green cone"]
     denoiser = Denoiser(
         model, model.get_learned_conditioning(prompts), model.get_learned_conditioning([""]), 3.0
@@ -192,8 +198,15 @@ def pictures() -> Tensor:
     return model.decode_first_stage(latents).clamp(-1, 1)
 
 
+@pytest.fixture(scope="module")
+def exact_images(loaded_bundled: LatentDiffusion) -> Tensor:
+    with torch.inference_mode():
+        return images(loaded_bundled)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("apply", "floor"),  # dB of the worse of two pictures; measured 31.8, 29.8 and 29.7
+    ("apply", "floor"),  # dB of the worse of two images; measured 31.8, 29.8 and 29.7
     [
         (lambda model: reuse_deep_features(model, 2), 29),
         (lambda model: reuse_deep_features(model, 3), 27),
@@ -201,11 +214,9 @@ def pictures() -> Tensor:
     ],
     ids=["deepcache 2", "deepcache 3", "tome 0.5"],
 )
-def test_pictures_stay_near_the_exact_ones(apply: Callable, floor: float) -> None:
-    exact = pictures()
-    undo = apply(bundled())
-    near = pictures()
-    undo()
-    error = (near - exact).square().mean(dim=(1, 2, 3))
+def test_images_stay_near_the_exact_ones(
+    bundled: LatentDiffusion, exact_images: Tensor, apply: Callable, floor: float
+) -> None:
+    apply(bundled)
+    error = (images(bundled) - exact_images).square().mean(dim=(1, 2, 3))
     assert (10 * torch.log10(4 / error)).min() > floor
-    assert torch.equal(pictures(), exact)

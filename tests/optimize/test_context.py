@@ -1,41 +1,14 @@
 """Keys and values that are computed once for a prompt: against the plain model, bit for bit."""
 
 import pytest
-import tiny
 import torch
-from test_graph import Recorder
+from tiny_sampling import Recorder, contexts, guided_latents
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.optimize.context import MOST, keep_context
 from ldm.optimize.graph import graph_unet
-from ldm.sampling import Denoiser, default_trajectory, sample
-from ldm.sampling.noise import ImageNoise
-from ldm.util import instantiate_from_config
-
-
-@pytest.fixture
-def model() -> LatentDiffusion:
-    model = instantiate_from_config(tiny.MODEL)
-    model.load_state_dict(tiny.state_dict(), strict=False)
-    return model.eval().requires_grad_(False)
-
-
-def contexts(count: int, images: int = 1, tokens: int = 5) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(count)
-    return [torch.randn(images, tokens, 32, generator=generator) for _ in range(count)]
-
-
-def pictures(model: LatentDiffusion, conds: list[Tensor], uncond: Tensor) -> list[Tensor]:
-    """Latents of four guided steps for each prompt; guidance ends before the last."""
-    made = []
-    with torch.inference_mode():
-        for cond in conds:
-            denoiser = Denoiser(model, cond, uncond, 5.0, interval=(1.0, 1e9))
-            run = default_trajectory(denoiser, "ddim", 4)
-            made.append(sample(denoiser, "ddim", run, ImageNoise([7], (4, 8, 8), torch.device("cpu"))))
-    return made
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -55,31 +28,26 @@ def test_a_run_computes_them_once_for_each_prompt(
     model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uncond, *conds = contexts(3)
-    plain = pictures(model, conds, uncond)
+    plain = guided_latents(model, conds, uncond)
     layers = 2 * sum(isinstance(module, BasicTransformerBlock) for module in model.modules())
-    undo = keep_context(model)
+    keep_context(model)
     calls = count_calls(monkeypatch)
-    kept = pictures(model, conds, uncond)
+    kept = guided_latents(model, conds, uncond)
     assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
-    # of both prompts with guidance, of the prompt alone without, for each of the two pictures
+    # of both prompts with guidance, of the prompt alone without, for each of the two images
     assert calls == ([2] * layers + [1] * layers) * 2
-    undo()
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_recorded_steps_read_what_is_kept(model: LatentDiffusion) -> None:
     """A second prompt of the same shape goes where the first one was, which is where a recording reads."""
     uncond, *conds = contexts(4)
-    plain = pictures(model, conds, uncond)
+    plain = guided_latents(model, conds, uncond)
     recorder = Recorder()
-    runner, undo_graph = graph_unet(model, recorder)
-    undo = keep_context(model)
-    kept = pictures(model, conds, uncond)
+    runner = graph_unet(model, recorder)
+    keep_context(model)
+    kept = guided_latents(model, conds, uncond)
     assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
     assert recorder.captured == len(runner.entries) == 2
-    undo()
-    undo_graph()
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_shapes_come_and_go(model: LatentDiffusion) -> None:
@@ -99,3 +67,21 @@ def test_with_gradients_nothing_is_kept(model: LatentDiffusion) -> None:
     keep_context(model)
     model.apply_model(torch.ones(1, 4, 8, 8), torch.tensor([3.0]), context).sum().backward()
     assert context.grad.abs().sum() > 0
+
+
+def test_each_autocast_type_has_its_own(model: LatentDiffusion) -> None:
+    """The dtype was not part of the key: keys and values in bfloat16 met queries in float16."""
+    x, t, context = torch.ones(1, 4, 8, 8), torch.tensor([3.0]), contexts(1)[0]
+
+    def outputs() -> list[Tensor]:
+        found = []
+        for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+            with torch.inference_mode(), torch.autocast("cpu", dtype=dtype):
+                found.append(model.apply_model(x, t, context))
+        return found
+
+    plain = outputs()
+    keep_context(model)
+    kept = outputs()
+    assert [a.dtype for a in kept] == [a.dtype for a in plain]
+    assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))

@@ -1,36 +1,16 @@
-"""Recorded calls: on a CPU a fake recorder shows what goes in and out; on a GPU the bits are compared."""
+"""Recorded calls: on a CPU a stand-in for CUDA shows what goes in and out; on a GPU the bits are compared."""
 
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
+from tiny_sampling import Recorder
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.optimize.context import keep_context
 from ldm.optimize.graph import CudaCapture, GraphRunner, Recording, graph_unet
-from ldm.optimize.override import undo_all
 from ldm.optimize.timesteps import keep_timesteps
-from ldm.util import instantiate_from_config
-
-
-class Recorder:
-    """Stands in for CUDA: a replay calls again what was recorded, and only that."""
-
-    def __init__(self) -> None:
-        self.captured = 0
-        self.replayed = 0
-
-    def __call__(self, call: Callable[[], Tensor]) -> Recording:
-        output = call()
-        self.captured += 1
-
-        def replay() -> None:
-            self.replayed += 1
-            output.copy_(call())
-
-        return Recording(replay, output)
 
 
 class Function:
@@ -47,8 +27,8 @@ class Function:
 def runner(
     most: int = 4, capture: Callable | None = None
 ) -> tuple[GraphRunner, Function, Recorder, list[str]]:
-    function, recorder, told = Function(), Recorder(), []
-    return GraphRunner(function, capture or recorder, most, told.append), function, recorder, told
+    function, recorder, reported = Function(), Recorder(), []
+    return GraphRunner(function, capture or recorder, most, reported.append), function, recorder, reported
 
 
 @pytest.fixture(params=[torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
@@ -112,7 +92,7 @@ def test_another_kind_of_inputs_is_recorded_anew(other: dict[str, Tensor | None]
 def test_autocast_is_recorded_anew() -> None:
     function = lambda x: x @ x  # noqa: E731
     recorder = Recorder()
-    run = GraphRunner(function, recorder, tell=pytest.fail)
+    run = GraphRunner(function, recorder, report=pytest.fail)
     with torch.no_grad():
         assert run(x=torch.ones(4, 4)).dtype == torch.float32
         with torch.autocast("cpu"):
@@ -138,44 +118,44 @@ def test_the_recordings_used_last_are_kept() -> None:
     assert len(run.entries) == 0
 
 
-def test_where_recording_fails_the_function_is_called_and_that_is_told_once() -> None:
+def test_where_recording_fails_the_function_is_called_and_that_is_reported_once() -> None:
     attempts = []
 
     def broken(call: Callable[[], Tensor]) -> Recording:
         attempts.append(1)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    run, function, _, told = runner(capture=broken)
+    run, function, _, reported = runner(capture=broken)
     with torch.no_grad():
         for n in (2, 2, 3):
             x = torch.ones(n)
             assert torch.equal(run(x=x), x * 2)
     assert function.read[-1] == x.data_ptr()
     assert len(attempts) == 2  # once a kind
-    assert told == ["no CUDA graph, going on without: operation not permitted when stream is capturing"]
+    assert reported == ["no CUDA graph, going on without: operation not permitted when stream is capturing"]
 
 
 def test_memory_that_ends_during_a_recording_is_taken_from_the_others() -> None:
-    recorder, told = Recorder(), []
+    recorder, reported = Recorder(), []
 
     def capture(call: Callable[[], Tensor]) -> Recording:
         if recorder.captured == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return recorder(call)
 
-    run = GraphRunner(Function(), capture, tell=told.append)
+    run = GraphRunner(Function(), capture, report=reported.append)
     with torch.no_grad():
         run(x=torch.ones(2))
         assert run(x=torch.ones(3)).tolist() == [2.0] * 3
     assert [entry is None for entry in run.entries.values()] == [True]
-    assert told == ["no CUDA graph, going on without: not enough memory"]
+    assert reported == ["no CUDA graph, going on without: not enough memory"]
 
 
 def test_an_error_of_the_function_itself_is_not_hidden() -> None:
     def wrong(x: Tensor) -> Tensor:
         raise RuntimeError("sizes do not match")
 
-    run = GraphRunner(wrong, Recorder(), tell=lambda _: None)
+    run = GraphRunner(wrong, Recorder(), report=lambda _: None)
     with torch.no_grad(), pytest.raises(RuntimeError, match="sizes do not match"):
         run(x=torch.ones(2))
 
@@ -186,12 +166,6 @@ def test_with_gradients_nothing_is_recorded() -> None:
     run(x=x).sum().backward()
     assert x.grad.tolist() == [2.0] * 3
     assert recorder.captured == 0
-
-
-def tiny_model() -> LatentDiffusion:
-    model = instantiate_from_config(tiny.MODEL)
-    model.load_state_dict(tiny.state_dict())
-    return model.eval().requires_grad_(False)
 
 
 def steps(model: LatentDiffusion, batch: int = 2) -> list[Tensor]:
@@ -207,19 +181,17 @@ def steps(model: LatentDiffusion, batch: int = 2) -> list[Tensor]:
     return results
 
 
-def test_the_unets_steps_are_replayed() -> None:
-    model, recorder = tiny_model(), Recorder()
+def test_the_unets_steps_are_replayed(model: LatentDiffusion) -> None:
+    recorder = Recorder()
     expected = [*steps(model), *steps(model, 1)]
-    run, undo = graph_unet(model, recorder)
+    run = graph_unet(model, recorder)
     for _ in range(2):
         got = [*steps(model), *steps(model, 1)]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert (recorder.captured, recorder.replayed) == (2, 12)
-    undo()
-    assert "forward" not in vars(model.model.diffusion_model)
-    assert len(run.entries) == 0
+    run.clear()
     assert torch.equal(steps(model)[-1], expected[2])
-    assert recorder.replayed == 12
+    assert recorder.captured == 3
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -228,23 +200,25 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kept", [False, True], ids=["alone", "with what is kept"])
-def test_on_a_gpu_a_replay_has_the_bits_of_the_eager_call(dtype: torch.dtype, kept: bool) -> None:
-    model = tiny_model().to("cuda", dtype)
+def test_on_a_gpu_a_replay_has_the_bits_of_the_eager_call(
+    model: LatentDiffusion, dtype: torch.dtype, kept: bool
+) -> None:
+    model.to("cuda", dtype)
     expected = [*steps(model), *steps(model, 1)]
-    _, undo = graph_unet(model)
+    graph_unet(model)
     if kept:
-        undo = undo_all([undo, keep_context(model), keep_timesteps(model)])
+        keep_context(model)
+        keep_timesteps(model)
     for _ in range(3):
         got = [*steps(model), *steps(model, 1)]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    undo()
 
 
 @needs_cuda
 def test_on_a_gpu_what_cannot_be_recorded_is_called() -> None:
-    told = []
-    run = GraphRunner(lambda x: x * x.sum().item(), CudaCapture(torch.device("cuda")), tell=told.append)
+    reported = []
+    run = GraphRunner(lambda x: x * x.sum().item(), CudaCapture(torch.device("cuda")), report=reported.append)
     with torch.no_grad():
         assert run(x=torch.ones(2, device="cuda")).tolist() == [2.0, 2.0]
         assert run(x=torch.full((2,), 2.0, device="cuda")).tolist() == [8.0, 8.0]
-    assert len(told) == 1
+    assert len(reported) == 1

@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-import tiny
 import torch
+from tiny_sampling import relative_difference
 from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -12,14 +12,6 @@ from ldm.modules.attention import CrossAttention
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.optimize.approximate import merge_similar_tokens
 from ldm.optimize.guidance import before_the_prompt, share_prefix
-from ldm.util import instantiate_from_config
-
-
-@pytest.fixture
-def model() -> LatentDiffusion:
-    model = instantiate_from_config(tiny.MODEL)
-    model.load_state_dict(tiny.state_dict(), strict=False)
-    return model.eval().requires_grad_(False)
 
 
 def batches(model: LatentDiffusion) -> dict[nn.Module, list[int]]:
@@ -43,10 +35,6 @@ def guided(model: LatentDiffusion, images: int) -> Tensor:
         return model.apply_model(torch.cat([x, x]), torch.full((2 * images,), 500.0), context)
 
 
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 def test_what_comes_before_the_prompt(model: LatentDiffusion) -> None:
     unet = model.model.diffusion_model
     first = unet.input_blocks[1]
@@ -57,7 +45,7 @@ def test_what_comes_before_the_prompt(model: LatentDiffusion) -> None:
 @pytest.mark.parametrize("images", [1, 3])
 def test_a_guided_call_gives_the_plain_result(model: LatentDiffusion, images: int) -> None:
     plain, exact = guided(model, images), guided(copy.deepcopy(model).double(), images)
-    undo = share_prefix(model)
+    share_prefix(model)
     found = batches(model)
     shared = guided(model, images)
     # float32 itself is about 1e-6 from float64 here, and sums of another batch size have another order
@@ -66,8 +54,6 @@ def test_a_guided_call_gives_the_plain_result(model: LatentDiffusion, images: in
     inner = [sizes for layer, sizes in found.items() if not isinstance(layer, nn.Conv2d)]
     assert inner
     assert all(sizes == [images] for sizes in inner)
-    undo()
-    assert torch.equal(guided(model, images), plain)
 
 
 def test_halves_that_differ_are_computed_as_they_are(model: LatentDiffusion) -> None:

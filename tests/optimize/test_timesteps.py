@@ -1,29 +1,17 @@
 """Embeddings of timesteps that are computed once for a run: against the plain model, bit for bit."""
 
-import pytest
-import tiny
 import torch
-from test_context import contexts, pictures
-from test_graph import Recorder
+from tiny_sampling import Recorder, contexts, guided_latents, tiny_model
 from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from ldm.optimize.context import keep_context
 from ldm.optimize.graph import graph_unet
-from ldm.optimize.override import undo_all
 from ldm.optimize.timesteps import LARGEST, MOST, keep_timesteps
 from ldm.sampling.denoiser import timesteps
-from ldm.util import instantiate_from_config
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def model() -> LatentDiffusion:
-    model = instantiate_from_config(tiny.MODEL)
-    model.load_state_dict(tiny.state_dict(), strict=False)
-    return model.eval().requires_grad_(False)
 
 
 class Count:
@@ -63,32 +51,29 @@ def test_timesteps_are_one_object_for_a_number() -> None:
 
 def test_a_second_image_computes_none(model: LatentDiffusion) -> None:
     uncond, *conds = contexts(3)
-    plain = pictures(model, conds, uncond)
-    undo = keep_timesteps(model)
+    plain = guided_latents(model, conds, uncond)
+    keep_timesteps(model)
     count = Count(model)
-    first = pictures(model, conds[:1], uncond)
+    first = guided_latents(model, conds[:1], uncond)
     assert (count.embeddings, count.projections) == (4, 4 * count.blocks)
-    second = pictures(model, conds[1:], uncond)
+    second = guided_latents(model, conds[1:], uncond)
     assert (count.embeddings, count.projections) == (4, 4 * count.blocks)
     assert all(torch.equal(a, b) for a, b in zip([*first, *second], plain, strict=True))
-    undo()
-    assert not any({"forward", "embed"} & set(vars(module)) for module in model.modules())
 
 
 def test_recorded_steps_read_what_is_kept(model: LatentDiffusion) -> None:
     """As the command puts them together: one recording serves every timestep and prompt."""
     uncond, *conds = contexts(4)
-    plain = pictures(model, conds, uncond)
+    plain = guided_latents(model, conds, uncond)
     recorder = Recorder()
-    runner, undo_graph = graph_unet(model, recorder)
-    undo = undo_all([undo_graph, keep_context(model), keep_timesteps(model)])
+    runner = graph_unet(model, recorder)
+    keep_context(model)
+    keep_timesteps(model)
     count = Count(model)
-    kept = pictures(model, conds, uncond)
+    kept = guided_latents(model, conds, uncond)
     assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
     assert recorder.captured == len(runner.entries) == 2  # with guidance and without
     assert (count.embeddings, count.projections) == (4, 4 * count.blocks)
-    undo()
-    assert not any({"forward", "embed"} & set(vars(module)) for module in model.modules())
 
 
 def test_batches_and_precisions_take_turns(model: LatentDiffusion) -> None:
@@ -99,8 +84,9 @@ def test_batches_and_precisions_take_turns(model: LatentDiffusion) -> None:
         with torch.inference_mode():
             for images, t in runs:
                 made.append(output(model, timesteps(t, images, CPU), images))
-                with torch.autocast("cpu"):
-                    made.append(output(model, timesteps(t, images, CPU), images))
+                for dtype in (torch.bfloat16, torch.float16):  # kept ones did not depend on the dtype once
+                    with torch.autocast("cpu", dtype=dtype):
+                        made.append(output(model, timesteps(t, images, CPU), images))
         return made
 
     plain = outputs()
@@ -121,9 +107,7 @@ def test_timesteps_that_differ_within_a_batch(model: LatentDiffusion) -> None:
 
 def test_many_timesteps_come_and_go(model: LatentDiffusion) -> None:
     """Freed objects leave their ids to others: what is kept must not be found under another's."""
-    plain_model = instantiate_from_config(tiny.MODEL).eval()
-    plain_model.load_state_dict(tiny.state_dict(), strict=False)
-    plain = plain_model.model.diffusion_model
+    plain = tiny_model().model.diffusion_model
     unet = model.model.diffusion_model
     keep_timesteps(model)
     x, context = torch.ones(1, 4, 2, 2), torch.ones(1, 1, 32)
@@ -136,7 +120,7 @@ def test_many_timesteps_come_and_go(model: LatentDiffusion) -> None:
     assert len(unet.forward.__self__.kept) == MOST
 
 
-def test_gradients_large_batches_and_class_labels_are_computed_as_ever(model: LatentDiffusion) -> None:
+def test_gradients_large_batches_and_class_labels_use_the_plain_layers(model: LatentDiffusion) -> None:
     count = Count(model)
     keep_timesteps(model)
     t = timesteps(3.0, 1, CPU)

@@ -8,9 +8,8 @@ import pytest
 import torch
 from commands import Result, refused
 
-from ldm.optimize import memory
+from ldm.pipeline import memory
 from ldm.sampling.batches import Batch, plan, regroup
-from ldm.weights.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, ROOT, load_model, read_config
 
 Command = Callable[..., Result]
 
@@ -89,32 +88,6 @@ def test_auto_takes_what_fits_and_a_resumed_run_the_same(
     ]
     assert [line["image"] for line in lines] == [0, 1, 2, 3, 4, 5, 3, 4]
     assert {path.name: path.read_bytes() for path in again.paths} == before
-
-
-def test_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ldm.pipeline.generate import Settings
-
-    model = load_model(read_config(ROOT / BUNDLED_CONFIG), ROOT / BUNDLED_WEIGHTS)
-    settings = Settings(64, 64, sampler="dpmpp_2m", strength=0.5, sigmas=(3.0, 1.0, 0.0), guidance_start=0.5)
-
-    def largest(first: int, second: int, left: float, most: int = 64) -> int:
-        held = iter([first, second])
-        monkeypatch.setattr(memory, "taken", lambda device: next(held))
-        monkeypatch.setattr(memory, "left", lambda device: left / memory.MARGIN)
-        return memory.largest_batch(model, settings, most)
-
-    assert largest(1000, 1100, 1050) == 12
-    assert largest(1000, 1100, 1050, most=5) == 5
-    assert largest(1000, 1100, 0) == 2
-    assert largest(1000, 1000, 10**9) == 64
-    assert largest(1000, 1000, 10**9, most=1) == 1
-
-
-def test_readings_of_this_machine() -> None:
-    cpu = torch.device("cpu")
-    held = torch.ones(2**26)
-    assert held.nbytes < memory.taken(cpu) < 2**45
-    assert 0 < memory.left(cpu) < 2**50
 
 
 def test_bad_values(bundled: Command) -> None:

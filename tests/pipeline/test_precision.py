@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from commands import Result, refused
-from test_graph import Recorder
+from tiny_sampling import Recorder
 
 from ldm.models.diffusion.ddpm import LatentDiffusion, like_weights
 from ldm.pipeline.generate import decode

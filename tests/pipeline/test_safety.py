@@ -1,3 +1,6 @@
+"""The safety checker: scores, files, what is refused, and what a pipeline does with its verdicts."""
+
+import functools
 import json
 import os
 import pickle
@@ -10,77 +13,39 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from commands import Result, refused
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from safetensors.torch import save_file
+from PIL import Image
+from run_helpers import manifest
+from tiny_safety import (
+    CONCEPT,
+    CONFIG,
+    ENCODER,
+    IMAGES,
+    PUBLISHED_PREPROCESSING,
+    SIDE,
+    SPECIAL,
+    VISION,
+    colour_blocks,
+    embeddings,
+    prepared,
+    reference_checker,
+    write_checker,
+)
 from torch.nn.functional import normalize
 
 from ldm.errors import InputError
-from ldm.pipeline.safety import load_safety_checker
+from ldm.images.watermark import read_watermark
+from ldm.pipeline.safety import Safety, SafetyChecker, load_safety_checker
+from ldm.weights import loading
 
 ROOT = Path(__file__).parents[2]
-SIDE = 32  # of the miniature's images
-ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-# As published: the projection has the outer width, the encoder's own setting is the default of the class.
-VISION = {**ENCODER, "model_type": "clip_vision_model", "image_size": SIDE, "patch_size": 8}
-CONFIG = {"model_type": "clip", "projection_dim": 8, "vision_config": {**VISION, "projection_dim": 512}}
-PUBLISHED_PREPROCESSING = {  # but for its sizes, which are 224
-    "crop_size": SIDE,
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_resize": True,
-    "feature_extractor_type": "CLIPFeatureExtractor",
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "size": SIDE,
-}
-SPECIAL, CONCEPT = "special_care_embeds", "concept_embeds"
-
-
-def picture(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
-    """Blocks of colour, of another mean for each seed: noise alone looks all the same to the encoder."""
-    rng = np.random.default_rng(seed)
-    low, high = np.sort(rng.integers(0, 257, (2, 3)), axis=0)
-    blocks = rng.integers(low, high + 1, (-(-height // 8), -(-width // 8), 3)).clip(0, 255).astype(np.uint8)
-    return blocks.repeat(8, 0).repeat(8, 1)[:height, :width]
-
-
-PICTURES = [picture(seed) for seed in range(300)]
-
-
-def prepared(images: list[np.ndarray], **settings: object) -> torch.Tensor:
-    processor = transformers.CLIPImageProcessorPil(**{"size": SIDE, "crop_size": SIDE} | settings)
-    return processor(images, return_tensors="pt").pixel_values
-
-
-def embeddings(reference: StableDiffusionSafetyChecker, images: list[np.ndarray]) -> torch.Tensor:
-    """[b, 8], of length 1."""
-    with torch.no_grad():
-        pooled = reference.vision_model(prepared(images)).pooler_output
-        return normalize(reference.visual_projection(pooled))
-
-
-@pytest.fixture(scope="module")
-def reference() -> StableDiffusionSafetyChecker:
-    """diffusers' class on random weights, its thresholds such that a third of PICTURES is flagged."""
-    torch.manual_seed(0)
-    text = {**ENCODER, "vocab_size": 4, "bos_token_id": 0, "eos_token_id": 1}
-    model = StableDiffusionSafetyChecker(transformers.CLIPConfig.from_dict({**CONFIG, "text_config": text}))
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter)  # as small as CLIP's own, all pictures would look alike
-    x = embeddings(model, PICTURES)
-    for name, share in ((SPECIAL, 0.85), (CONCEPT, 0.96)):
-        cosines = x @ normalize(getattr(model, name)).T
-        getattr(model, f"{name}_weights").data = cosines.quantile(share, dim=0)
-    return model.eval()
 
 
 def reference_scores(
     reference: StableDiffusionSafetyChecker, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-    """(special care, concepts, flags). diffusers keeps the scores to itself: its `round` is listened to."""
+    """(special care, concepts, flags). diffusers keeps the scores to itself: its `round` is recorded."""
     scores = []
 
     def listening(value: float, digits: int) -> float:
@@ -97,28 +62,14 @@ def reference_scores(
 Write = Callable[..., Path]
 
 
+@pytest.fixture(scope="module")
+def reference() -> StableDiffusionSafetyChecker:
+    return reference_checker()
+
+
 @pytest.fixture
-def write(tmp_path: Path, reference: StableDiffusionSafetyChecker) -> Write:
-    """Writes a folder in the published layout: its spelling of the names, and position_ids among them."""
-
-    def call(form: str = "model.safetensors", dtype: torch.dtype = torch.float32, **changes: object) -> Path:
-        state = {
-            name.replace("vision_model.", "vision_model.vision_model.", 1): tensor.to(dtype)
-            for name, tensor in reference.state_dict().items()
-        }
-        state["vision_model.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
-        state |= {name: value for name, value in changes.items() if value is not None}
-        state = {name: value for name, value in state.items() if changes.get(name, 0) is not None}
-        folder = tmp_path / "safety-checker"
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(CONFIG))
-        if form.endswith(".bin"):
-            torch.save(state, folder / form)
-        else:
-            save_file(state, folder / form)
-        return folder
-
-    return call
+def write(tmp_path: Path) -> Write:
+    return functools.partial(write_checker, tmp_path)
 
 
 def fault(folder: Path) -> str:
@@ -129,25 +80,22 @@ def fault(folder: Path) -> str:
     return str(error.value)
 
 
-# --- Against diffusers ------------------------------------------------------------------------------
-
-
 def test_flags_and_scores_are_those_of_diffusers(write, reference, monkeypatch):
     checker = load_safety_checker(write())
-    special, concepts, flags = reference_scores(reference, PICTURES, monkeypatch)
-    found_special, found_concepts = checker.scores(PICTURES)
+    special, concepts, flags = reference_scores(reference, IMAGES, monkeypatch)
+    found_special, found_concepts = checker.scores(IMAGES)
     torch.testing.assert_close(found_special, special, rtol=0, atol=1e-6)
     torch.testing.assert_close(found_concepts, concepts, rtol=0, atol=1e-6)
-    assert checker(PICTURES) == flags
+    assert checker(IMAGES) == flags
     assert 60 < sum(flags) < 240  # of 300
     assert 30 < (special > 0).any(dim=1).sum() < 270
 
 
 def test_special_care_changes_the_outcome(write, reference, monkeypatch):
-    """Two pictures are equally near to a concept, just below its threshold; one is near special care, too."""
-    x = embeddings(reference, PICTURES)
+    """Two images are equally near to a concept, just below its threshold; one is near special care, too."""
+    x = embeddings(reference, IMAGES)
     other = int((x @ x[0]).argmin())
-    images, first, second = [PICTURES[0], PICTURES[other]], x[0], x[other]
+    images, first, second = [IMAGES[0], IMAGES[other]], x[0], x[other]
     assert first @ second < 0.9
     between = normalize(first + second, dim=0)
     embeds = {SPECIAL: torch.stack([-first, first, first]), CONCEPT: torch.stack([between] * 17)}
@@ -172,35 +120,32 @@ def test_special_care_changes_the_outcome(write, reference, monkeypatch):
 
 
 def test_scores_have_three_digits(write):
-    for scores in load_safety_checker(write()).scores(PICTURES[:50]):
+    for scores in load_safety_checker(write()).scores(IMAGES[:50]):
         torch.testing.assert_close(scores * 1000, (scores * 1000).round(), rtol=0, atol=1e-4)
 
 
 def test_a_score_rounded_to_zero_is_not_flagged(write, reference):
-    cosines = embeddings(reference, PICTURES[:1])[0] @ normalize(reference.concept_embeds).T
+    cosines = embeddings(reference, IMAGES[:1])[0] @ normalize(reference.concept_embeds).T
     thresholds = {f"{SPECIAL}_weights": torch.ones(3), f"{CONCEPT}_weights": cosines.detach() - 0.0004}
-    assert load_safety_checker(write(**thresholds))(PICTURES[:1]) == [False]
+    assert load_safety_checker(write(**thresholds))(IMAGES[:1]) == [False]
     thresholds[f"{CONCEPT}_weights"][5] -= 0.0002
-    assert load_safety_checker(write(**thresholds))(PICTURES[:1]) == [True]
+    assert load_safety_checker(write(**thresholds))(IMAGES[:1]) == [True]
 
 
-def test_each_picture_counts_for_itself(write):
+def test_each_image_counts_for_itself(write):
     """Of any size, alone or in a batch, in a list or an array; none at all is no error."""
     checker = load_safety_checker(write())
-    images = [picture(seed, 8 + 9 * seed, 300 - 11 * seed) for seed in range(20)]
+    images = [colour_blocks(seed, 8 + 9 * seed, 300 - 11 * seed) for seed in range(20)]
     assert [checker([image])[0] for image in images] == checker(images)
-    assert checker(np.stack(PICTURES[:9])) == checker(PICTURES[:9])
+    assert checker(np.stack(IMAGES[:9])) == checker(IMAGES[:9])
     assert checker([]) == []
 
 
 def test_half_precision_around_it_changes_nothing(write):
     checker = load_safety_checker(write())
-    expected = checker.scores(PICTURES)
+    expected = checker.scores(IMAGES)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(*pair) for pair in zip(checker.scores(PICTURES), expected, strict=True))
-
-
-# --- Files ------------------------------------------------------------------------------------------
+        assert all(torch.equal(*pair) for pair in zip(checker.scores(IMAGES), expected, strict=True))
 
 
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
@@ -213,16 +158,16 @@ def test_published_layout(write, reference, form, dtype):
     assert weights.keys() == reference.state_dict().keys()
     for name, tensor in reference.state_dict().items():
         assert torch.equal(weights[name], tensor.to(dtype).float())
-    special, concepts = checker.scores(PICTURES)
+    special, concepts = checker.scores(IMAGES)
     assert special.dtype == concepts.dtype == torch.float32
-    flags = reference(prepared(PICTURES), [np.zeros(1)] * 300)[1]
-    assert np.mean(np.array(checker(PICTURES)) == flags) >= (1 if dtype == torch.float32 else 0.9)
+    flags = reference(prepared(IMAGES), [np.zeros(1)] * 300)[1]
+    assert np.mean(np.array(checker(IMAGES)) == flags) >= (1 if dtype == torch.float32 else 0.9)
 
 
 def test_folder_written_by_diffusers(reference, tmp_path):
     """transformers 5 leaves out a part of the encoder's names."""
     reference.save_pretrained(tmp_path)
-    assert load_safety_checker(tmp_path)(PICTURES) == reference(prepared(PICTURES), [np.zeros(1)] * 300)[1]
+    assert load_safety_checker(tmp_path)(IMAGES) == reference(prepared(IMAGES), [np.zeros(1)] * 300)[1]
 
 
 def test_safetensors_come_first(write):
@@ -235,11 +180,8 @@ def test_pretrained_class_reads_our_spelling_of_the_published_names(write):
     """The fixture is what it says: diffusers itself reads it and gives the same flags."""
     folder = write()
     other = StableDiffusionSafetyChecker.from_pretrained(folder, local_files_only=True).eval()
-    expected = other(prepared(PICTURES), [np.zeros(1)] * 300)[1]
-    assert load_safety_checker(folder)(PICTURES) == expected
-
-
-# --- Preprocessing ----------------------------------------------------------------------------------
+    expected = other(prepared(IMAGES), [np.zeros(1)] * 300)[1]
+    assert load_safety_checker(folder)(IMAGES) == expected
 
 
 @pytest.mark.parametrize("shape", [(40, 48), (97, 33), (32, 32), (16, 20), (64, 64), (31, 200)])
@@ -256,7 +198,7 @@ def test_preprocessing_is_that_of_transformers(write, shape):
 
 
 @pytest.mark.parametrize("shape", [(3, 40), (40, 1), (3, 3), (1, 1)])
-def test_narrow_pictures_are_not_taken_for_channels_first(write, shape):
+def test_narrow_images_are_not_taken_for_channels_first(write, shape):
     image = np.full((*shape, 3), (255, 0, 0), np.uint8)
     mean, std = (torch.tensor(PUBLISHED_PREPROCESSING[name]) for name in ("image_mean", "image_std"))
     expected = (torch.tensor([1.0, 0, 0]) - mean) / std
@@ -269,12 +211,7 @@ def test_preprocessor_config_is_followed(write):
     settings = {"size": {"shortest_edge": 36}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.1]}
     settings |= {"resample": 2, "crop_size": {"height": SIDE, "width": SIDE}}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    assert torch.equal(
-        load_safety_checker(folder).preprocess(PICTURES[:3]), prepared(PICTURES[:3], **settings)
-    )
-
-
-# --- What is refused --------------------------------------------------------------------------------
+    assert torch.equal(load_safety_checker(folder).preprocess(IMAGES[:3]), prepared(IMAGES[:3], **settings))
 
 
 def test_missing_files(write, tmp_path):
@@ -363,7 +300,10 @@ def test_wrong_preprocessing(write, settings, why):
         ({"visual_projection.weight": None}, "missing (first visual_projection.weight)"),
         ({CONCEPT: torch.zeros(16, 8)}, "(first concept_embeds: [16, 8] instead of [17, 8])"),
         ({f"{SPECIAL}_weights": torch.zeros(3, 1)}, "[3, 1] instead of [3]"),
-        ({"text_model.a": torch.zeros(1)}, "1 weights are not of this model (first 'text_model.a')"),
+        (
+            {"text_model.a": torch.zeros(1), CONCEPT: None},
+            "1 weights are not of this model (first 'text_model.a')",
+        ),
         ({f"{CONCEPT}_weights": torch.full((17,), torch.nan)}, "holds NaN or infinity"),
         ({"visual_projection.weight": torch.full((8, 16), torch.inf)}, "holds NaN or infinity"),
     ],
@@ -373,6 +313,12 @@ def test_wrong_weights(write, changes, why):
     message = fault(folder)
     assert message.startswith(str(folder / "model.safetensors"))
     assert why in message
+
+
+def test_further_weights_are_left_out_with_a_notice(write, reference, caplog):
+    checker = load_safety_checker(write(**{"text_model.a": torch.zeros(1)}))
+    assert checker.clip.state_dict().keys() == reference.state_dict().keys()
+    assert "1 of its weights are not of this model and are left out ('text_model.a')" in caplog.text
 
 
 def test_another_clip_model(tmp_path):
@@ -414,18 +360,16 @@ def test_code_in_a_bin_is_refused_and_never_runs(write, tmp_path, options):
     assert mark.exists()  # it would have worked
 
 
-# --- In a process of its own ------------------------------------------------------------------------
-
 ALONE = """
 import socket, sys
 def refuse(*arguments): raise OSError("no network in this test")
 socket.socket.connect = socket.getaddrinfo = refuse
 from pathlib import Path
-import ldm.safety
+import ldm.pipeline.safety
 heavy = [name for name in ("torch", "transformers", "PIL", "safetensors") if name in sys.modules]
 assert not heavy, heavy
 import numpy as np
-print(ldm.safety.load_safety_checker(Path(sys.argv[1]))([np.zeros((9, 9, 3), np.uint8)]))
+print(ldm.pipeline.safety.load_safety_checker(Path(sys.argv[1]))([np.zeros((9, 9, 3), np.uint8)]))
 assert "diffusers" not in sys.modules
 """
 
@@ -438,3 +382,112 @@ def test_alone_without_network_and_without_a_word(write, tmp_path):
     assert result.stderr == ""
     assert result.stdout in ("[True]\n", "[False]\n")
     assert result.returncode == 0
+
+
+# A run's images, checked.
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def txt2img(command: Command, model: tuple[Path, Path]) -> Command:
+    """Run the command: two steps, a batch of four images of 16x16 pixels."""
+    base = ["--config", model[0], "--ckpt", model[1], "--ddim_steps", 2, "--n_samples", 4, "--n_iter", 1]
+    base += ["--prompt", "a cat", "--watermark", "none"]
+    return lambda *argv, folder="out": command("txt2img", *base, *argv, folder=folder)
+
+
+@pytest.fixture
+def linked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write) -> Path:
+    """A linked safety checker that finds everything: all images are nearer than -2 to all concepts."""
+    (tmp_path / "root/models").mkdir(parents=True)
+    folder = write(concept_embeds_weights=torch.full((17,), -2.0))
+    (tmp_path / "root/models/safety-checker").symlink_to(folder)
+    monkeypatch.setattr(loading, "ROOT", tmp_path / "root")
+    return folder
+
+
+@pytest.fixture
+def checker(monkeypatch: pytest.MonkeyPatch, linked: Path) -> Path:
+    """One that finds the second and third of every four images."""
+    monkeypatch.setattr(
+        SafetyChecker, "__call__", lambda self, images: [False, True, True, False][: len(images)]
+    )
+    return linked
+
+
+@pytest.mark.parametrize("mode", ["auto", "on", "flag"])
+def test_found_images_are_black_or_marked(txt2img: Command, checker, mode: str) -> None:
+    plain = txt2img("--safety", "off", folder="plain")
+    result = txt2img("--safety", mode)
+    assert (result.code, result.err) == (0, [])
+    flags = [False, True, True, False]
+    assert [s["nsfw_content_detected"] for s in result.settings] == flags
+    assert [line["nsfw_content_detected"] for line in manifest(result.folder)] == flags
+    for image, other, found in zip(result.images, plain.images, flags, strict=True):
+        assert np.array_equal(image, other * (not found or mode == "flag"))
+    assert all("nsfw_content_detected" not in s for s in plain.settings)
+
+
+def test_black_images_have_a_watermark(txt2img: Command, checker) -> None:
+    """As in the original, which checked before it marked."""
+    argv = ["--H", 256, "--W", 256, "--watermark", "StableDiffusionV1", "--ddim_steps", 1]
+    result = txt2img(*argv, "--safety", "on")
+    assert 0 < result.images[1].max() < 60
+    assert read_watermark(result.images[0].astype(np.uint8)) == "StableDiffusionV1"
+
+
+def test_without_a_checker(txt2img: Command) -> None:
+    result = txt2img("--safety", "auto")
+    assert result.code == 0
+    found = [line for line in result.err if "unchecked" in line]
+    assert found == [
+        "The images are unchecked: there is no models/safety-checker (--safety off: no such notice)"
+    ]
+    for mode in ("on", "flag"):
+        refused(
+            txt2img("--safety", mode, folder="other"), f"--safety {mode}: there is no models/safety-checker"
+        )
+    refused(txt2img("--safety", "maybe", folder="other"), "invalid choice: 'maybe'")
+
+
+def test_a_broken_checker_is_refused_before_anything_is_made(txt2img: Command, checker) -> None:
+    (checker / "config.json").write_text("{")
+    refused(txt2img("--safety", "auto"), "config.json holds no settings")
+
+
+def test_other_safety_is_another_run(txt2img: Command, checker) -> None:
+    txt2img("--safety", "on")
+    result = txt2img("--safety", "flag", "--resume")
+    assert (result.code, len(result.err)) == (2, 1)
+    assert 'safety "on", now "flag"' in result.err[0]
+
+
+def test_nan_images_are_not_checked() -> None:
+    image = np.full((8, 8, 3), 7, np.uint8)
+    safety = Safety(lambda images: [True] * len(images))
+    (first, found), second = safety([image, None])
+    assert (first.max(), found, second) == (0, True, (None, None))
+    assert safety([None]) == [(None, None)]
+
+
+def test_without_a_checker_nothing_is_said_about_images() -> None:
+    image = np.full((8, 8, 3), 7, np.uint8)
+    (same, found), second = Safety()([image, None])
+    assert (same is image, found, second) == (True, None, (None, None))
+
+
+@pytest.mark.parametrize("name", ["compare", "img2img"])
+def test_the_others_check_as_well(command: Command, model, linked, tmp_path, name: str) -> None:
+    argv = ["--config", model[0], "--ckpt", model[1], "--safety", "on"]
+    if name == "compare":
+        argv += ["--x", "steps", 1, 2, "--y", "scale", 1, 2]
+    else:
+        Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+        argv += ["--init-img", tmp_path / "red.png", "--steps", 2, "--H", 16]
+    checked = command(name, *argv)
+    assert checked.code == 0
+    assert len(checked.paths) > 1
+    for image, settings in zip(checked.images, checked.settings, strict=True):
+        assert settings["nsfw_content_detected"] is True
+        assert image.max() == 0

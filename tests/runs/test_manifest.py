@@ -6,13 +6,13 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import SCRIPTS, Result, refused
+from commands import Result, refused
+from run_helpers import data, manifest, start, wait_for
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.runs.manifest import MANIFEST, RUNS, RunRecord, append, differences, read_lines
@@ -26,19 +26,6 @@ def txt2img(command: Command, model: tuple[Path, Path]) -> Command:
     base = ["--config", model[0], "--ckpt", model[1], "--ddim_steps", 2, "--n_samples", 2, "--n_iter", 3]
     base += ["--prompt", "a cat", "--watermark", "none"]
     return lambda *argv, folder="out": command("txt2img", *base, *argv, folder=folder)
-
-
-def manifest(folder: Path) -> list[dict]:
-    return list(read_lines(folder / MANIFEST))
-
-
-def data(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but its record."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, RUNS)]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-# --- the manifest
 
 
 def test_every_image_has_its_line(txt2img: Command) -> None:
@@ -84,26 +71,24 @@ def test_torn_lines_are_closed_off(tmp_path: Path) -> None:
     assert [line["image"] for line in read_lines(path)] == [0, 2]
 
 
-def test_differences_are_told_in_words() -> None:
-    told = differences({"steps": 50, "scale": 7.5, "a": 1}, {"steps": 20, "scale": 7.5, "b": "x" * 80})
-    assert told.startswith("steps 50, now 20; a 1, now null; b null, now")
-    assert len(told) < 120
+def test_differences_are_said_in_words() -> None:
+    words = differences({"steps": 50, "scale": 7.5, "a": 1}, {"steps": 20, "scale": 7.5, "b": "x" * 80})
+    assert words.startswith("steps 50, now 20; a 1, now null; b null, now")
+    assert len(words) < 120
 
 
 def test_missing_images_among_many_lines(tmp_path: Path) -> None:
-    """And quickly: benchmarks measure it at 100,000."""
     record = RunRecord(tmp_path, {"steps": 5}, 5000)
     record.start(0)
     (tmp_path / "x.png").touch()
     lines = [{"run": record.run, "image": k, "file": "x.png", "prompt": "a"} for k in range(0, 5000, 2)]
     (tmp_path / MANIFEST).write_text("\n".join(map(json.dumps, lines)))
-    record.end()
+    with record.ending():
+        pass
     again = RunRecord(tmp_path, {"steps": 5}, 5000)
-    assert again.resume()
-    assert again.missing() == list(range(1, 5000, 2))
-
-
-# --- resuming
+    with again.ending():
+        assert again.resume()
+        assert again.missing() == list(range(1, 5000, 2))
 
 
 @pytest.mark.parametrize("rng", ["image", "compvis"])
@@ -171,9 +156,6 @@ def test_a_new_run_does_not_touch_an_older_one(txt2img: Command) -> None:
     assert data(second.folder).items() >= first.items()
     assert len(second.paths) == 12
     assert len({line["run"] for line in manifest(second.folder)}) == 2
-
-
-# --- JSON lines
 
 
 def test_json_lines_have_options_of_their_own(txt2img: Command, tmp_path: Path) -> None:
@@ -248,29 +230,6 @@ def test_prompts_from_standard_input(model: tuple[Path, Path], tmp_path: Path) -
 def test_bad_lines_are_named_before_anything_runs(txt2img, tmp_path, line, words) -> None:
     (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a"}}\n{json.dumps(line)}\n')
     refused(txt2img("--from-file", tmp_path / "p.jsonl", "--ckpt", "nowhere.ckpt"), words)
-
-
-# --- real processes
-
-
-def start(folder: Path, model: tuple[Path, Path], *argv: object, **options) -> subprocess.Popen:
-    base = ["--config", model[0], "--ckpt", model[1], "--ddim_steps", 2, "--n_samples", 4, "--n_iter", 50]
-    base += ["--prompt", "a cat", "--watermark", "none", "--safety", "off", "--outdir", folder]
-    return subprocess.Popen(
-        [sys.executable, SCRIPTS / "txt2img.py", *map(str, [*base, *argv])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def wait_for(folder: Path, images: int) -> None:
-    """Until a run has finished so many."""
-    end = time.monotonic() + 60
-    while len(manifest(folder)) < images:
-        assert time.monotonic() < end, "the run makes no images"
-        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -368,7 +327,7 @@ def test_memory_stays_flat_over_thousands_of_images(model, tmp_path) -> None:
 
 
 def test_grids_are_paged(txt2img: Command) -> None:
-    """Pictures that are saved are not kept: their grids are made from the files, 64 at a time."""
+    """Images that are saved are not kept: their grids are made from the files, 64 at a time."""
     result = txt2img("--n_iter", 40, "--n_samples", 4, "--ddim_steps", 1)
     assert [name for name in result.files if name.startswith("grid")] == [
         f"grid-000{k}.png" for k in range(3)

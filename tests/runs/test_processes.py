@@ -1,21 +1,26 @@
-"""Runs of several processes, real ones over gloo: their pictures, kills, interrupts, launchers."""
+"""Runs of several processes, real ones: their images, kills, interrupts, launchers."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from commands import SCRIPTS, Result, refused
-from test_manifest import data, manifest, start, wait_for
+from run_helpers import data, manifest, start, wait_for
 
 from ldm.errors import InputError
-from ldm.runs.processes import NO_MORE, Place, Team, find_place
+from ldm.runs.processes import NO_MORE, Place, Team, find_place, is_follower
 
 LAUNCHER = ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+LAUNCHER += ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -59,13 +64,33 @@ def test_slurm_is_honoured_within_srun_only(environment) -> None:
     assert find_place(None, None) == Place(3, 4, 2, started=True)
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"LOCAL_RANK": 1}, False),  # left over from something else
+        ({"WORLD_SIZE": 2, "LOCAL_RANK": 1}, True),
+        ({"WORLD_SIZE": 4, "NODE_RANK": 1, "LOCAL_RANK": 0}, True),
+        ({"WORLD_SIZE": 4, "NODE_RANK": 0, "LOCAL_RANK": 0}, False),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": 0, "LOCAL_RANK": 0}, False),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": 2, "LOCAL_RANK": 0}, True),
+        ({"SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1}, True),
+        ({"SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 0}, False),
+        ({"SLURM_STEP_NUM_TASKS": 1, "SLURM_PROCID": 0}, False),
+    ],
+)
+def test_followers_are_known_by_the_environment(environment, variables: dict, expected: bool) -> None:
+    environment(**variables)
+    assert is_follower() is expected
+
+
 # --- dealing
 
 
 def test_alone_everything_falls_to_one() -> None:
     team = Team()
     team.join("cpu")
-    assert (team.share("x"), list(team.deal("abc")), team.finish(lambda: None)) == ("x", ["a", "b", "c"], 0)
+    assert (team.share("x"), list(team.deal("abc")), team.finish(lambda: None)) == ("x", [*"abc"], 0)
 
 
 def test_dealing_ends_when_it_is_stopped() -> None:
@@ -104,7 +129,21 @@ def test_without_rank_0_nothing_is_left_to_do() -> None:
         leader.count("steps", 3)
 
 
-def test_the_leader_waits_and_tells_of_the_lost(monkeypatch, caplog) -> None:
+def test_rank_0_without_a_sign_of_life_has_ended(monkeypatch) -> None:
+    """The store of torchrun stays when rank 0 dies, so that its silence has to end the followers."""
+    monkeypatch.setattr("ldm.runs.processes.LEADER_SILENCE", 0.1)
+    follower = Team(Place(1, 2))
+    items = follower.deal(range(1000))
+    assert next(items) == 0
+    for _ in range(3):
+        time.sleep(0.2)
+        follower.store.add("signs of life", 1)
+        assert next(items) > 0
+    time.sleep(0.2)
+    assert list(items) == []
+
+
+def test_the_leader_waits_and_reports_the_lost(monkeypatch, caplog) -> None:
     team, ticks = Team(Place(0, 3)), []
 
     def tick() -> None:
@@ -134,7 +173,175 @@ def test_bad_teams_are_refused(command, model, environment, argv: str, words: st
     refused(command("txt2img", "--config", model[0], "--ckpt", model[1], *argv.split()), words)
 
 
-# --- real processes
+# --- real processes without a model
+
+SCRIPT = """
+import json, os, sys, time
+from pathlib import Path
+from ldm.runs import processes
+
+def listening():
+    "Ports on which this process waits for connections."
+    own = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}").readlines()[1:]]
+    return [int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own]
+
+folder, devices, items = Path(sys.argv[1]), int(sys.argv[2]) or None, int(sys.argv[3])
+processes.LEADER_BEAT, processes.LEADER_SILENCE = 0.05, float(sys.argv[4])
+team = processes.Team(processes.find_place(devices, None))
+team.join("cpu")
+facts = {"job": len(team.share(b"x" * 20_000_000 if team.leads else None))}
+facts |= {"ports": listening(), "children": len(team.processes), "pid": os.getpid(), "dealt": []}
+path = folder / f"{team.place.rank}.json"
+for item in team.deal(range(items)):
+    facts["dealt"].append(item)
+    path.write_text(json.dumps(facts))
+    time.sleep(0.02)
+facts["lost"] = team.finish(lambda: None)
+path.write_text(json.dumps(facts))
+"""
+
+
+class Processes:
+    """Starts processes that deal items among themselves, and reads what each wrote down of itself."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.script = folder / "deal.py"
+        self.script.write_text(SCRIPT)
+        self.started: list[subprocess.Popen] = []
+
+    def start(
+        self, *launcher: str, devices: int = 0, items: int = 40, silence: float = 60, **env: object
+    ) -> subprocess.Popen:
+        words = [*(launcher or [sys.executable]), self.script, self.folder, devices, items, silence]
+        variables = {name: str(value) for name, value in env.items()}
+        environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+        process = subprocess.Popen(
+            [str(word) for word in words], env=environ, stderr=subprocess.PIPE, text=True
+        )
+        self.started.append(process)
+        return process
+
+    def facts(self, rank: int) -> dict:
+        """What the process wrote last; empty if it has not yet dealt."""
+        try:
+            return json.loads((self.folder / f"{rank}.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def end(self) -> list[dict]:
+        """Once all have ended well, the facts of both."""
+        for process in self.started:
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+        first, second = self.facts(0), self.facts(1)
+        assert sorted(first["dealt"] + second["dealt"]) == list(range(40))
+        assert (first["lost"], first["job"], second["job"]) == (0, 20_000_000, 20_000_000)
+        return [first, second]
+
+
+@pytest.fixture
+def processes(tmp_path: Path, environment) -> Iterator[Processes]:
+    processes = Processes(tmp_path)
+    yield processes
+    for process in processes.started:
+        process.kill()
+        process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def test_children_use_the_launchers_port_only(processes: Processes) -> None:
+    """The store opened a port of its own, and gloo one for each process; clusters block these."""
+    port = free_port()
+    processes.start(devices=2, MASTER_PORT=port)
+    leader, follower = processes.end()
+    assert (set(leader["ports"]), follower["ports"]) == ({port}, [])
+    assert leader["children"] == 1
+
+
+def test_torchruns_workers_open_no_port(processes: Processes) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--master_port", str(free_port()), "--nproc_per_node", "2"]
+    processes.start(sys.executable, *torchrun)
+    leader, follower = processes.end()
+    assert (leader["ports"], follower["ports"]) == ([], [])
+    assert leader["children"] == follower["children"] == 0
+
+
+def slurm(rank: int, **changes: object) -> dict[str, object]:
+    """What srun sets for one of two tasks within an allocation that salloc made."""
+    return {
+        "SLURM_JOB_NAME": "interactive",
+        "SLURM_JOB_ID": 4242,
+        "SLURM_STEP_ID": os.getpid() % 10,
+        "SLURM_NTASKS": 2,
+        "SLURM_NNODES": 3,  # of which the step uses one
+        "SLURM_NODELIST": "unreachable[1-2],127.0.0.1",
+        "SLURM_STEP_NUM_TASKS": 2,
+        "SLURM_STEP_NUM_NODES": 1,
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NODEID": 0,
+        "SLURM_PROCID": rank,
+        "SLURM_LOCALID": rank,
+    } | changes
+
+
+@pytest.mark.parametrize("job", ["interactive", "bash", "images"])
+def test_tasks_of_srun_are_one_run(processes: Processes, job: str) -> None:
+    """Within salloc, whose job is named "interactive", every task started children of its own; and
+    `srun -n 2` was refused because it is not --ntasks-per-node."""
+    for rank in (0, 1):
+        processes.start(**slurm(rank, SLURM_JOB_NAME=job))
+    leader, follower = processes.end()
+    assert (leader["children"], follower["children"]) == (0, 0)
+    assert len(set(leader["ports"])) == 1
+    assert follower["ports"] == []
+
+
+def test_one_task_of_srun_starts_its_own(processes: Processes) -> None:
+    """A single task was taken for one of several that srun had started, and waited for the others."""
+    processes.start(devices=2, **slurm(0, SLURM_STEP_NUM_TASKS=1, SLURM_NTASKS=1, SLURM_JOB_NAME="images"))
+    leader, follower = processes.end()
+    assert (leader["children"], follower["children"]) == (1, 0)
+
+
+def test_followers_end_without_rank_0_though_the_store_stays(processes: Processes) -> None:
+    """The store at torchrun's address is the agent's, which does not end with rank 0."""
+    from torch.distributed import TCPStore
+
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    common = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": 2}
+    common |= {"LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": agent.port}
+    leader, follower = (
+        processes.start(items=1_000_000, silence=3, RANK=rank, LOCAL_RANK=rank, **common) for rank in (0, 1)
+    )
+    end = time.monotonic() + 90
+    while not (processes.facts(0) and processes.facts(1)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    leader.kill()
+    _, err = follower.communicate(timeout=90)
+    assert follower.returncode == 0, err
+    assert len(processes.facts(1)["dealt"]) < 1_000_000
+
+
+def test_a_child_that_fails_at_once_ends_the_meeting(processes: Processes) -> None:
+    """Fabric killed the first process, too, without a word."""
+    script = processes.script.read_text()
+    early = 'import os, sys\nif os.environ.get("LOCAL_RANK") == "1":\n    sys.exit(3)\n'
+    processes.script.write_text(early + script)
+    run = processes.start(devices=2)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert "InputError: the 2 processes did not come together: some have ended" in err
+
+
+# --- real runs
 
 
 def team_of(folder: Path, model: tuple[Path, Path], *argv: object) -> subprocess.Popen:
@@ -148,7 +355,7 @@ def workers(run: subprocess.Popen) -> list[int]:
 
 
 def wait_for_share(folder: Path, pid: int) -> None:
-    """Until a process has written a file: it has a batch of the deal."""
+    """Wait until a process has written a file, and so has a batch in hand."""
     end = time.monotonic() + 90
     while not any(f".{pid}." in name for name in os.listdir(folder / "samples")):
         assert time.monotonic() < end, "the process makes no images"
@@ -235,7 +442,7 @@ def test_torchrun(model, tmp_path, whole) -> None:
     assert data(tmp_path) == whole
 
 
-def test_a_mistake_is_told_once_and_starts_nobody(model, tmp_path) -> None:
+def test_a_mistake_is_reported_once_and_starts_nobody(model, tmp_path) -> None:
     run = team_of(tmp_path, model, "--devices", 2, "--ckpt", tmp_path / "nowhere.ckpt")
     _, err = run.communicate(timeout=60)
     assert run.returncode == 2
@@ -246,10 +453,10 @@ def test_a_mistake_is_told_once_and_starts_nobody(model, tmp_path) -> None:
 def test_processes_that_do_not_come_together(command: Callable[..., Result], model, monkeypatch) -> None:
     import lightning_fabric
 
-    def broken(self) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ValueError("no port")
 
-    monkeypatch.setattr(lightning_fabric.Fabric, "launch", broken)
+    monkeypatch.setattr(lightning_fabric, "Fabric", broken)
     result = command("txt2img", "--config", model[0], "--ckpt", model[1], "--devices", 2, "--device", "cpu")
     assert result.code == 2
     assert result.err[-1] == "txt2img.py: error: the 2 processes did not come together: no port"

@@ -6,10 +6,12 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
+from closed_form import V1
 
-from ldm.cli import parser as cli
 from ldm.errors import InputError
 from ldm.sampling import SAMPLERS, SCHEDULES, catalogue
+from ldm.sampling.facts import USER_OPTIONS
 
 NOT_OPTIONS = {"denoise", "x", "sigmas", "noise", "callback", "order", "rtol", "atol", "lower_order_final"}
 
@@ -96,7 +98,8 @@ def test_options_are_the_functions_own(sampler):
     parameters = inspect.signature(SAMPLERS[sampler]).parameters
     facts = catalogue.SAMPLERS[sampler]
     assert [name for name in parameters if name not in NOT_OPTIONS] == list(facts.options)
-    assert set(facts.options) <= set(cli.SAMPLER_OPTIONS)
+    assert set(facts.options) <= set(USER_OPTIONS)
+    assert facts.options == {name: parameters[name].default for name in facts.options}
     assert bool(facts.options) <= bool(facts.noise)  # they all are about noise
     assert facts.stochastic in ("yes", "no", "eta > 0", "s_churn > 0")
 
@@ -199,15 +202,98 @@ def test_the_table_has_a_line_for_each_sampler_and_schedule():
         assert all(word in line for word in (facts.calls, facts.paper, facts.schedule, *facts.aliases))
 
 
-def test_list_samplers_prints_the_table_and_ends(capsys):
-    for parser in (cli.txt2img_parser(), cli.img2img_parser()):
-        with pytest.raises(SystemExit) as end:
-            parser.parse_args(["--list_samplers"])
-        assert end.value.code in (0, None)
-        assert capsys.readouterr().out.strip() == catalogue.table().strip()
-
-
-def test_the_catalogue_is_there_without_torch():
-    modules = "ldm.sampling.catalogue, ldm.cli.parser"
+def test_importing_the_table_and_the_samplers_loads_neither_torch_nor_numpy():
+    modules = "ldm.sampling, ldm.sampling.catalogue, ldm.sampling.samplers"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_names_and_schedules_are_checked_without_torch():
+    code = (
+        "import sys; from ldm.sampling import catalogue, plan_trajectory; catalogue.resolve('Euler Karras');"
+        "catalogue.table(); catalogue.check_levels('dpm_fast'); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_order_of_the_table_does_not_depend_on_what_was_imported_first():
+    code = "import ldm.sampling.exponential; from ldm.sampling import SAMPLERS; print(*SAMPLERS)"
+    run = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    assert run.stdout.split() == list(SAMPLERS)
+
+
+# --- facts that others act on
+
+
+def test_unused_draws_are_the_originals():
+    """Its DDIM drew in every step, its PLMS once more than it had steps, both to multiply by zero."""
+    drawing = {
+        name: (facts.unused_draws(7, 0.0), facts.unused_draws(7, 0.5))
+        for name, facts in catalogue.SAMPLERS.items()
+    }
+    assert {name: draws for name, draws in drawing.items() if any(draws)} == {"ddim": (7, 0), "plms": (8, 8)}
+
+
+def test_automatic_is_what_a1111_means_by_it():
+    automatic = {name: facts.automatic for name, facts in catalogue.SAMPLERS.items() if facts.automatic}
+    assert automatic == {
+        **dict.fromkeys(("dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m"), "karras"),
+        **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
+    }
+
+
+def test_a1111s_names_of_schedules():
+    names = {name: facts.a1111 for name, facts in catalogue.SCHEDULES.items() if facts.a1111}
+    assert names == {
+        "leading": "DDIM",
+        "linspace": "Uniform",
+        "trailing": "Simple",
+        "karras": "Karras",
+        "exponential": "Exponential",
+        "polyexponential": "Polyexponential",
+        "sgm_uniform": "SGM Uniform",
+        "ays": "Align Your Steps",
+    }
+
+
+def a1111_simple(n: int) -> list[float]:
+    """Every (1000 / n)th of the timesteps, counted from the last one in whole numbers."""
+    return [V1.sigma(999 - int(k * 1000 / n)) for k in range(n)] + [0.0]
+
+
+def a1111_ddim(n: int) -> list[float]:
+    return [*(V1.sigma(t) for t in reversed(range(1, 1000, 1000 // n))), 0.0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, 25, 50])
+def test_a1111s_grids_that_we_have_under_other_names(steps):
+    assert SCHEDULES["trailing"](V1, steps) == pytest.approx(a1111_simple(steps))
+    assert SCHEDULES["leading"](V1, steps)[:-1] == pytest.approx(a1111_ddim(steps)[:-1])
+    between = [V1.timestep(sigma) for sigma in SCHEDULES["trailing"](V1, steps + 1)[:-1]]
+    theirs = [V1.timestep(sigma) for sigma in a1111_simple(steps + 1)[:-1]]
+    assert between == pytest.approx(theirs, abs=1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_that_uses_only_the_ends_of_its_levels_says_so(name):
+    """dpm_fast and dpm_adaptive took a list of sigmas without a word, and used two of them."""
+
+    def levels(sigmas: list[float]) -> list[float]:
+        called = []
+        SAMPLERS[name](lambda x, sigma: called.append(sigma) or x * 0.5, torch.ones(1, 1, 1, 1), sigmas,
+                       noise=lambda *_: torch.zeros(1, 1, 1, 1))  # fmt: skip
+        return called
+
+    same = levels([10.0, 7.0, 3.0, 0.1]) == levels([10.0, 5.0, 1.0, 0.1])
+    assert catalogue.uses_ends_only(name) == same == (name in ("dpm_fast", "dpm_adaptive"))
+    assert catalogue.SAMPLERS[name].adaptive == (name == "dpm_adaptive")
+
+
+@pytest.mark.parametrize("given", [{"schedule": "karras"}, {"timesteps": (999, 9)}, {"sigmas": (14.0, 0.0)}])
+def test_levels_are_refused_where_only_their_ends_would_count(given):
+    (flag,) = given
+    for name in ("dpm_fast", "dpm_adaptive"):
+        with pytest.raises(InputError, match=f"--{flag} has no effect on {name}"):
+            catalogue.check_levels(name, **given)
+        catalogue.check_levels(name, schedule=None, timesteps=None, sigmas=())
+    catalogue.check_levels("euler", **given)

@@ -1,43 +1,32 @@
 """Random numbers: a stream for each image, Brownian paths, variations, and the original's one stream."""
 
+import gc
 import itertools
 import random
+import weakref
 
 import numpy as np
 import pytest
 import torch
-from closed_form import V1, V1_ALPHAS, NormalData, compvis_noise
+from closed_form import V1, V1_ALPHAS, NormalData, compvis_noise, image_noise
 from torch import Tensor
 
 from ldm.sampling import (
     SCHEDULES,
     Denoiser,
     Discretization,
+    Trajectory,
     catalogue,
     default_trajectory,
     sample,
-    trajectory,
 )
-from ldm.sampling.batches import Batch
-from ldm.sampling.noise import (
-    MAX_SEED,
-    BrownianPath,
-    CompvisNoise,
-    ImageNoise,
-    VariedNoise,
-    noise_source,
-    slerp,
-)
+from ldm.sampling.noise import BrownianPath, CompvisNoise, CompvisStream, ImageNoise, ImageSeeds, slerp
 from ldm.sampling.schedule import karras, zero_terminal_snr
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
-BATCHES = [Batch(("a", "b"), (0, 1)), Batch(("c",), (2,))]
+MAX_SEED = 2**63 - 1
 BIG_SEEDS = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**33 + 1, 2**40 + 1, MAX_SEED - 1, MAX_SEED]
-
-
-def image_noise(*seeds: int, **options) -> ImageNoise:
-    return ImageNoise(seeds, SHAPE, CPU, **options)
 
 
 def all_different(tensors: list[Tensor] | Tensor) -> bool:
@@ -45,7 +34,7 @@ def all_different(tensors: list[Tensor] | Tensor) -> bool:
 
 
 def assert_standard_normal(draw: Tensor) -> None:
-    """Mean, deviation and kurtosis, each within five of its own standard errors."""
+    """Mean, standard deviation and kurtosis, each within five of its own standard errors."""
     n, draw = draw.numel(), draw.double()
     assert abs(draw.mean().item()) < 5 / n**0.5
     assert abs(draw.std().item() - 1) < 5 / (2 * n) ** 0.5
@@ -181,6 +170,26 @@ def test_increments_do_not_depend_on_what_else_was_asked():
         assert torch.equal(path.increment(*pair), alone[pair])
 
 
+def test_a_path_keeps_a_bounded_number_of_tensors():
+    path = BrownianPath(3, (1, 2, 2))
+    for level in range(1, 500):
+        path.increment(level / 500, level / 501)
+    assert len(path._nodes) <= 3 * BrownianPath.DEPTH
+
+
+def test_a_path_is_freed_with_its_last_reference():
+    """A cache of a bound method on its own object kept each image's path until the collector ran."""
+    gc.disable()
+    try:
+        path = BrownianPath(3, SHAPE)
+        path.increment(2.0, 1.0)
+        alive = weakref.ref(path)
+        del path
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_a_path_is_of_its_seed():
     paths = [BrownianPath(seed, SHAPE).increment(2.0, 1.0) for seed in BIG_SEEDS]
     assert all_different(paths)
@@ -203,7 +212,7 @@ def test_runs_of_more_steps_have_like_noise(sampler):
     def image(steps: int, brownian: bool) -> Tensor:
         denoiser = Denoiser(NormalData(), torch.zeros(1, 4, 1, 1), None, 1.0)
         noise = image_noise(0, brownian=brownian)
-        return sample(denoiser, sampler, trajectory(karras(V1, steps)), noise)
+        return sample(denoiser, sampler, Trajectory.of(karras(V1, steps)), noise)
 
     assert correlation(image(15, True), image(30, True)) > 0.95
     assert correlation(image(15, False), image(30, False)) < 0.5
@@ -212,11 +221,12 @@ def test_runs_of_more_steps_have_like_noise(sampler):
 # --- variations
 
 
-def varied(strength: float, first: int = 1, second: int = 2, **options) -> VariedNoise:
-    return VariedNoise(image_noise(first, **options), image_noise(second, **options), strength)
+def varied(strength: float, first: int = 1, second: int = 2, brownian: bool = False) -> ImageNoise:
+    image = ImageSeeds(first, variation_seed=second, variation_strength=strength)
+    return ImageNoise([image], SHAPE, CPU, brownian)
 
 
-def draws(noise: ImageNoise | VariedNoise) -> list[Tensor]:
+def draws(noise: ImageNoise) -> list[Tensor]:
     return [noise.posterior(), noise.start(), noise(14.6, 2.0), noise(2.0, 1.0)]
 
 
@@ -255,6 +265,55 @@ def test_every_draw_is_varied_and_as_long_as_noise(strength):
 def test_a_variation_toward_the_same_seed_is_that_seed(strength):
     same = zip(draws(varied(strength, 5, 5)), draws(image_noise(5)), strict=True)
     assert all(torch.equal(a, b) for a, b in same)
+
+
+@pytest.mark.parametrize("brownian", [False, True])
+def test_images_of_a_batch_may_differ_in_all_that_is_about_their_noise(brownian):
+    images = [
+        ImageSeeds(1),
+        ImageSeeds(MAX_SEED, start_seed=3),
+        ImageSeeds(1, variation_seed=2, variation_strength=0.3),
+        ImageSeeds(5, start_seed=3, variation_seed=MAX_SEED, variation_strength=0.7),
+        ImageSeeds(1, variation_seed=2, variation_strength=1.0),
+    ]
+    batch = draws(ImageNoise(images, SHAPE, CPU, brownian))
+    for k, image in enumerate(images):
+        alone = draws(ImageNoise([image], SHAPE, CPU, brownian))
+        assert all(torch.equal(a[k], b[0]) for a, b in zip(batch, alone, strict=True))
+    assert all(all_different(draw) for draw in batch[2:])
+
+
+@pytest.mark.parametrize("brownian", [False, True])
+def test_a_variation_is_the_way_from_one_seeds_draw_to_the_others(brownian):
+    own, other = image_noise(1, 1, brownian=brownian), image_noise(2, 3, brownian=brownian)
+    images = [ImageSeeds(1, None, seed, 0.3) for seed in (2, 3)]
+    both = zip(draws(own), draws(other), draws(ImageNoise(images, SHAPE, CPU, brownian)), strict=True)
+    for first, second, between in both:
+        assert torch.equal(between, slerp(first, second, 0.3))
+
+
+# --- another image's noise to start from
+
+
+def test_another_seeds_start_leaves_the_rest_the_images_own():
+    noise, own = ImageNoise([ImageSeeds(5, start_seed=3)], SHAPE, CPU), image_noise(5)
+    assert torch.equal(noise.start(), image_noise(3).start())
+    own.start()
+    assert torch.equal(noise(2.0, 1.0), own(2.0, 1.0))
+    assert torch.equal(noise.posterior(), own.posterior())
+
+
+def test_with_its_own_seeds_start_the_first_step_does_not_draw_it_again():
+    """Then eta > 0 only scales the start instead of adding noise to it."""
+    noise = ImageNoise([ImageSeeds(3, start_seed=3)], SHAPE, CPU)
+    start = noise.start()
+    assert torch.equal(start, image_noise(3).start())
+    assert not torch.equal(noise(2.0, 1.0), start)
+
+
+def test_another_seeds_start_is_varied_too():
+    noise = ImageNoise([ImageSeeds(12, 10, 22, 0.3)], SHAPE, CPU)
+    assert torch.equal(noise.start(), slerp(image_noise(10).start(), image_noise(22).start(), 0.3))
 
 
 # --- the original's stream
@@ -306,91 +365,51 @@ def test_one_stream_starts_with_its_first_draw():
     assert torch.equal(compvis_noise(3, (2, 3, 4, 5)).start(), expected)
 
 
-# --- the noise of a run's batches
-
-
-def test_image_k_of_a_run_has_seed_plus_k():
-    noise_of = noise_source("image", MAX_SEED, SHAPE, False, CPU, 2)
-    assert torch.equal(noise_of(BATCHES[0]).start(), image_noise(MAX_SEED, 0).start())
-    assert torch.equal(noise_of(BATCHES[1]).start(), image_noise(1).start())
-
-
-def test_image_k_of_a_brownian_run_has_the_path_of_seed_plus_k():
-    noise_of = noise_source("image", 10, SHAPE, False, CPU, 2, brownian=True)
-    assert torch.equal(noise_of(BATCHES[0])(2.0, 1.0), image_noise(10, 11, brownian=True)(2.0, 1.0))
-    assert torch.equal(noise_of(BATCHES[1])(2.0, 1.0), image_noise(12, brownian=True)(2.0, 1.0))
-
-
-def test_image_k_has_the_posterior_of_seed_plus_k():
-    noise_of = noise_source("image", 10, SHAPE, False, CPU, 2, init_image=True)
-    assert torch.equal(noise_of(BATCHES[0]).posterior(), image_noise(10, 11).posterior())
-    assert torch.equal(noise_of(BATCHES[1]).posterior(), image_noise(12).posterior())
-
-
-@pytest.mark.parametrize("brownian", [False, True])
-def test_image_k_is_varied_toward_variation_seed_plus_k(brownian):
-    options = {"brownian": brownian, "init_image": True}
-    noise_of = noise_source("image", 10, SHAPE, False, CPU, 2, variation=(MAX_SEED, 0.3), **options)
-    for batch, seeds, others in ((BATCHES[0], (10, 11), (MAX_SEED, 0)), (BATCHES[1], (12,), (1,))):
-        expected = VariedNoise(
-            image_noise(*seeds, brownian=brownian), image_noise(*others, brownian=brownian), 0.3
-        )
-        for a, b in zip(draws(noise_of(batch)), draws(expected), strict=True):
-            assert torch.equal(a, b)
-
-
-def test_a_fixed_code_is_varied_too():
-    noise_of = noise_source("image", 10, SHAPE, True, CPU, 2, variation=(20, 0.3))
-    first, second = (noise_of(batch).start() for batch in BATCHES)
-    assert torch.equal(second, slerp(image_noise(10).start(), image_noise(22).start(), 0.3))
-    assert not torch.equal(second, first[:1])
-
-
 def test_compvis_batches_share_a_stream():
-    noise_of = noise_source("compvis", 3, SHAPE, False, CPU, 2)
+    stream = CompvisStream(3, SHAPE, CPU, 2)
     reference = torch.Generator().manual_seed(3)
-    for batch in BATCHES:
-        expected = torch.randn(len(batch), *SHAPE, generator=reference)
-        assert torch.equal(noise_of(batch).start(), expected)
+    for images in (2, 1):
+        expected = torch.randn(images, *SHAPE, generator=reference)
+        assert torch.equal(stream.batch(images).start(), expected)
 
 
 @pytest.mark.parametrize("fixed_code", [False, True])
 def test_compvis_draws_the_posterior_before_all_else(fixed_code):
     """Once for all batches; then the start code, then batch by batch its noise and one draw per step."""
-    noise_of = noise_source("compvis", 3, SHAPE, fixed_code, CPU, 2, init_image=True)
+    stream = CompvisStream(3, SHAPE, CPU, 2, fixed_code=fixed_code, init_image=True)
     reference = torch.Generator().manual_seed(3)
     posterior = torch.randn(2, *SHAPE, generator=reference)
     code = torch.randn(2, *SHAPE, generator=reference) if fixed_code else None
-    for batch in BATCHES:
-        noise, shape = noise_of(batch), (len(batch), *SHAPE)
-        assert torch.equal(noise.posterior(), posterior[: len(batch)])
-        expected = torch.randn(shape, generator=reference) if code is None else code[: len(batch)]
+    for images in (2, 1):
+        noise, shape = stream.batch(images), (images, *SHAPE)
+        assert torch.equal(noise.posterior(), posterior[:images])
+        expected = torch.randn(shape, generator=reference) if code is None else code[:images]
         assert torch.equal(noise.start(), expected)
         assert torch.equal(noise(2.0, 1.0), torch.randn(shape, generator=reference))
         noise.finish(2)
         torch.randn(2, *shape, generator=reference)
 
 
+def test_a_part_of_a_batch_has_its_rows_of_what_is_drawn_once():
+    """Images of an adaptive sampler are sampled one at a time."""
+    stream = CompvisStream(3, SHAPE, CPU, 2, fixed_code=True, init_image=True)
+    whole, second = stream.batch(2), stream.batch(1, position=1)
+    assert torch.equal(second.start(), whole.start()[1:])
+    assert torch.equal(second.posterior(), whole.posterior()[1:])
+
+
 def test_compvis_noise_is_never_brownian():
-    noise = noise_source("compvis", 3, SHAPE, False, CPU, 2, brownian=True)(BATCHES[0])
+    noise = CompvisStream(3, SHAPE, CPU, 2).batch(2)
     assert isinstance(noise, CompvisNoise)
     assert not torch.equal(noise(2.0, 1.0), noise(2.0, 1.0))
 
 
-@pytest.mark.parametrize("rng", ["image", "compvis"])
-def test_a_fixed_code_starts_every_batch(rng):
-    noise_of = noise_source(rng, 3, SHAPE, True, CPU, 2)
-    first, second = (noise_of(batch) for batch in BATCHES)
+def test_a_fixed_code_starts_every_compvis_batch():
+    stream = CompvisStream(3, SHAPE, CPU, 2, fixed_code=True)
+    first, second = stream.batch(2), stream.batch(1)
     start = first.start()
     assert torch.equal(second.start(), start[:1])
     assert not torch.equal(first(2.0, 1.0)[:1], second(2.0, 1.0))
-
-
-def test_with_a_fixed_code_the_first_step_does_not_draw_the_start_again():
-    """Then eta > 0 only scales the start instead of adding noise to it."""
-    noise = noise_source("image", 3, SHAPE, True, CPU, 2)(BATCHES[0])
-    start = noise.start()
-    assert not torch.equal(noise(2.0, 1.0), start)
 
 
 def test_v1s_own_levels_are_a_path_away_from_the_end():

@@ -8,16 +8,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from closed_form import V1
 from diffusers import DDPMScheduler, LCMScheduler, UniPCMultistepScheduler
 from golden_files import case
 from torch import Tensor
 
-from ldm.sampling import SAMPLERS, Discretization, catalogue
+from ldm.sampling import SAMPLERS, catalogue
 from ldm.sampling.euler import ADAMS_BASHFORTH, adams_weights
-from ldm.sampling.schedule import make_beta_schedule
 from ldm.sampling.steps import ancestral_step
 
-V1 = Discretization(np.cumprod(1.0 - make_beta_schedule("linear", 1000, 0.00085, 0.012)))
 DIFFUSERS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 K = json.loads(case("samplers_k")[1]["model_calls"])
 DPM = json.loads(case("samplers_dpm")[1]["model_calls"])
@@ -37,7 +36,7 @@ class Curved:
 
 
 class Normal:
-    """The exact denoiser of data that are normal with this mean and deviation."""
+    """The exact denoiser of data that are normal with this mean and standard deviation."""
 
     def __init__(self, mean: float = 0.3, std: float = 1.0):
         self.mean, self.std = mean, std
@@ -226,6 +225,40 @@ CALLS = {  # of n steps that end at 0, at more than 0
 
 
 @pytest.mark.parametrize("end", [0.0, 0.03])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_levels_may_be_a_tensor(name: str, end: float) -> None:
+    """lms failed on one: it read its levels backwards, which tensors do not allow."""
+    levels = torch.tensor([14.6, 7.0, 3.0, 1.0, 0.5, end], dtype=torch.float64)
+
+    def out(sigmas: Tensor | list[float]) -> Tensor:
+        stream = seeded(2)
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            assert type(sigma) is float
+            return Curved()(x, sigma)
+
+        def noise(sigma: float, sigma_next: float) -> Tensor:
+            assert type(sigma) is type(sigma_next) is float
+            return stream()
+
+        return SAMPLERS[name](denoise, seeded(1)() * 14.6, sigmas, noise=noise)
+
+    assert torch.equal(out(levels), out(levels.tolist()))
+
+
+@pytest.mark.parametrize("steps", [2, 14, 15, 16])
+def test_the_last_step_of_dpmpp_2m_is_first_order_below_15_steps(steps: int) -> None:
+    """As in the original, where it is not asked for otherwise."""
+    sigmas = np.geomspace(14.6, 0.03, steps + 1).tolist()
+    rule, lower, higher = (
+        SAMPLERS["dpmpp_2m"](Curved(), START * 14.6, sigmas, **options)
+        for options in ({}, {"lower_order_final": True}, {"lower_order_final": False})
+    )
+    assert not torch.equal(lower, higher)
+    assert torch.equal(rule, lower if steps < 15 else higher)
+
+
+@pytest.mark.parametrize("end", [0.0, 0.03])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_calls_and_callbacks(name: str, steps: int, end: float) -> None:
@@ -237,13 +270,13 @@ def test_calls_and_callbacks(name: str, steps: int, end: float) -> None:
     )
     assert out.isfinite().all()
     assert seen == [(k + 1, x.shape) for k in range(len(seen))]
-    if name != "dpm_adaptive":
+    if not catalogue.SAMPLERS[name].adaptive:
         assert len(seen) == steps
         assert denoise.calls == CALLS.get(name, (lambda n: n,) * 2)[end > 0](steps)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_known_picture_is_reached(name: str) -> None:
+def test_a_known_image_is_reached(name: str) -> None:
     """At sigma 0 every sampler lands on x0; above it one without noise keeps that sigma's share of it."""
     x0, x = torch.zeros(1, 1, 2, 2, dtype=torch.float64), torch.full((1, 1, 2, 2), 5.0, dtype=torch.float64)
     options = {"eta": 0.0} if name in ETA else {}

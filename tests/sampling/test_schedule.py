@@ -1,4 +1,4 @@
-"""Noise schedules: the original's, those of k-diffusion and diffusers, own lists, and strength."""
+"""Noise schedules: the original's, those of k-diffusion and diffusers."""
 
 import math
 
@@ -11,8 +11,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from golden_files import case
 
 from ldm.errors import InputError
-from ldm.pipeline.generate import Settings, own_steps, plan_trajectory
-from ldm.sampling import SCHEDULES, Discretization, catalogue, trajectory
+from ldm.sampling import SCHEDULES, Discretization
 from ldm.sampling.catalogue import RHO
 from ldm.sampling.schedule import (
     ays,
@@ -25,7 +24,6 @@ from ldm.sampling.schedule import (
     make_beta_schedule,
     polyexponential,
     sgm_uniform,
-    to_first_alpha,
     trailing,
     uniform,
     zero_terminal_snr,
@@ -286,125 +284,8 @@ def test_align_your_steps_are_log_linear_in_between():
     assert twenty[1:-2:2] == pytest.approx(np.sqrt(twenty[0:-3:2] * twenty[2:-1:2]))
 
 
-# --- the trajectory of a run
-
-
-def settings(**changes) -> Settings:
-    return Settings(**{"height": 64, "width": 64, **changes})
-
-
-@pytest.mark.parametrize(
-    ("strength", "steps", "expected"),
-    [
-        (0.0, 50, 0),
-        (0.01, 50, 0),
-        (0.29, 100, 29),
-        (0.57, 100, 57),
-        (0.58, 50, 29),
-        (0.75, 50, 37),
-        (1.0, 5, 5),
-        (1.0, 27, 27),
-        (1.0, 50, 50),
-        (None, 50, 50),
-    ],
-)
-def test_strength_is_the_share_of_steps_that_run(strength, steps, expected):
-    """0.29 * 100 and 0.57 * 100 are a little below 29 and 57 in binary."""
-    plan = settings(strength=strength, steps=steps)
-    assert plan.steps_to_run == expected
-    assert plan_trajectory(V1, plan).steps == expected
-
-
-def test_every_hundredth_of_100_steps_is_that_many():
-    assert [settings(strength=k / 100, steps=100).steps_to_run for k in range(101)] == list(range(101))
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_an_init_image_is_noised_to_the_first_level(name):
-    """The original, whose grid `leading` is, noises to the level above; at full strength there is none."""
-    grid = SCHEDULES[name](V1, 20)
-    run = plan_trajectory(V1, settings(schedule=name, steps=20, strength=0.6))
-    assert run.sigmas == tuple(grid[-13:])
-    assert run.start == (grid[-14] if name == "leading" else grid[-13])
-    whole = plan_trajectory(V1, settings(schedule=name, steps=20, strength=1.0))
-    assert whole.sigmas == tuple(grid)
-    assert whole.start == grid[0]
-
-
-def test_a_trajectory_is_the_tail_of_a_grid():
-    grid = np.array([3.0, 2.0, 1.0, 0.0])
-    assert trajectory(grid).sigmas == (3.0, 2.0, 1.0, 0.0)
-    assert trajectory(grid, 2).sigmas == (2.0, 1.0, 0.0)
-    assert [trajectory(grid, 2, original).start for original in (False, True)] == [2.0, 3.0]
-    assert trajectory(grid, 0).steps == 0
-    assert trajectory(grid).start == 3.0
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp_2m", "euler", "lcm"])
-def test_a_sampler_has_a_schedule_of_its_own(sampler):
-    own = {"ddim": leading, "plms": leading, "dpmpp_2m": uniform, "euler": linspace, "lcm": lcm}[sampler]
-    assert plan_trajectory(V1, settings(sampler=sampler, steps=9)).sigmas == tuple(own(V1, 9))
-    named = settings(sampler=sampler, schedule="karras", rho=5.0, steps=9)
-    assert plan_trajectory(V1, named).sigmas == tuple(karras(V1, 9, 5.0))
-
-
-def test_own_sigmas_are_taken_as_they_are():
-    run = plan_trajectory(V1, settings(steps=3, sigmas=(14.6, 3.0, 0.5, 0.0)))
-    assert run.sigmas == (14.6, 3.0, 0.5, 0.0)
-    assert run.start == 14.6
-    tail = plan_trajectory(V1, settings(steps=3, sigmas=(14.6, 3.0, 0.5, 0.1), strength=0.67))
-    assert tail.sigmas == (3.0, 0.5, 0.1)
-    assert tail.start == 3.0
-
-
-def test_own_timesteps_end_like_the_originals():
-    run = plan_trajectory(V1, settings(steps=3, timesteps=(999, 700.5, 100)))
-    assert run.sigmas == pytest.approx((*V1.sigma(np.array([999, 700.5, 100])), FIRST))
-    tail = plan_trajectory(V1, settings(steps=3, timesteps=(999, 700.5, 100), strength=0.34))
-    assert tail.sigmas == pytest.approx((V1.sigma(100), FIRST))
-    assert tail.start == tail.sigmas[0]  # the level above is far away
-
-
-def test_own_timesteps_that_visit_0_end_without_noise():
-    assert to_first_alpha(V1, (500, 0)) == pytest.approx([V1.sigma(500), FIRST, 0.0])
-
-
-def test_the_originals_timesteps_are_its_grid():
-    listed = settings(steps=20, timesteps=tuple(leading_timesteps(20).tolist()), strength=0.6)
-    assert plan_trajectory(V1, listed).sigmas == plan_trajectory(V1, settings(steps=20, strength=0.6)).sigmas
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sampler": "unipc", "schedule": "polyexponential", "rho": 20.0, "steps": 40},
-        {"sampler": "dpmpp_2m", "schedule": "polyexponential", "rho": 12.0, "steps": 50},
-        {"sampler": "dpmpp_sde", "sigmas": (14.0, 13.99999999999999, 5.0, 0.0), "steps": 3},
-        {"sampler": "dpmpp_2m_sde", "sigmas": (10.0, 9.9999, 0.0), "steps": 2},
-    ],
-)
-def test_levels_too_near_are_refused(changes):
-    """They divided by zero, made NaN, or noise that was far too large."""
-    with pytest.raises(InputError, match="follow each other: too near for"):
-        plan_trajectory(V1, settings(**changes))
-
-
-@pytest.mark.parametrize("steps", [1, 2, 20, 1000])
-@pytest.mark.parametrize("sampler", catalogue.SAMPLERS)
-def test_no_grid_of_a_sampler_is_too_near(sampler, steps):
-    assert plan_trajectory(V1, settings(sampler=sampler, steps=steps)).steps == steps
-
-
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 50])
 def test_the_grid_of_lcm_is_diffusers(steps):
     scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     scheduler.set_timesteps(steps)
     assert lcm(V1, steps)[:-1] == pytest.approx(V1.sigma(scheduler.timesteps.numpy()))
-
-
-@pytest.mark.parametrize("steps", [1, 2, 50])
-def test_steps_of_its_own_go_from_end_to_end(steps):
-    """dpm_adaptive with --steps 1 was a single model call."""
-    for name in ("linspace", "trailing", "karras"):
-        run = own_steps(plan_trajectory(V1, settings(steps=steps, schedule=name)), V1)
-        assert run.sigmas == (V1.sigma(999), V1.sigma(0), 0.0)

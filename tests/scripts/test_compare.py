@@ -8,7 +8,7 @@ import pytest
 from commands import Result, refused
 from PIL import Image
 
-from ldm.images.metadata import read_metadata
+from ldm.pipeline.infotext import read_metadata
 from ldm.images.sheets import CELL, contact_sheet
 
 Command = Callable[..., Result]

@@ -13,7 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.cli import entry
 from ldm.images.metadata import encode_image
-from ldm.images.outputs import Watermarker
+from ldm.images.watermark import Watermarker
+from ldm.pipeline.infotext import image_texts
 
 SETTINGS = {
     "prompt": "a cat\nat \x1b[31mnight",
@@ -41,10 +42,10 @@ def info(monkeypatch, capsys):
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def made(tmp_path: Path) -> Path:
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     path = tmp_path / "00000.png"
-    path.write_bytes(encode_image(Watermarker()(image), SETTINGS, "png"))
+    path.write_bytes(encode_image(Watermarker()(image), image_texts(SETTINGS), "png"))
     return path
 
 
@@ -53,11 +54,11 @@ def plain(path: Path, size: int = 64) -> Path:
     return path
 
 
-def test_text(info, picture):
-    assert info(picture) == (
+def test_text(info, made):
+    assert info(made) == (
         0,
         [
-            f"{picture}: 256x256",
+            f"{made}: 256x256",
             "  seed: 7",
             "  model_hash: fe4efff1e1",
             "  watermark: StableDiffusionV1",
@@ -71,39 +72,39 @@ def test_text(info, picture):
     )
 
 
-def test_a_picture_that_tells_nothing(info, tmp_path):
+def test_an_image_without_settings(info, tmp_path):
     path = plain(tmp_path / "plain.webp")
     expected = ["seed: none", "model_hash: none", "watermark: none", "safety: not checked", "no settings"]
     assert info(path) == (0, [f"{path}: 64x8", *(f"  {line}" for line in expected)], [])
 
 
-def test_json_is_one_line_for_each_file(info, picture, tmp_path):
+def test_json_is_one_line_for_each_file(info, made, tmp_path):
     other = plain(tmp_path / "plain.jpg")
-    code, out, err = info("--json", picture, other)
+    code, out, err = info("--json", made, other)
     assert (code, err) == (0, [])
     facts = {"seed": 7, "model_hash": "fe4efff1e1", "watermark": "StableDiffusionV1"}
     nothing = dict.fromkeys([*facts, "nsfw_content_detected", "settings"])
     assert [json.loads(line) for line in out] == [
-        {"file": str(picture), "width": 256, "height": 256}
+        {"file": str(made), "width": 256, "height": 256}
         | facts
         | {"nsfw_content_detected": True, "settings": SETTINGS},
         {"file": str(other), "width": 64, "height": 8} | nothing,
     ]
 
 
-def test_unreadable_files_are_a_line_each_and_the_others_go_on(info, picture, tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
+def test_unreadable_files_are_a_line_each_and_the_others_go_on(info, made, tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
     bad = [tmp_path / "text.png", tmp_path / "nowhere.png", tmp_path]
-    code, out, err = info("--json", *bad, picture)
+    code, out, err = info("--json", *bad, made)
     assert (code, len(out)) == (1, 1)
     assert [line.split(":")[:2] for line in err] == [["image_info.py", " error"]] * 3
-    assert all(f"cannot read the picture {path}: " in line for path, line in zip(bad, err, strict=True))
+    assert all(f"cannot read the image {path}: " in line for path, line in zip(bad, err, strict=True))
     code, out, err = info(*bad)
     assert (code, out, len(err)) == (2, [], 3)
 
 
 def test_malformed_settings_leave_the_other_facts(info, tmp_path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     chunks = PngInfo()
     chunks.add_text("parameters", "a cat\nSteps: many")
     Image.new("RGB", (8, 8)).save(path, pnginfo=chunks)
@@ -116,7 +117,7 @@ def test_malformed_settings_leave_the_other_facts(info, tmp_path):
 
 
 def test_the_web_uis_settings(info, tmp_path):
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     block = Image.Exif()
     text = "a cat\nSteps: 3, Sampler: Euler a, Seed: 5, Model hash: abc"
     block.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
@@ -128,11 +129,22 @@ def test_the_web_uis_settings(info, tmp_path):
 
 
 def test_a_message_to_look_for(info, tmp_path):
+    message = "a very long message of mine, really"
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    path = tmp_path / "picture.jpg"
-    path.write_bytes(encode_image(Watermarker("a very long message of mine, really")(image), None, "jpg"))
-    code, out, _ = info(path, "--watermark", "a very long message of mine, really")
-    assert (code, out[3]) == (0, "  watermark: a very long message of mine, really")
+    path = tmp_path / "image.jpg"
+    path.write_bytes(encode_image(Watermarker(message)(image), None, "jpg"))
+    assert info(path)[1][3] == "  watermark: none"
+    code, out, _ = info(path, "--watermark", message)
+    assert (code, out[3]) == (0, f"  watermark: {message}")
+
+
+def test_the_message_that_the_settings_name(info, tmp_path):
+    message = "a very long message of mine, really"
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    path = tmp_path / "image.png"
+    texts = image_texts(SETTINGS | {"watermark": message})
+    path.write_bytes(encode_image(Watermarker(message)(image), texts))
+    assert info(path)[1][3] == f"  watermark: {message}"
 
 
 def test_usage(info):
@@ -141,8 +153,8 @@ def test_usage(info):
     assert err == ["image_info.py: error: the following arguments are required: FILE"]
 
 
-def test_nothing_slow_is_imported(picture):
-    """Help needs neither numpy nor Pillow, and no picture needs torch or the watermark package."""
+def test_nothing_slow_is_imported(made):
+    """Help needs neither numpy nor Pillow, and no image needs torch or the watermark package."""
     code = f"""
 import sys
 sys.path.insert(0, {str(SCRIPTS)!r})
@@ -152,7 +164,7 @@ try:
 except SystemExit:
     pass
 print({{"torch", "numpy", "PIL", "cv2"}} & {{*sys.modules}})
-image_info.main([{str(picture)!r}])
+image_info.main([{str(made)!r}])
 print({{"torch", "cv2", "imwatermark"}} & {{*sys.modules}})
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,12 +15,14 @@ from golden_files import case, golden_file
 from PIL import Image
 
 from ldm.cli import parser as cli
-from ldm.images.metadata import read_metadata
+from ldm.pipeline.infotext import read_metadata
 from ldm.images.pixels import to_float, to_uint8
 from ldm.sampling import catalogue
-from ldm.sampling.noise import ImageNoise
+from ldm.sampling.noise import ImageNoise, ImageSeeds
+from ldm.scenes.captions import caption
 from ldm.scenes.detector import load_detector
-from ldm.scenes.scenes import Scene, Solid, caption, render
+from ldm.scenes.renderer import render
+from ldm.scenes.scene import Scene, Solid
 from ldm.scenes.scores import check
 from ldm.weights import loading
 
@@ -123,7 +125,7 @@ def round_trip(model: tuple[Path, Path], init: Path) -> np.ndarray:
     """The init image encoded to image 42's latents and decoded."""
     ldm = loading.load_model(loading.read_config(model[0]), model[1])
     posterior = ldm.encode_first_stage(to_float([np.asarray(Image.open(init))]))
-    noise = ImageNoise([42], (4, 3, 2), torch.device("cpu")).posterior()
+    noise = ImageNoise([ImageSeeds(42)], (4, 3, 2), torch.device("cpu")).posterior()
     return to_uint8(ldm.decode_first_stage(ldm.get_first_stage_encoding(posterior, noise)))[0]
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.cli import parser as cli
 from ldm.errors import InputError
-from ldm.images.metadata import read_metadata
+from ldm.pipeline.infotext import read_metadata
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders import modules as encoders

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.errors import InputError
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.sampling.schedule import make_beta_schedule
@@ -23,9 +24,10 @@ PARAMETERIZATIONS = ("eps", "v")
 class DiffusionWrapper(nn.Module):
     """The UNet with its conditions: concatenated to x, read by cross-attention, added as a class label."""
 
-    def __init__(self, diffusion_model: nn.Module):
+    def __init__(self, diffusion_model: nn.Module, conditioning_key: str = "crossattn"):
         super().__init__()
         self.diffusion_model = diffusion_model
+        self.conditioning_key = conditioning_key
 
     def forward(
         self,
@@ -119,14 +121,15 @@ class LatentDiffusion(nn.Module):
                 f"parameterization {parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}"
             )
         self.parameterization = parameterization
-        self.conditioning_key = conditioning_key or "crossattn"
         self.channels = channels
         self.image_size = image_size  # side of the latents the model was made for
         self.first_stage_key = first_stage_key
         self.cond_stage_key = cond_stage_key
+        self.cond_stage_trainable = cond_stage_trainable
         self.betas_config = (beta_schedule, timesteps, linear_start, linear_end, cosine_s)
 
-        self.model = DiffusionWrapper(instantiate_from_config(unet_config, allow_target))
+        unet = instantiate_from_config(unet_config, allow_target)
+        self.model = DiffusionWrapper(unet, conditioning_key or "crossattn")
         self.first_stage_model = instantiate_from_config(first_stage_config, allow_target)
         self.cond_stage_model = instantiate_from_config(cond_stage_config, allow_target)
         self.first_stage_model.eval().requires_grad_(False)
@@ -168,6 +171,10 @@ class LatentDiffusion(nn.Module):
         return len(self.betas)
 
     @property
+    def conditioning_key(self) -> str:
+        return self.model.conditioning_key
+
+    @property
     def device(self) -> torch.device:
         return self.betas.device
 
@@ -184,18 +191,25 @@ class LatentDiffusion(nn.Module):
         finally:
             self.model_ema.restore(self.model)
 
-    def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """The UNet's output for latents x [b, c, h, w] at timesteps t [b] (fractions allowed).
+    def apply_model(
+        self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning, return_ids: bool = False
+    ) -> torch.Tensor:
+        """The UNet's output for latents x_noisy [b, c, h, w] at timesteps t [b] (fractions allowed).
 
         `cond` is the embedding [b, n, d], a list of them, or a dict of c_crossattn, c_concat (lists), c_adm.
+        `return_ids` is accepted and ignored.
         """
         if not isinstance(cond, Mapping):
             cond = {f"c_{self.conditioning_key}": cond if isinstance(cond, Sequence) else [cond]}
-        return self.model(like_weights(x, self.model), t, **like_weights(cond, self.model))
+        return self.model(like_weights(x_noisy, self.model), t, **like_weights(cond, self.model))
 
     def get_learned_conditioning(self, prompts: list[str]) -> torch.Tensor:
         """Text embeddings of prompts, [b, 77, d]."""
         return self.cond_stage_model.encode(prompts)
+
+    def first_stage_to(self, dtype: torch.dtype) -> None:
+        """Cast the first stage's weights, for instance to float32 where a lower precision overflows."""
+        self.first_stage_model.to(dtype)
 
     def encode_first_stage(self, x: torch.Tensor) -> DiagonalGaussianDistribution:
         """The posterior over latents of images [b, 3, h, w] in [-1, 1]."""
@@ -208,25 +222,193 @@ class LatentDiffusion(nn.Module):
         sample = posterior if isinstance(posterior, torch.Tensor) else posterior.sample(noise)
         return self.scale_factor * sample
 
-    def decode_first_stage(self, z: torch.Tensor) -> torch.Tensor:
-        """Images [b, 3, 8 h, 8 w], about [-1, 1], of scaled latents z [b, c, h, w]."""
+    def decode_first_stage(
+        self, z: torch.Tensor, predict_cids: bool = False, force_not_quantize: bool = False
+    ) -> torch.Tensor:
+        """Images [b, 3, 8 h, 8 w], about [-1, 1], of scaled latents z [b, c, h, w].
+
+        The other two are for a first stage with a codebook: without one `predict_cids` is a ValueError.
+        """
+        if predict_cids:
+            name = type(self.first_stage_model).__name__
+            raise ValueError(f"predict_cids: the first stage, {name}, has no codebook")
         return self.first_stage_model.decode(like_weights(z / self.scale_factor, self.first_stage_model))
 
-    def q_sample(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Latents x0 [b, c, h, w] noised to timesteps t int64 [b] (Ho et al. 2020, eq. 4)."""
-        a, b = (self._at(name, t) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"))
-        return a * x0 + b * noise
+    def differentiable_decode_first_stage(
+        self, z: torch.Tensor, predict_cids: bool = False, force_not_quantize: bool = False
+    ) -> torch.Tensor:
+        """`decode_first_stage`, which keeps gradients, too, unless the caller turns them off."""
+        if predict_cids or force_not_quantize:
+            return self.decode_first_stage(z, predict_cids, force_not_quantize)
+        return self.decode_first_stage(z)
+
+    def q_sample(
+        self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Latents x_start [b, c, h, w] noised to timesteps t int64 [b] (Ho et al. 2020, eq. 4).
+
+        Without `noise` it is drawn from the global generator of the latents' device.
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        a, b = self._roots(t)
+        return a * x_start + b * noise
+
+    def get_v(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What a v-model is to predict for x0 = x and `noise` (Salimans & Ho 2022, appendix D)."""
+        a, b = self._roots(t)
+        return a * noise - b * x
+
+    def predict_start_from_z_and_v(self, x_t: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """x0 by the v that was predicted for latents x_t."""
+        a, b = self._roots(t)
+        return a * x_t - b * v
+
+    def predict_eps_from_z_and_v(self, x_t: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The noise by the v that was predicted for latents x_t."""
+        a, b = self._roots(t)
+        return a * v + b * x_t
+
+    def predict_start_from_noise(
+        self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """x0 by the noise that was predicted for latents x_t."""
+        a, b = (self._at(name, t) for name in ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"))
+        return a * x_t - b * noise
+
+    def q_posterior(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean, variance and clipped log-variance of the latents one timestep below x_t.
+
+        Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 6-7.
+        """
+        a, b = (self._at(f"posterior_mean_coef{i}", t) for i in (1, 2))
+        variance, logvar = (
+            self._at(name, t) for name in ("posterior_variance", "posterior_log_variance_clipped")
+        )
+        return a * x_start + b * x_t, variance, logvar
+
+    def p_mean_variance(
+        self,
+        x: torch.Tensor,
+        c: Conditioning,
+        t: torch.Tensor,
+        clip_denoised: bool = False,
+        *,
+        return_x0: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        """`q_posterior` with the model's prediction for x0, which `return_x0` adds to the result.
+
+        `clip_denoised` keeps that prediction in [-1, 1], which is meant for models of pixels.
+        """
+        output = self.apply_model(x, t, c).float()
+        to_x0 = (
+            self.predict_start_from_noise
+            if self.parameterization == "eps"
+            else self.predict_start_from_z_and_v
+        )
+        x0 = to_x0(x, t, output)
+        if clip_denoised:
+            x0 = x0.clamp(-1.0, 1.0)
+        posterior = self.q_posterior(x0, x, t)
+        return (*posterior, x0) if return_x0 else posterior
+
+    @torch.no_grad()
+    def p_sample(
+        self,
+        x: torch.Tensor,
+        c: Conditioning,
+        t: torch.Tensor,
+        clip_denoised: bool = False,
+        *,
+        return_x0: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Latents one timestep below x [b, c, h, w], by DDPM (Ho et al. 2020, algorithm 2).
+
+        The noise is the global generator's; at timestep 0 none is added. With `return_x0` the prediction for
+        x0 comes second.
+        """
+        mean, _, logvar, x0 = self.p_mean_variance(x, c, t, clip_denoised, return_x0=True)
+        noise = torch.randn_like(x) * temperature
+        if noise_dropout > 0.0:
+            noise = F.dropout(noise, noise_dropout)
+        x = mean + (t > 0)[:, None, None, None] * (0.5 * logvar).exp() * noise
+        return (x, x0) if return_x0 else x
 
     def p_losses(
-        self, x0: torch.Tensor, cond: Conditioning, t: torch.Tensor, noise: torch.Tensor
+        self,
+        x_start: torch.Tensor,
+        cond: Conditioning,
+        t: torch.Tensor,
+        noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The training loss of each sample, [b]: mean squared error of the predicted noise, or v."""
-        target = noise
-        if self.parameterization == "v":
-            a, b = (self._at(name, t) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"))
-            target = a * noise - b * x0
-        output = self.apply_model(self.q_sample(x0, t, noise), t, cond)
+        noise = torch.randn_like(x_start) if noise is None else noise
+        target = noise if self.parameterization == "eps" else self.get_v(x_start, noise, t)
+        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         return F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def get_input(
+        self,
+        batch: Mapping[str, Any],
+        k: str,
+        return_first_stage_outputs: bool = False,
+        force_c_encode: bool = False,
+        cond_key: str | None = None,
+        return_original_cond: bool = False,
+        bs: int | None = None,
+    ) -> list[Any]:
+        """[latents, conditioning] of the first `bs` images `batch[k]`, [b, h, w, 3] in [-1, 1].
+
+        The conditioning are the embeddings of the captions `batch[cond_key or cond_stage_key]`, or, where the
+        text encoder is trained and unless `force_c_encode`, the captions. `return_first_stage_outputs` adds
+        the images [b, 3, h, w] and their reconstructions, `return_original_cond` the captions.
+        """
+        x = batch[k][:bs].float()
+        x = x[..., None] if x.ndim == 3 else x
+        x = x.permute(0, 3, 1, 2).contiguous().to(self.device)
+        z = self.get_first_stage_encoding(self.encode_first_stage(x))
+        captions = batch[cond_key or self.cond_stage_key][:bs]
+        encode = force_c_encode or not self.cond_stage_trainable
+        out = [z, self.get_learned_conditioning(captions) if encode else captions]
+        if return_first_stage_outputs:
+            out += [x, self.decode_first_stage(z)]
+        return [*out, captions] if return_original_cond else out
+
+    @torch.no_grad()
+    def log_images(
+        self,
+        batch: Mapping[str, Any],
+        N: int = 8,
+        n_row: int = 4,
+        sample: bool = True,
+        ddim_steps: int = 200,
+        ddim_eta: float = 1.0,
+        return_keys: Iterable[str] | None = None,
+        **other_plots: Any,
+    ) -> dict[str, torch.Tensor]:
+        """The first N "inputs" of a batch, their "reconstruction", and "samples" of their captions.
+
+        All are [n, 3, h, w], about [-1, 1]. The samples are DDIM's, on averaged weights if there are any. The
+        names of the original's other plots, and `n_row`, are accepted and ignored.
+        """
+        z, cond, x, reconstruction = self.get_input(
+            batch, self.first_stage_key, return_first_stage_outputs=True, force_c_encode=True, bs=N
+        )
+        images = {"inputs": x, "reconstruction": reconstruction}
+        if sample:
+            with self.ema_scope():
+                latents, _ = DDIMSampler(self).sample(ddim_steps, len(z), z.shape[1:], cond, eta=ddim_eta)
+            images["samples"] = self.decode_first_stage(latents)
+        wanted = images.keys() & set(return_keys or ())
+        return {name: image for name, image in images.items() if not wanted or name in wanted}
+
+    def _roots(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The shares of x0 and of noise in latents at timesteps t [b], each [b, 1, 1, 1]."""
+        return self._at("sqrt_alphas_cumprod", t), self._at("sqrt_one_minus_alphas_cumprod", t)
 
     def _at(self, name: str, t: torch.Tensor) -> torch.Tensor:
         return getattr(self, name)[t][:, None, None, None]

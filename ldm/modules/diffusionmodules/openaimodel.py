@@ -72,7 +72,7 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Sequential):
-    """Layers of one skip connection; each is given what its kind takes besides the features."""
+    """Layers of one skip connection; each is given what its class takes besides the features."""
 
     def forward(
         self,
@@ -137,6 +137,8 @@ class UNetModel(nn.Module):
             [num_res_blocks] * len(levels) if isinstance(num_res_blocks, int) else list(num_res_blocks)
         )
         no_self_attn = disable_self_attentions or [False] * len(levels)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.num_classes = num_classes
         self.model_channels = model_channels
         self.use_checkpoint = use_checkpoint
         emb_channels = model_channels * 4
@@ -200,6 +202,11 @@ class UNetModel(nn.Module):
         )
         nn.init.zeros_(self.out[2].weight)
         nn.init.zeros_(self.out[2].bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, which the inputs must have, too."""
+        return self.time_embed[0].weight.dtype
 
     def forward(
         self,

@@ -49,6 +49,14 @@ class FrozenCLIPEmbedder(nn.Module):
     def tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer(self.max_length)
 
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.text_model.final_layer_norm.weight.device
+
+    @device.setter
+    def device(self, device: str | torch.device) -> None:
+        """Accepted without effect, for notebooks that set it: tokens go to where the weights are."""
+
     def freeze(self) -> None:
         self.eval().requires_grad_(False)
 
@@ -57,9 +65,8 @@ class FrozenCLIPEmbedder(nn.Module):
         return self.transformer.text_model(ids)
 
     def forward(self, texts: str | list[str]) -> torch.Tensor:
-        """Embeddings [b, max_length, width]; longer texts are cut, `tokenizer.cut_off` tells where."""
+        """Embeddings [b, max_length, width]; longer texts are cut, `tokenizer.cut_off` gives the rest."""
         texts = [texts] if isinstance(texts, str) else texts
-        device = self.transformer.text_model.final_layer_norm.weight.device
-        return self.forward_tokens(self.tokenizer(texts).to(device))
+        return self.forward_tokens(self.tokenizer(texts).to(self.device))
 
     encode = forward

@@ -1,0 +1,290 @@
+"""From the words of a command to what the engine takes: requests, options, a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli.like import read_image, settings_like
+from ldm.cli.parser import DDIM_ETA, PROMPT, WEIGHTS, Parser, flag_of, in_flags
+from ldm.cli.prompts import Line, read_prompts
+from ldm.errors import InputError, ValueFieldError
+from ldm.fields import Setting, listed_by_name, settings_of
+from ldm.log import notice
+from ldm.pipeline.options import RuntimeOptions
+from ldm.pipeline.request import INIT, ImageRequest, image_seed
+from ldm.runs.options import RunOptions
+from ldm.runs.processes import is_follower
+from ldm.weights.description import describe
+from ldm.weights.loading import BUNDLED_WEIGHTS, ModelFiles, choose_model, find, read_config
+
+if TYPE_CHECKING:
+    from ldm.pipeline.pipeline import Pipeline
+
+FLAGS_OF_THE_ORIGINAL = ("plms", "dpm_solver", "ddim_eta")
+WHOLE_RUN = ("rng", "fixed_code", "start_seed")  # settings that no single line can have of its own
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command's arguments, checked. `values` are the request's settings as given, those of --like under them."""
+
+    given: Mapping[str, Any]
+    values: Mapping[str, Any]
+    with_init: bool
+    run: RunOptions
+    runtime: RuntimeOptions
+    like: Mapping[str, Any]  # what the image of --like records; empty without one
+    weights: str | None = None  # "raw" or "ema"; None is the config's choice
+    owner: type[ImageRequest] = ImageRequest
+
+    @cached_property
+    def request(self) -> ImageRequest:
+        """What the command asks for, but for the options of single lines."""
+        return self.variant({})
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """One round of prompts: the file's, or the command's for each of `n_samples`."""
+        if "from_file" not in self.given:
+            return [Line(self.request.prompt)] * self.run.n_samples
+        lines = read_prompts(self.given["from_file"], self.owner)
+        return [line for line in lines for _ in range(self.given.get("repeat", 1))]
+
+    @cached_property
+    def files(self) -> ModelFiles:
+        """The chosen model's files; with --like and no choice of the user's those of the bundled one, if it is
+        that one's image."""
+        config, ckpt, recorded = self.given.get("config"), self.given.get("ckpt"), self.like.get("model_hash")
+        if recorded and config is None and ckpt is None:
+            from ldm.weights.hashes import same_model
+
+            bundled = find(BUNDLED_WEIGHTS)
+            if bundled.exists() and same_model(str(recorded), bundled):
+                ckpt = BUNDLED_WEIGHTS
+        return choose_model(config, ckpt)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The `model:` section of the chosen model's YAML."""
+        return read_config(self.files.config)
+
+    def variant(self, own: Mapping[str, Any]) -> ImageRequest:
+        """The request with other values for some settings, as users write them. FieldError."""
+        return self.owner(**without_original_flags({"prompt": PROMPT, **self.values, **own}))
+
+    def pipeline(self) -> Pipeline:
+        """The pipeline of the chosen model; its weights are read when they are first needed."""
+        from ldm.pipeline.pipeline import Pipeline
+
+        return Pipeline(
+            self.files,
+            self.config,
+            self.runtime,
+            weights=self.weights,
+            allow_target=self.given.get("allow_target", ()),
+            safety=self.run.safety,
+            max_pixels=self.given.get("max_pixels", 64_000_000),
+            expected={flag: self.given.get(flag) for flag in ("C", "f")},
+        )
+
+    def requests(self, pipeline: Pipeline) -> Iterator[ImageRequest]:
+        """One round of the run's requests, resolved; a JSON line's options go over the command's.
+
+        InputError that names the line. A notice if the image of --like is by another model.
+        """
+        self.warn_of_another_model(pipeline)
+        variants = self._variants(pipeline)
+        before: Line | None = None
+        seed: int | None = None
+        for line in self.lines:
+            key = repr(line.options)
+            # a line that comes again has the next seed
+            seed = variants[key].seed if line is not before or seed is None else image_seed(seed, 1)
+            before = line
+            yield replace(variants[key], prompt=line.prompt, seed=seed)
+
+    def _variants(self, pipeline: Pipeline) -> dict[str, ImageRequest]:
+        """The resolved request of each set of options that lines have. The checkpoint is read last."""
+        lines: dict[str, Line] = {}  # by text: seeds 1 and 1.0 are equal, and not the same
+        for line in self.lines:
+            lines.setdefault(repr(line.options), line)
+        found = {key: _naming(line, self._with_options, line) for key, line in lines.items()}
+        for function in (pipeline.check_size, pipeline.resolve):
+            checked = {key: _naming(lines[key], function, request) for key, request in found.items()}
+        return checked
+
+    @cached_property
+    def _line_options(self) -> dict[str, Setting]:
+        """What a line may have of its own, under every spelling."""
+        return {
+            spelling: each
+            for spelling, each in listed_by_name(self.owner).items()
+            if each.name not in (*WHOLE_RUN, "prompt") and (self.with_init or each.group != INIT)
+        }
+
+    def _with_options(self, line: Line) -> ImageRequest:
+        if not line.options:
+            return self.request
+        known = self._line_options
+        own: dict[str, Any] = {}
+        for name, value in line.options:
+            if name not in known and name != "ddim_eta":
+                names = ", ".join(["prompt", *known, "ddim_eta"])
+                raise InputError(f"no option {name!r} for a line; there are {names}")
+            own[known[name].name if name in known else name] = value
+        if self.request.rng == "compvis":
+            raise InputError("options of its own with --rng compvis: that is one stream for all images")
+        if own.get("seed") in (-1, "-1"):
+            raise InputError("a seed of -1; leave it out, and the line has the run's")
+        if "ddim_eta" in own:
+            warn_of_ignored_eta({**self.values, **own})
+        return self.variant(own)
+
+    def warn_of_another_model(self, pipeline: Pipeline) -> None:
+        """A notice if the image of --like is by another model; once the file's hash is known, if that takes."""
+        recorded = str(self.like.get("model_hash") or "").lower()
+        maker = self.like.get("checkpoint") or "another model"
+
+        def compare(found: str) -> None:
+            if found[: len(recorded)] != recorded[: len(found)]:
+                name = self.files.weights.name
+                notice(f"--like: that image is by {maker} ({recorded}), this is {name}: it will differ")
+
+        if len(recorded) == 8:
+            from ldm.weights.hashes import quick_hash
+
+            compare(quick_hash(self.files.weights))
+        elif recorded:
+            pipeline.hash.then(compare)
+
+
+def _naming(line: Line, function: Callable[..., Any], *args: Any) -> Any:
+    """The function's result; its InputError names the line, if that has options."""
+    try:
+        return function(*args)
+    except InputError as error:
+        if not line.options:
+            raise
+        raise InputError(f"--from-file {line.place}: {in_flags(error)}") from error
+
+
+def parse(parser: Parser, argv: Sequence[str]) -> Arguments:
+    """A command's arguments, all of them checked, with the settings of the image that --like names under them.
+
+    Prompt file and config are read here, so that a mistake in them need not wait for torch. InputError.
+    """
+    given = vars(parser.parse_args(argv))
+    arguments = gather(parser, given)
+    with _naming_like(arguments.like):
+        _check_run(arguments)
+    factor = describe(arguments.config).factor or 8
+    with _naming_like(arguments.like):
+        arguments.request.check_size(factor)
+    if not is_follower():  # which get their requests from the leader
+        arguments.lines  # noqa: B018
+    return arguments
+
+
+def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
+    """The `Arguments` of given options, of which the request is not checked yet. InputError."""
+    if given.get("laion400m"):
+        raise InputError(
+            "--laion400m: its text encoder (BERT) is not available yet; use a Stable Diffusion v1 model"
+        )
+    with_init = parser.with_init
+    needed = ("prompt", "outdir", *(("init_img",) if with_init else ()))
+    for name in needed:
+        if given.get(name, None if name == "init_img" else "") is None:
+            raise InputError(f"--{name.replace('_', '-')} is missing, or has no value")
+    like: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    if given.get("like"):
+        like = read_image(given["like"])
+        try:
+            found = settings_like(like, given, with_init)
+        except InputError as error:
+            raise InputError(f"--like {given['like']}: {error}") from error
+    with _naming_like(like):
+        defaults = dict(parser.command_defaults)
+        strength = {"strength": defaults.pop("strength")} if with_init else {}
+        one = {"n_samples": 1, "n_iter": 1} if like else {}
+        if "seed" in found:
+            one["seed"] = found.pop("seed")
+        known = {*settings_of(ImageRequest), *FLAGS_OF_THE_ORIGINAL}
+        values = {name: value for name, value in {**strength, **found, **given}.items() if name in known}
+        values.pop("seed", None)  # the run's
+        return Arguments(
+            given,
+            values,
+            with_init,
+            _options(RunOptions, {**defaults, **one, **given}),
+            _options(RuntimeOptions, {**found, **given}),
+            like,
+            _checked(WEIGHTS, {**found, **given}.get("weights")),
+        )
+
+
+@contextmanager
+def _naming_like(like: Mapping[str, Any]) -> Iterator[None]:
+    """With --like, errors say that what is wrong may have come from its image."""
+    try:
+        yield
+    except InputError as error:
+        if not like:
+            raise
+        raise InputError(f"--like, or a flag that does not go with it: {in_flags(error)}") from error
+
+
+def _checked(each: Setting, value: Any) -> Any:
+    """The value in the type of an option that is no field; None stays None. FieldError."""
+    try:
+        return None if value is None else each.check(value)
+    except ValueError as error:
+        raise ValueFieldError(each.name, str(error)) from None
+
+
+def _options(owner: type, values: Mapping[str, Any]) -> Any:
+    return owner(**{name: value for name, value in values.items() if name in settings_of(owner)})
+
+
+def _check_run(arguments: Arguments) -> None:
+    """What concerns the request and the run together."""
+    request, size = arguments.request, arguments.runtime.batch_size
+    if size is not None and (request.rng == "compvis" or request.fixed_code):
+        why = "--rng compvis draws" if request.rng == "compvis" else "--fixed_code starts"
+        raise InputError(f"--batch_size {size}: {why} for n_samples images at a time; leave it out")
+    warn_of_ignored_eta(arguments.values)
+
+
+def warn_of_ignored_eta(values: Mapping[str, Any]) -> None:
+    eta = _checked(DDIM_ETA, values.get("ddim_eta"))
+    if eta and values.get("dpm_solver"):
+        notice(f"--ddim_eta {eta:g} does nothing with --dpm_solver, as in the original")
+
+
+def without_original_flags(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's settings, --plms, --dpm_solver and --ddim_eta in their places. InputError."""
+    from ldm.sampling import catalogue
+
+    found = {name: value for name, value in values.items() if name not in FLAGS_OF_THE_ORIGINAL}
+    implied = "dpmpp_2m" if values.get("dpm_solver") else "plms" if values.get("plms") else None
+    named = catalogue.resolve(found["sampler"])[0] if found.get("sampler") else None
+    if implied and named not in (None, implied):
+        flag = "--dpm_solver" if values.get("dpm_solver") else "--plms"
+        raise InputError(f"--sampler {found['sampler']} and {flag} name different samplers; give one of them")
+    sampler = named or implied or "ddim"
+    found.setdefault("sampler", sampler)
+    ddim_eta = _checked(DDIM_ETA, values.get("ddim_eta")) or 0.0
+    if ddim_eta and sampler == "plms":
+        raise InputError(f"--ddim_eta {ddim_eta:g} with PLMS: its eta is always 0; use --sampler ddim")
+    if ddim_eta and sampler != "ddim" and not values.get("dpm_solver"):
+        raise InputError(f"--ddim_eta {ddim_eta:g} with {sampler}: it is DDIM's; there is {flag_of('eta')}")
+    if ddim_eta and found.get("eta") is not None:
+        raise InputError("--ddim_eta and --eta are one; give one of them")
+    if sampler == "ddim" and found.get("eta") is None:
+        found["eta"] = ddim_eta
+    return found

@@ -1,0 +1,70 @@
+"""The documentation's tables of options: `python -m ldm.cli.tables > docs/options.md`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from ldm.cli.parser import img2img_parser, txt2img_parser
+
+HEADING = """# Options
+
+Every option of `txt2img.py` and `img2img.py`; `compare.py` takes those of both. This page is made from the
+code by `python -m ldm.cli.tables > docs/options.md`, and a test holds it equal. A line of a JSON prompt file
+may have those of the groups *prompt*, *size*, *sampling* and *init image* under the same names, without dashes.
+"""
+ORDER = ("prompt", "size", "sampling", "init image", "model", "output")
+
+
+def options_page() -> str:
+    """docs/options.md: a table for each group of options."""
+    parsers = {"txt2img": txt2img_parser(), "img2img": img2img_parser()}
+    groups: dict[str, dict[str, dict[str, argparse.Action]]] = {title: {} for title in ORDER}
+    for command, parser in parsers.items():
+        for group in parser._action_groups:
+            for action in group._group_actions:
+                if action.dest != "help":
+                    title = group.title if group.title in ORDER else "output"
+                    groups[title].setdefault(action.option_strings[0], {})[command] = action
+    lines = [HEADING]
+    for title, options in groups.items():
+        lines += [f"## {title.capitalize()}", "", "| option | default | meaning |", "|---|---|---|"]
+        lines += [_row(actions, len(parsers)) for actions in options.values()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(actions: dict[str, argparse.Action], commands: int) -> str:
+    texts = {command: _split(action.help) for command, action in actions.items()}
+    meaning = next(iter(texts.values()))[0]
+    if len(actions) < commands:
+        meaning += f" (`{next(iter(actions))}.py`)"
+    defaults = {command: default for command, (_, default) in texts.items()}
+    if len(set(defaults.values())) == 1:
+        default = next(iter(defaults.values()))
+    else:
+        default = ", ".join(f"{value} in `{command}.py`" for command, value in defaults.items())
+    action = next(iter(actions.values()))
+    return f"| {_spelling(action)} | {default} | {meaning} |".replace("<", "&lt;")
+
+
+def _split(help: str) -> tuple[str, str]:
+    """A help text as its meaning and the default in parentheses at its end."""
+    text = help.replace("%%", "%")
+    match = re.fullmatch(r"(.*) \((?:default: )?([^()]*)\)", text, re.S)
+    return (match[1], match[2]) if match else (text, "")
+
+
+def _spelling(action: argparse.Action) -> str:
+    value = ""
+    if action.choices:
+        value = "{" + ",".join(map(str, action.choices)) + "}"
+    elif action.nargs != 0:
+        value = action.metavar or action.dest.upper()
+    if action.nargs == "?" and action.choices:
+        value = f"[{value}]"
+    return ", ".join(f"`{flag} {value}`".replace(" `", "`") for flag in action.option_strings)
+
+
+if __name__ == "__main__":
+    print(options_page(), end="")

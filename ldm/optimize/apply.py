@@ -1,0 +1,99 @@
+"""The runtime options, put on a built model: the only place that reads them."""
+
+from typing import Protocol
+
+import torch
+
+from ldm.errors import InputError
+from ldm.log import notice
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.optimize.approximate import merge_similar_tokens, reuse_deep_features
+from ldm.optimize.compile import compile_model
+from ldm.optimize.context import keep_context
+from ldm.optimize.cpu import fold_upsampling, keep_memory, prepack, return_memory
+from ldm.optimize.graph import graph_unet
+from ldm.optimize.guidance import share_prefix
+from ldm.optimize.offload import offload
+from ldm.optimize.slicing import slice_attention
+from ldm.optimize.tiling import tile_first_stage
+from ldm.optimize.timesteps import keep_timesteps
+
+
+class Options(Protocol):
+    """The options read here; each has the name of its flag."""
+
+    attention_slicing: bool
+    vae_tiling: bool
+    tome: float  # 0 … 0.75, the share of merged tokens
+    deepcache: int  # 1 or more, the calls for which deep features are used
+    low_vram: str | None  # None, "parts" or "max"
+    eager: bool
+    compile: bool
+
+
+def check_options(options: Options, device: torch.device) -> None:
+    """InputError for options that exclude each other on `device`; callers may check before loading."""
+    if options.compile and options.low_vram and device.type != "cpu":
+        raise InputError(
+            "--compile and --low_vram exclude each other: compiled code expects its weights to stay on the "
+            f"{device.type} device; leave one of them out"
+        )
+
+
+def apply(model: LatentDiffusion, options: Options, device: torch.device) -> None:
+    """Bring `model` to `device`, with what the options ask for and what makes it fast there.
+
+    The model is changed in place, for inference only, and once: its weights must be final. InputError for
+    options that exclude each other, or that this model cannot have; a notice for those without an effect.
+    """
+    check_options(options, device)
+    # the functions that are about the UNet know ours, not one of another package (--allow_target)
+    unet = model.model.diffusion_model
+    ours = isinstance(unet, UNetModel)
+    if not ours and (options.tome or options.deepcache > 1):
+        raise InputError(f"--tome and --deepcache are for the UNet of this toolkit, not for {_name(unet)}")
+    if options.attention_slicing:
+        slice_attention(model)
+    if options.vae_tiling:
+        tile_first_stage(model)
+    if options.tome:
+        merge_similar_tokens(model, options.tome)
+    if options.deepcache > 1:
+        reuse_deep_features(model, options.deepcache)
+    if options.low_vram and device.type != "cpu":
+        offload(model, device, by_layer=options.low_vram == "max")
+        return
+    if options.low_vram:
+        notice("--low_vram: on a CPU there is only one memory, and nothing to save")
+    model.to(device)
+    if options.compile and not ours:
+        notice(f"--compile is for the UNet of this toolkit: not applied to {_name(unet)}")
+    if ours and not options.eager:
+        speed_up(model, options, device)
+
+
+def speed_up(model: LatentDiffusion, options: Options, device: torch.device) -> None:
+    """Apply what makes a model with our UNet fast on `device`, where it already is.
+
+    On CUDA no bit of the result changes; elsewhere, and with `compile`, the order of sums does.
+    """
+    if options.compile and device.type == "cpu":
+        notice("--compile: on a CPU it is no faster than what is done without it")
+    elif options.compile:
+        compile_model(model)
+    if device.type == "cpu":
+        if keep_memory():
+            return_memory(model)
+        fold_upsampling(model)  # of float32 weights
+        prepack(model)  # weights of 16 bits
+        share_prefix(model)
+    if device.type == "cuda":
+        if options.deepcache == 1:  # otherwise steps run different kernels, which one recording cannot hold
+            graph_unet(model)
+        keep_context(model)  # after the graphs, whose recordings read what is kept
+        keep_timesteps(model)
+
+
+def _name(module: torch.nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -1,0 +1,92 @@
+"""Memory of the device and of this machine, and how many images at once it has room for.
+
+torch is imported where it is needed: the installation check reads the machine's memory without it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# the usable share of free memory: other processes take some of it, and some is in pieces too small to use
+MARGIN = 0.85
+
+
+def host_memory() -> tuple[float, float]:
+    """Bytes of RAM, all and available, within the container's limit if there is one."""
+    try:
+        rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        kib = {row[0]: int(row[1]) for row in rows}
+        total, available = 1024 * kib["MemTotal:"], 1024 * kib["MemAvailable:"]
+    except FileNotFoundError:  # macOS has no figure for the available memory
+        total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    most = float(limit.read_text().replace("max", "inf")) if limit.exists() else float("inf")
+    return min(total, most), min(available, most)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: of a CUDA device since the start or `reset_peak_memory`, else of this process ever.
+
+    On a GPU those that tensors took; the CUDA context and unused parts of torch's pool come on top.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak, where that can be done: on a CUDA device."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def taken(device: torch.device) -> int:
+    """Bytes that this process holds: on CUDA the most since `reset_peak_memory`, on a CPU now.
+
+    On a CPU that is a figure of Linux; elsewhere it is the process's peak.
+    """
+    status = Path("/proc/self/statm")
+    if device.type == "cuda" or not status.exists():
+        return peak_memory(device)
+    import resource
+
+    return int(status.read_text().split()[1]) * resource.getpagesize()
+
+
+def left(device: torch.device) -> float:
+    """Bytes that this process could take beyond what it holds, or, on CUDA, beyond its peak."""
+    if device.type != "cuda":
+        return host_memory()[1]
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+
+
+def largest_batch(run_batch: Callable[[int], object], device: torch.device, most: int) -> int:
+    """How many images fit into memory at once, 1 … `most`.
+
+    `run_batch` makes a batch of n images, decoding included; one step of sampling is enough. It is called for
+    one image and for two, and the difference is what each further image takes.
+    """
+    readings = []
+    for images in (1, 2):
+        reset_peak_memory(device)
+        run_batch(images)
+        readings.append(taken(device))
+    each = max(readings[1] - readings[0], 1)
+    return max(1, min(most, 2 + int((MARGIN * left(device)) // each)))

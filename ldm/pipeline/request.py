@@ -1,0 +1,404 @@
+"""ImageRequest: everything that decides one image, written once. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ldm.errors import FieldError
+from ldm.fields import check_fields, setting, settings_of
+
+MAX_SEED = 2**63 - 1
+SAMPLER_OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
+INIT = "init image"  # the group of settings that image to image adds
+DEFAULT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """What one image is made from. A field that is None is left to the sampler, the model or the run.
+
+    A sampler may be given by any of its names; a name that implies a schedule sets it. The fields check
+    themselves: a `FieldError` names the field, what is wrong with its value and what would do instead.
+    """
+
+    prompt: str = setting("", "the text to render", group="prompt", per_image=True)
+    negative_prompt: str = setting(
+        "", "what to steer away from", group="prompt", metavar="TEXT", per_image=True
+    )
+    height: int | None = setting(
+        None,
+        "height in pixels, a multiple of 8",
+        low=8,
+        high=65_536,
+        flags=("--H",),
+        group="size",
+        default_text="the model's, or the init image's down to a multiple of 64",
+    )
+    width: int | None = setting(
+        None,
+        "width in pixels, a multiple of 8",
+        low=8,
+        high=65_536,
+        flags=("--W",),
+        group="size",
+        default_text="the model's, or the init image's down to a multiple of 64",
+    )
+    sampler: str = setting(
+        "ddim", 'sampler by any of its names, such as "Euler a"', metavar="NAME", a1111="Sampler"
+    )
+    steps: int | None = setting(
+        None,
+        "sampling steps",
+        low=1,
+        high=1000,
+        flags=("--ddim_steps", "--steps"),
+        metavar="N",
+        default_text=str(DEFAULT_STEPS),
+        a1111="Steps",
+    )
+    scale: float | None = setting(
+        None,
+        "classifier-free guidance; 1 is none",
+        low=-1e4,
+        high=1e4,
+        default_text="7.5, with an init image 5; the config's sampling: section may say otherwise",
+        a1111="CFG scale",
+        per_image=True,
+    )
+    schedule: str | None = setting(
+        None,
+        "which noise levels the steps visit",
+        metavar="NAME",
+        default_text="the sampler's own",
+        a1111="Schedule type",
+    )
+    rho: float | None = setting(
+        None,
+        "exponent of the karras and polyexponential schedules",
+        low=0.1,
+        high=100,
+        default_text="7 and 1",
+    )
+    timesteps: tuple[float, ...] | None = setting(
+        None, "own timesteps instead of a schedule: 999,700,400,100", low=0, high=999, metavar="LIST"
+    )
+    sigmas: tuple[float, ...] | None = setting(
+        None,
+        "own noise levels instead of a schedule, the last too: 14.6,3,0.5,0",
+        low=0,
+        high=1e5,
+        metavar="LIST",
+    )
+    zero_snr: bool | None = setting(
+        None,
+        "rescale a v-prediction model's noise schedule to zero terminal SNR",
+        default_text="what the checkpoint says",
+    )
+    eta: float | None = setting(
+        None,
+        "noise of any sampler that has it, 0 to 1",
+        low=0,
+        high=1,
+        default_text="the sampler's",
+        a1111="Eta",
+    )
+    s_churn: float | None = setting(
+        None,
+        "noise that euler, heun and dpm_2 add over the run",
+        low=0,
+        default_text="0",
+        a1111="Sigma churn",
+    )
+    s_tmin: float | None = setting(
+        None, "churn at sigmas from this one on", low=0, default_text="0", a1111="Sigma tmin"
+    )
+    s_tmax: float | None = setting(
+        None, "churn at sigmas up to this one", low=0, default_text="∞", a1111="Sigma tmax"
+    )
+    s_noise: float | None = setting(
+        None,
+        "factor on the noise of the steps",
+        low=0,
+        high=10,
+        default_text="1",
+        a1111="Sigma noise",
+    )
+    cfg_rescale: float = setting(
+        0.0, "against the overexposure of large scales; 0.7 is common", low=0, high=1, metavar="PHI"
+    )
+    guidance_start: float = setting(0.0, "guide from this share of the steps", low=0, high=1)
+    guidance_end: float = setting(
+        1.0, "guide up to this share of the steps; the others cost half", low=0, high=1
+    )
+    seed: int | None = setting(
+        None,
+        "seed of the image's noise",
+        low=0,
+        high=MAX_SEED,
+        default_text="the run's seed plus the image's number",
+        a1111="Seed",
+        per_image=True,
+    )
+    variation_seed: int | None = setting(
+        None,
+        "vary towards this seed's noise; image k of a run towards that of SEED + k",
+        low=0,
+        high=MAX_SEED,
+        metavar="SEED",
+        a1111="Variation seed",
+        per_image=True,
+    )
+    variation_strength: float | None = setting(
+        None,
+        "how far, 0 to 1",
+        low=0,
+        high=1,
+        metavar="T",
+        a1111="Variation seed strength",
+        per_image=True,
+    )
+    fixed_code: bool = setting(False, "start every batch from the same noise", per_image=True)
+    start_seed: int | None = setting(
+        None,
+        "with --fixed_code: start from this seed's noise",
+        low=0,
+        high=MAX_SEED,
+        metavar="SEED",
+        default_text="the run's seed",
+        per_image=True,
+    )
+    rng: str = setting(
+        "image",
+        "image: every image has a noise stream of its own; compvis: the original's one stream",
+        choices=("image", "compvis"),
+    )
+    init_img: Any = setting(  # a file, or a PIL image
+        None,
+        "the image to start from",
+        flags=("--init-img",),
+        metavar="FILE",
+        group=INIT,
+        per_image=True,
+        takes_objects=True,
+    )
+    strength: float | None = setting(
+        None,
+        "share of the steps that run: 0 gives the image back, 1 ignores it",
+        low=0,
+        high=1,
+        group=INIT,
+        default_text="0.75",
+        a1111="Denoising strength",
+    )
+    resize: str = setting(
+        "stretch",
+        "how the init image is fitted to the size",
+        choices=("stretch", "crop", "pad"),
+        group=INIT,
+        per_image=True,
+    )
+    background: str = setting(
+        "white",
+        "behind transparency, and the padding",
+        metavar="COLOUR",
+        group=INIT,
+        per_image=True,
+    )
+    watermark: str = setting(
+        "StableDiffusionV1",
+        "invisible watermark on images of at least 256x256 pixels, or none",
+        metavar="TEXT",
+        group="output",
+        per_image=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self._check_sampler()
+        self._check_levels()
+        self._check_guidance()
+        self._check_seeds()
+        self._check_init_image()
+
+    def _check_sampler(self) -> None:
+        from ldm.sampling import catalogue
+
+        sampler, implied = catalogue.resolve(self.sampler)
+        schedule = self.schedule and catalogue.resolve_schedule(self.schedule)
+        if implied and schedule not in (None, implied):
+            raise FieldError(
+                "{sampler} implies the {implied} schedule and {schedule} is {given}; give one of them",
+                implied=implied,
+                given=schedule,
+            )
+        self._set(sampler=sampler, schedule=schedule or implied)
+        given = {name: getattr(self, name) for name in SAMPLER_OPTIONS if getattr(self, name) is not None}
+        allowed = catalogue.SAMPLERS[sampler].options
+        for name, value in given.items():
+            if name not in allowed:
+                having = ", ".join(n for n, facts in catalogue.SAMPLERS.items() if name in facts.options)
+                raise FieldError(
+                    "{" + name + "} {value:g}: {which} has no such option; it is one of {having}",
+                    value=value,
+                    which=sampler,
+                    having=having,
+                )
+        if "s_churn" in allowed and given and not given.get("s_churn"):
+            first = min(given)
+            raise FieldError("{" + first + "} without {s_churn}: {which} adds no noise", which=sampler)
+        if given.get("s_tmin", 0) > given.get("s_tmax", math.inf):
+            raise FieldError(
+                "{s_tmin} {low:g} is above {s_tmax} {high:g}", low=given["s_tmin"], high=given["s_tmax"]
+            )
+
+    def _check_levels(self) -> None:
+        """Schedule or lists; sets `steps`, and `schedule` where zero SNR needs its own."""
+        from ldm.sampling import catalogue
+
+        lists = [name for name in ("timesteps", "sigmas") if getattr(self, name) is not None]
+        if len(lists) + (self.schedule is not None) > 1:
+            names = " and ".join(f"{{{name}}}" for name in [*(["schedule"] if self.schedule else []), *lists])
+            raise FieldError(f"{names} all say which noise levels to visit; give one of them")
+        _check_falling("timesteps", self.timesteps, 1)
+        _check_falling("sigmas", self.sigmas, 2)
+        if lists and catalogue.uses_ends_only(self.sampler):
+            raise FieldError(
+                "{"
+                + lists[0]
+                + "} with {which}: it chooses its own noise levels between the first and the last; "
+                "leave the list out, or take another {sampler}",
+                which=self.sampler,
+            )
+        if self.zero_snr and not self.schedule and not lists:
+            self._set(schedule="trailing")  # visits the last timestep, which the rescaling is for
+        if self.rho is not None and self.schedule not in catalogue.RHO:
+            raise FieldError(
+                "{rho} {value:g} is for {schedule} {which}",
+                value=self.rho,
+                which=" or ".join(catalogue.RHO),
+            )
+        if lists:
+            steps = len(self.timesteps) if self.timesteps else len(self.sigmas) - 1
+            if self.steps not in (None, steps):
+                raise FieldError(
+                    "{steps} {given}, but {" + lists[0] + "} makes {made} steps; give one",
+                    given=self.steps,
+                    made=steps,
+                )
+            self._set(steps=steps)
+        elif self.steps is None:
+            self._set(steps=DEFAULT_STEPS)
+
+    def _check_guidance(self) -> None:
+        if self.guidance_start >= self.guidance_end:
+            raise FieldError(
+                "{guidance_start} {start:g} is not below {guidance_end} {end:g}; {scale} 1 samples without "
+                "guidance",
+                start=self.guidance_start,
+                end=self.guidance_end,
+            )
+
+    def _check_seeds(self) -> None:
+        if (self.variation_seed is None) != (self.variation_strength is None):
+            given, lacking = "variation_strength", "variation_seed"
+            if self.variation_strength is None:
+                given, lacking = lacking, given
+            raise FieldError("{" + given + "} needs a {" + lacking + "}, too")
+        if self.variation_seed is not None and self.rng == "compvis":
+            raise FieldError(
+                "{variation_seed} is for {rng} image: in the original's one stream no image has a seed"
+            )
+        if self.start_seed is not None and (not self.fixed_code or self.rng == "compvis"):
+            raise FieldError("{start_seed} {seed} is for {fixed_code} with {rng} image", seed=self.start_seed)
+
+    def _check_init_image(self) -> None:
+        if self.init_img is None and self.strength is not None:
+            raise FieldError("{strength} {value:g} without {init_img}", value=self.strength)
+        if self.init_img is not None and self.strength is None:
+            raise FieldError("{init_img} without {strength}, the share of the steps to run, 0 … 1")
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def check_size(self, factor: int) -> None:
+        """FieldError unless height and width, where they are given, are multiples of a model's factor."""
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size is not None and size % factor:
+                raise FieldError(
+                    "{" + name + "} {size} is not a multiple of {factor}; the nearest is {nearest}",
+                    size=size,
+                    factor=factor,
+                    nearest=max(factor, round(size / factor) * factor),
+                )
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The sampler's own options, as far as they are given."""
+        given = {name: getattr(self, name) for name in SAMPLER_OPTIONS}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def steps_to_run(self) -> int:
+        """All steps of text to image; of image to image strength x steps, rounded down: 29 for 0.29 x 100."""
+        return self.steps if self.strength is None else int(round(self.strength * self.steps, 6))
+
+    def batch_key(self) -> tuple:
+        """What images that are sampled together must agree in: guidance too, which doubles the batch."""
+        shared = [getattr(self, name) for name, each in settings_of(type(self)).items() if not each.per_image]
+        return (*shared, self.scale == 1.0, self.init_img is None)
+
+    def in_vain(self) -> list[str]:
+        """What the request says without any effect, a line each; `scale` has to be known."""
+        from ldm.sampling import catalogue
+
+        found = []
+        if self.negative_prompt and self.scale == 1.0:
+            found.append("--negative_prompt does nothing at --scale 1, which samples without guidance")
+        if self.schedule and catalogue.uses_ends_only(self.sampler):
+            found.append(
+                f"--schedule {self.schedule}: {self.sampler} takes its first and last noise level alone"
+            )
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """The settings in use by name, as they are written into image files and the manifest."""
+        found = {}
+        for name, each in settings_of(type(self)).items():
+            value = getattr(self, name)
+            if value is None or (each.group == INIT and self.init_img is None):
+                continue
+            found[name] = value if name != "init_img" else image_name(value)
+        return found
+
+
+def image_name(init_img: Any) -> str:
+    """The name by which an init image is recorded."""
+    return init_img if isinstance(init_img, str) else str(getattr(init_img, "filename", "") or "image")
+
+
+def image_seed(seed: int, k: int) -> int:
+    """The seed of image k of a run."""
+    return (seed + k) % (MAX_SEED + 1)
+
+
+def _check_falling(name: str, values: tuple[float, ...] | None, least: int) -> None:
+    """FieldError unless each number is below the one before."""
+    for value, following in pairwise(values or ()):
+        if following >= value:
+            raise FieldError(
+                "{" + name + "}: the list must fall, but {following:g} comes after {value:g}",
+                following=following,
+                value=value,
+            )
+    if values is not None and len(values) < least:
+        given = ",".join(f"{value:g}" for value in values)
+        raise FieldError(
+            "{" + name + "} {given!r}: at least {least} numbers are needed, separated by commas",
+            given=given,
+            least=least,
+        )

@@ -1,0 +1,71 @@
+"""RunOptions: what a run does with its images. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ldm.errors import FieldError
+from ldm.fields import check_fields, setting
+from ldm.images.names import FIELDS, check_template
+from ldm.pipeline.request import MAX_SEED
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where the images of a run go, how many there are, and how the run reports on itself."""
+
+    outdir: str = setting("outputs", "folder for the results", group="output")
+    n_iter: int = setting(1, "repeat all of it N times", low=1, metavar="N")
+    n_samples: int = setting(
+        1, "images of one prompt in a round, or prompts of the file sampled together", low=1, metavar="N"
+    )
+    seed: int = setting(42, "image k has seed SEED + k; -1 picks a seed and prints it", low=-1, high=MAX_SEED)
+    resume: bool = setting(
+        False, "finish an interrupted run of the same settings in --outdir", group="output"
+    )
+    format: str = setting("png", "of the files", choices=("png", "jpg", "webp"), group="output")
+    quality: int = setting(95, "of jpg and webp", low=1, high=100, group="output")
+    filename: str = setting(
+        "{number:05}",
+        f"names of the files in samples/, from {', '.join(FIELDS)}",
+        metavar="TEMPLATE",
+        group="output",
+    )
+    skip_grid: bool = setting(False, "do not save a grid", group="output")
+    skip_save: bool = setting(False, "do not save single images", group="output")
+    n_rows: int = setting(0, "images in a row of the grid", low=0, default_text="n_samples", group="output")
+    safety: str = setting(
+        "auto",
+        "models/safety-checker blackens what it finds (on), only marks it (flag), is not asked (off); auto "
+        "is on where it is there",
+        choices=("auto", "on", "off", "flag"),
+        group="output",
+    )
+    no_metadata: bool = setting(False, "do not write the settings into the images", group="output")
+    json: bool = setting(False, "print one JSON line per image", group="output")
+    quiet: bool = setting(False, "no progress and no notices, only results and errors", group="output")
+    log_file: str | None = setting(
+        None, "append what happens, with its time, to this file", metavar="FILE", group="output"
+    )
+    devices: int | None = setting(
+        None,
+        "processes on this machine, one to a device",
+        low=1,
+        metavar="N",
+        default_text="1, or the launcher's",
+        group="model",
+    )
+    num_nodes: int | None = setting(
+        None,
+        "machines that work on this run together",
+        low=1,
+        metavar="M",
+        default_text="1, or the launcher's",
+        group="model",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_template(self.filename)
+        if self.resume and self.skip_save:
+            raise FieldError("{resume} with {skip_save}: a run that saves no images cannot be taken up again")

@@ -1,0 +1,105 @@
+"""The files of a run: images with watermark and settings, grids, the manifest's lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm.images.outputs import OutputFolder
+from ldm.images.pixels import make_grid, of_one_size
+from ldm.images.watermark import Watermarker
+from ldm.pipeline.infotext import image_texts
+from ldm.runs.manifest import RunRecord
+
+PAGE = 64  # images of a grid: A grid of thousands is a file that nobody can open
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One drawing of all images of a run in place of grids: `draw` of the images, uint8 [H, W, 3], in order.
+
+    `facts` are recorded in it.
+    """
+
+    draw: Callable[[list[np.ndarray]], np.ndarray]
+    facts: dict[str, Any]
+
+
+class ImageWriter:
+    """Writes a run's images and grids. Images that are saved are not kept: grids are made from the files."""
+
+    def __init__(
+        self,
+        folder: OutputFolder,
+        record: RunRecord,
+        *,
+        images: bool = True,
+        grids: bool = True,
+        metadata: bool = True,
+        columns: int = 1,
+        sheet: Sheet | None = None,
+    ):
+        self.folder, self.record, self.sheet = folder, record, sheet
+        self.save_images, self.save_grids, self.metadata, self.columns = images, grids, metadata, columns
+        self.page: list[np.ndarray] = []  # of images that are not saved
+        self.kept: dict[int, np.ndarray] = {}  # for the sheet
+
+    def add(
+        self, k: int, image: np.ndarray, settings: dict[str, Any], line: dict[str, Any], name: str | None
+    ) -> dict[str, Any]:
+        """Save image k, uint8 [H, W, 3], with its settings; returns its line of the manifest.
+
+        `line` is what the manifest says about it besides its file. See `OutputFolder.save_image` for `name`.
+        """
+        file = None
+        if self.sheet:
+            self.kept[k] = image
+        if self.save_images:
+            marked = Watermarker.of(settings["watermark"])(image)
+            path = self.folder.save_image(marked, self.texts(settings), name, self.record.resumed)
+            file = path.relative_to(self.folder.path).as_posix()
+        elif self.save_grids and not self.sheet:
+            self.page.append(image)
+            if len(self.page) == PAGE:
+                self._save_page(self.page, settings)
+                self.page = []
+        return self.record.add(k, file, line)
+
+    def finish(self, settings: dict[str, Any]) -> None:
+        """Save the grids that are still missing, with settings that they share."""
+        if not self.save_grids:
+            return
+        if self.sheet:
+            self._save_sheet(settings)
+            return
+        if self.page:
+            self._save_page(self.page, settings)
+        done = self.record.done
+        files = [done[k] for k in sorted(done) if done[k]] if self.save_images else []
+        for start in range(len(self.record.grids) * PAGE, len(files), PAGE):
+            names = files[start : start + PAGE]
+            images = [np.asarray(Image.open(self.folder.path / name).convert("RGB")) for name in names]
+            self.record.add_grid(self._save_page(images, settings).name)
+
+    def texts(self, settings: dict[str, Any]) -> tuple[str, str] | None:
+        return image_texts(settings) if self.metadata else None
+
+    def _save_sheet(self, settings: dict[str, Any]) -> None:
+        """An image that came to nothing is black."""
+        black = np.zeros((settings["height"], settings["width"], 3), np.uint8)
+        drawn = self.sheet.draw([self.kept.get(k, black) for k in range(self.record.images)])
+        settings = settings | self.sheet.facts
+        self.folder.save_grid(Watermarker.of(settings["watermark"])(drawn), self.texts(settings))
+
+    def _save_page(self, images: list[np.ndarray], settings: dict[str, Any]) -> Path:
+        grid = make_grid(of_one_size(images), self.columns)
+        single = len(images) == 1 and self.save_images  # the file itself, which has its watermark
+        fits = all(Watermarker.fits(*image.shape[:2]) for image in images)
+        if fits and not single:
+            grid = Watermarker.of(settings["watermark"])(grid)
+        return self.folder.save_grid(grid, self.texts(settings))

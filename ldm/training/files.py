@@ -1,0 +1,32 @@
+"""Files that training writes: whole or not at all, and an InputError where the system refuses them."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm.errors import InputError
+
+
+@contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """Turns an OSError of the block into an InputError that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what} cannot be written: {error.strerror or error}") from error
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file under another name first, so that a killed process leaves no torn `path`."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, metadata))
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""The training set of the second stage: all images, encoded once and kept in a file."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from ldm.images.pixels import to_float
+from ldm.log import notice
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.scenes import scene
+from ldm.training.config import TrainingConfig
+from ldm.training.dataset import render_scenes
+from ldm.training.files import write_tensors
+
+
+def cached_latents(model: LatentDiffusion, config: TrainingConfig, path: Path) -> dict[str, torch.Tensor]:
+    """What `encode_scenes` returns, from the file `path` if that was made with the same `dependencies`.
+
+    Otherwise the scenes are encoded, and the file is written anew.
+    """
+    wanted = dependencies(model, config)
+    if path.exists():
+        try:
+            with safe_open(path, "pt") as file:
+                found = file.metadata() or {}
+                if found == wanted:
+                    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            why = "another " + ", ".join(name for name in wanted if found.get(name) != wanted[name])
+        except (OSError, SafetensorError) as error:
+            why = str(error)
+        notice(f"the latents in {path} cannot be used ({why}): encoding the scenes again")
+    latents = encode_scenes(model, config)
+    write_tensors(latents, path, wanted)
+    return latents
+
+
+def dependencies(model: LatentDiffusion, config: TrainingConfig) -> dict[str, str]:
+    """Everything that the latents depend on, by name."""
+    return {
+        "first stage": fingerprint(model.first_stage_model),
+        "seed": str(config.seed),
+        "images": str(config.images),
+        "image_size": str(config.image_size),
+        "version of the scenes": str(scene.VERSION),
+    }
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 of all names, shapes and values of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def encode_scenes(model: LatentDiffusion, config: TrainingConfig) -> dict[str, torch.Tensor]:
+    """`mean` and `std` of the latents, float16 [n, c, h/8, w/8]; `tokens` of the captions, int32 [n, 77]."""
+    images, captions = render_scenes(config)
+    means, stds = [], []
+    for i in tqdm(range(0, len(images), 64), "encoding scenes"):
+        x = to_float(images[i : i + 64]).to(model.device, memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16):  # as precise as the training itself
+            posterior = model.encode_first_stage(x)
+        means.append(posterior.mean.half().cpu())
+        stds.append(posterior.std.half().cpu())
+    return {
+        "mean": torch.cat(means).contiguous(),
+        "std": torch.cat(stds).contiguous(),
+        "tokens": model.cond_stage_model.tokenizer(captions).to(torch.int32),
+    }

@@ -1,0 +1,50 @@
+"""The files that a user names: whether they are there, and InputError for what the system refuses."""
+
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ldm.errors import InputError
+
+# A path with a null byte is a ValueError: no file can have it.
+ABSENT = (FileNotFoundError, NotADirectoryError, ValueError)
+
+
+@contextmanager
+def user_file(path: str | Path) -> Iterator[None]:
+    """Turn an OSError of the block into an InputError that names the file and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be opened: {error.strerror or error}") from error
+
+
+def exists(path: Path) -> bool:
+    """Whether a path leads to a file or folder; InputError where that cannot be found out, as in a folder
+    without permission."""
+    with user_file(path):
+        try:
+            path.stat()
+        except ABSENT:
+            return False
+        return True
+
+
+def check_file(path: Path) -> None:
+    """InputError if no file with anything in it is there."""
+    with user_file(path):
+        try:
+            status = path.stat()
+        except ABSENT as error:
+            where = f" (a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
+            raise InputError(
+                f"no checkpoint at {path}{where}: put or link one there, or name one with --ckpt"
+            ) from error
+        if stat.S_ISDIR(status.st_mode):
+            what = "a diffusers folder" if (path / "model_index.json").exists() else "a folder"
+            raise InputError(
+                f"{path} is {what}, which cannot be read: give a single .ckpt or .safetensors file"
+            )
+        if status.st_size == 0:
+            raise InputError(f"{path} is empty: download or copy it again")

@@ -1,0 +1,51 @@
+"""Readings of memory, and the batch that fits into it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ldm.pipeline import memory
+
+CPU = torch.device("cpu")
+
+
+def test_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def largest(first: int, second: int, left: float, most: int = 64) -> int:
+        held = iter([first, second])
+        monkeypatch.setattr(memory, "taken", lambda device: next(held))
+        monkeypatch.setattr(memory, "left", lambda device: left / memory.MARGIN)
+        return memory.largest_batch(made.append, CPU, most)
+
+    assert largest(1000, 1100, 1050) == 12
+    assert made == [1, 2]
+    assert largest(1000, 1100, 1050, most=5) == 5
+    assert largest(1000, 1100, 0) == 2
+    assert largest(1000, 1000, 10**9) == 64
+    assert largest(1000, 1000, 10**9, most=1) == 1
+
+
+def test_readings_of_this_machine() -> None:
+    held = torch.ones(2**26)
+    assert held.nbytes < memory.taken(CPU) < 2**45
+    assert 0 < memory.left(CPU) < 2**50
+    total, available = memory.host_memory()
+    assert held.nbytes < total < 2**50
+    assert 0 < available <= total
+
+
+def test_the_peak_of_this_process() -> None:
+    before = memory.peak_memory(CPU)
+    memory.reset_peak_memory(CPU)
+    assert before > 2**20
+    torch.ones(before // 4 + 2**24)  # more bytes than ever
+    assert memory.peak_memory(CPU) > before
+
+
+def test_the_memory_of_the_machine_is_read_without_torch() -> None:
+    """The installation check works where torch does not."""
+    code = "import sys, ldm.pipeline.memory as m; m.host_memory(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

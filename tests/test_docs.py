@@ -1,0 +1,66 @@
+"""The README and docs/: links lead somewhere, commands are taken by their programs, tables are the code's."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from commands import script
+
+from ldm.cli.arguments import parse
+from ldm.cli.parser import img2img_parser, txt2img_parser
+from ldm.cli.tables import options_page
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARSERS = {"txt2img.py": txt2img_parser, "img2img.py": img2img_parser}
+
+
+def commands(page: Path) -> list[str]:
+    """What a page shows to be typed: lines of code blocks and code in the text that start a script."""
+    text = page.read_text().replace("\\\n", " ")
+    found = re.findall(r"^(python (?:scripts|benchmarks)/.+)$", text, re.M)
+    found += [" ".join(code.split()) for code in re.findall(r"`(python (?:scripts|benchmarks)/[^`]+)`", text)]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_images_are_there(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_taken(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option of every command is one that its program has, with a value that it takes."""
+    monkeypatch.chdir(ROOT)
+    for command in commands(page):
+        _, path, *argv = shlex.split(command)
+        assert (ROOT / path).exists(), command
+        name = Path(path).name
+        if "--help" in argv or "--list_samplers" in argv or any("outputs/" in word for word in argv[1:2]):
+            continue  # ends at once, or needs the files of a command before it
+        argv = [word.replace("outputs/small/samples/00000.png", "assets/init.png") for word in argv]
+        if name in PARSERS:
+            parse(PARSERS[name](), argv).request  # noqa: B018
+        elif name == "compare.py":
+            script("compare").parse(argv)
+
+
+def test_the_table_of_options_is_the_codes() -> None:
+    assert (ROOT / "docs/options.md").read_text() == options_page(), (
+        "python -m ldm.cli.tables > docs/options.md"
+    )
+
+
+def test_every_option_has_a_row() -> None:
+    page = options_page()
+    for make in PARSERS.values():
+        for action in make()._actions:
+            if action.dest != "help":
+                assert f"`{action.option_strings[0]}" in page
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

@@ -1,0 +1,80 @@
+"""Both stages of training on a few tiny images: the YAML files, and the command run in this process."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from commands import script
+
+from ldm.cli import entry
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.util import instantiate_from_config
+
+DDCONFIG = {"ch": 8, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 4, "num_groups": 4}
+FIRST_STAGE = {
+    "target": "ldm.models.autoencoder.AutoencoderKL",
+    "params": {"embed_dim": 4, "ddconfig": DDCONFIG},
+}
+UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 8,
+    "num_res_blocks": 1,
+    "channel_mult": [1, 2],
+    "attention_resolutions": [1],
+    "num_heads": 2,
+    "context_dim": 8,
+    "num_groups": 4,
+}
+SECOND_STAGE = {
+    "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+    "params": {
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": UNET},
+        "first_stage_config": FIRST_STAGE,
+        "cond_stage_config": {
+            "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+            "params": {"width": 8, "layers": 1, "heads": 2},
+        },
+        "channels": 4,
+        "image_size": 4,
+        "cond_stage_trainable": True,
+        "scale_by_std": True,
+        "use_ema": False,
+        "linear_start": 0.00085,
+        "linear_end": 0.012,
+    },
+}
+TRAINING = {
+    "steps": 6,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "images": 64,
+    "image_size": 32,
+    "warmup": 2,
+    "checkpoint_every": 3,
+    "sample_every": 3,
+}
+
+
+def write_yaml(path: Path, model: dict[str, Any] | None = None, **training: Any) -> list[str]:
+    """A YAML file with a `training:` section, and the arguments that train it beside the file."""
+    sections = {"model": model} if model else {}
+    path.write_text(yaml.safe_dump(sections | {"training": (TRAINING if model else {}) | training}))
+    return ["--base", str(path), "--logdir", str(path.parent)]
+
+
+def second_stage(folder: Path, first_stage: Path, **training: Any) -> list[str]:
+    """Arguments that train a second stage in `folder`, by its second.yaml."""
+    folder.mkdir(exist_ok=True)
+    drill = {"first_stage": str(first_stage), "drill": ["left", "right"]}
+    return write_yaml(folder / "second.yaml", SECOND_STAGE, **drill | training)
+
+
+def run_train(*arguments: str) -> int:
+    """The exit code of scripts/train.py."""
+    return entry.run(script("train").main, list(arguments))
+
+
+def new_model() -> LatentDiffusion:
+    """A second stage with random weights."""
+    return instantiate_from_config(SECOND_STAGE)

@@ -1,0 +1,53 @@
+"""Files are written whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ldm.errors import InputError
+from ldm.training.files import write_tensors, writing
+
+
+def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.safetensors"
+    values = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(2)}
+    write_tensors(values, path, {"seed": "1"})
+    read = load_file(path)
+    assert torch.equal(read["a"], values["a"])
+    assert torch.equal(read["b"], values["b"])
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"seed": "1"}
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_an_interrupted_write_leaves_the_earlier_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed while it wrote the latents' file left a torn one, which the next run read."""
+    path = tmp_path / "a.safetensors"
+    write_tensors({"a": torch.zeros(100)}, path)
+    write_bytes = Path.write_bytes
+
+    def interrupted(self: Path, data: bytes) -> None:
+        write_bytes(self, data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors({"a": torch.ones(100)}, path)
+    assert torch.equal(load_file(path)["a"], torch.zeros(100))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_refused_by_the_system(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/a.safetensors cannot be written: "):
+        write_tensors({}, tmp_path / "file/a.safetensors")
+    with (
+        pytest.raises(InputError, match="--logdir x cannot be written: No space left"),
+        writing("--logdir x"),
+    ):
+        raise OSError(28, "No space left on device")
