@@ -19,4 +19,6 @@ test: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(VENV) -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	# k-diffusion's other requirements are for its training scripts
+	$(VENV) -m pip install --quiet --no-deps --constraint constraints.txt k-diffusion torchdiffeq torchsde trampoline
 	touch $@

@@ -29,7 +29,7 @@ setup(
         "transformers",
     ],
     extras_require={
-        "test": ["diffusers", "hypothesis", "pytest", "ruff"],
+        "test": ["diffusers", "hypothesis", "pytest", "ruff", "scipy"],
         "benchmark": ["accelerate", "diffusers", "matplotlib"],
     },
 )

@@ -44,6 +44,7 @@ def parse(argv: list[str]) -> tuple[arguments.Arguments, Axis, Axis, list[list[I
         if name in given and given[name] != ONE.get(name):
             raise InputError(f"--{name} is not for compare.py: each cell of its sheet holds one image")
     command = arguments.gather(options, given)
+    arguments.warn_of_ignored_eta(command.values)
     x, y = (_axis(flag, given[flag[2:]], with_init) for flag in ("--x", "--y"))
     if x[0] == y[0]:
         raise InputError(f"--x and --y both vary {given['x'][0]}; give two different options")

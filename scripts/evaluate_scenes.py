@@ -92,10 +92,8 @@ def evaluate(args: argparse.Namespace, runtime: RuntimeOptions, like: ImageReque
             bar.finish(len(generated))
     settings = vars(args) | asdict(runtime) | {"sampler": like.sampler, "schedule": like.schedule}
     settings |= {"config": str(files.config), "ckpt": str(files.weights)}
-    heading = (
-        f"Percent of {args.prompts} held-out prompts: {like.sampler}, {like.steps} steps, seed {args.seed}\n"
-    )
-    report = evaluation.report(heading)
+    how = f"{like.sampler}, {like.steps} steps, seed {args.seed}"
+    report = evaluation.report(f"Percent of {args.prompts} held-out prompts: {how}\n")
     with writing(outdir):
         (outdir / "scores.json").write_text(json.dumps(evaluation.record(settings), indent=1) + "\n")
         (outdir / "report.md").write_text(report)

@@ -6,10 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ldm.cli.arguments import Arguments
 from ldm.pipeline.infotext import read_metadata
 from ldm.runs.manifest import LOCK, MANIFEST, RUNS
 
@@ -58,6 +60,20 @@ def script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def effective(arguments: Arguments, flag: str) -> Any:
+    """What a flag comes to in a command's arguments, given or not: False for a switch that is not given."""
+    name = flag.removeprefix("--").replace("-", "_")
+    switch = name in ("plms", "dpm_solver", "laion400m")
+    if name in ("config", "ckpt", "C", "f", "from_file") or switch:
+        return arguments.given.get(name, False if switch else None)
+    known = {"ddim_steps": "steps", "ddim_eta": "eta", "H": "height", "W": "width"}
+    name = known.get(name, name)
+    for owner in (arguments.run, arguments.request, arguments.runtime):  # the seed is the run's
+        if hasattr(owner, name):
+            return getattr(owner, name)
+    raise AssertionError(f"{flag} is in no dataclass")
 
 
 def refused(result: Result, *words: str) -> None:

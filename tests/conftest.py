@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from ldm.cli import entry
 from ldm.modules.encoders import modules as encoders
 
-CLIPTokenizer = functools.cache(encoders.CLIPTokenizer)  # it takes longer to make than a tiny picture
+CLIPTokenizer = functools.cache(encoders.CLIPTokenizer)  # it takes longer to make than a tiny image
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def mini_v1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The stand-in weights of which the golden pictures were made: half a gigabyte."""
+    """The stand-in weights of which the golden images were made: half a gigabyte."""
     path = tmp_path_factory.mktemp("mini-v1") / "mini-v1.safetensors"
     save_file(pseudo_state_dict(manifest("mini-v1")), path)
     yield path
@@ -47,7 +47,7 @@ def command(
 
     def call(name: str, *argv: object, folder: str = "out") -> Result:
         if name in ("txt2img", "img2img", "compare") and "--safety" not in argv:
-            argv = (*argv, "--safety", "off")  # it would tell that there is no checker
+            argv = (*argv, "--safety", "off")  # it would say that there is no checker
         words = [str(SCRIPTS / f"{name}.py"), "--outdir", str(tmp_path / folder), *map(str, argv)]
         monkeypatch.setattr(sys, "argv", words)
         try:

@@ -30,7 +30,7 @@ WHOLE_RUN = ("rng", "fixed_code", "start_seed")  # settings that no single line 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command's arguments, checked. `values` are the request's settings as given, those of --like under them."""
+    """A command's arguments, checked. `values` are the request's settings as given, over those of --like."""
 
     given: Mapping[str, Any]
     values: Mapping[str, Any]
@@ -56,8 +56,7 @@ class Arguments:
 
     @cached_property
     def files(self) -> ModelFiles:
-        """The chosen model's files; with --like and no choice of the user's those of the bundled one, if it is
-        that one's image."""
+        """The chosen model's files. Without a choice they are the bundled one's if the image of --like is."""
         config, ckpt, recorded = self.given.get("config"), self.given.get("ckpt"), self.like.get("model_hash")
         if recorded and config is None and ckpt is None:
             from ldm.weights.hashes import same_model
@@ -145,7 +144,7 @@ class Arguments:
         return self.variant(own)
 
     def warn_of_another_model(self, pipeline: Pipeline) -> None:
-        """A notice if the image of --like is by another model; once the file's hash is known, if that takes."""
+        """A notice if the image of --like is by another model, as soon as the file's hash is known."""
         recorded = str(self.like.get("model_hash") or "").lower()
         maker = self.like.get("checkpoint") or "another model"
 
@@ -173,16 +172,16 @@ def _naming(line: Line, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> Arguments:
-    """A command's arguments, all of them checked, with the settings of the image that --like names under them.
+    """A command's arguments, all of them checked, over the settings of the image that --like names.
 
     Prompt file and config are read here, so that a mistake in them need not wait for torch. InputError.
     """
     given = vars(parser.parse_args(argv))
     arguments = gather(parser, given)
-    with _naming_like(arguments.like):
+    with _naming_like(given):
         _check_run(arguments)
     factor = describe(arguments.config).factor or 8
-    with _naming_like(arguments.like):
+    with _naming_like(given):
         arguments.request.check_size(factor)
     if not is_follower():  # which get their requests from the leader
         arguments.lines  # noqa: B018
@@ -196,25 +195,25 @@ def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
             "--laion400m: its text encoder (BERT) is not available yet; use a Stable Diffusion v1 model"
         )
     with_init = parser.with_init
+    like: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    if given.get("like"):
+        like = read_image(given["like"], parser.owner)
+        try:
+            found = settings_like(like, given, with_init, parser.owner)
+        except InputError as error:
+            raise InputError(f"--like {given['like']}: {error}") from error
     needed = ("prompt", "outdir", *(("init_img",) if with_init else ()))
     for name in needed:
         if given.get(name, None if name == "init_img" else "") is None:
             raise InputError(f"--{name.replace('_', '-')} is missing, or has no value")
-    like: dict[str, Any] = {}
-    found: dict[str, Any] = {}
-    if given.get("like"):
-        like = read_image(given["like"])
-        try:
-            found = settings_like(like, given, with_init)
-        except InputError as error:
-            raise InputError(f"--like {given['like']}: {error}") from error
-    with _naming_like(like):
+    with _naming_like(given):
         defaults = dict(parser.command_defaults)
         strength = {"strength": defaults.pop("strength")} if with_init else {}
-        one = {"n_samples": 1, "n_iter": 1} if like else {}
+        one = {"n_samples": 1, "n_iter": 1} if given.get("like") else {}
         if "seed" in found:
             one["seed"] = found.pop("seed")
-        known = {*settings_of(ImageRequest), *FLAGS_OF_THE_ORIGINAL}
+        known = {*settings_of(parser.owner), *FLAGS_OF_THE_ORIGINAL}
         values = {name: value for name, value in {**strength, **found, **given}.items() if name in known}
         values.pop("seed", None)  # the run's
         return Arguments(
@@ -225,16 +224,17 @@ def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
             _options(RuntimeOptions, {**found, **given}),
             like,
             _checked(WEIGHTS, {**found, **given}.get("weights")),
+            parser.owner,
         )
 
 
 @contextmanager
-def _naming_like(like: Mapping[str, Any]) -> Iterator[None]:
+def _naming_like(given: Mapping[str, Any]) -> Iterator[None]:
     """With --like, errors say that what is wrong may have come from its image."""
     try:
         yield
     except InputError as error:
-        if not like:
+        if not given.get("like"):
             raise
         raise InputError(f"--like, or a flag that does not go with it: {in_flags(error)}") from error
 
@@ -272,7 +272,8 @@ def without_original_flags(values: Mapping[str, Any]) -> dict[str, Any]:
 
     found = {name: value for name, value in values.items() if name not in FLAGS_OF_THE_ORIGINAL}
     implied = "dpmpp_2m" if values.get("dpm_solver") else "plms" if values.get("plms") else None
-    named = catalogue.resolve(found["sampler"])[0] if found.get("sampler") else None
+    name = _checked(settings_of(ImageRequest)["sampler"], found.get("sampler"))
+    named = catalogue.resolve(name)[0] if name is not None else None
     if implied and named not in (None, implied):
         flag = "--dpm_solver" if values.get("dpm_solver") else "--plms"
         raise InputError(f"--sampler {found['sampler']} and {flag} name different samplers; give one of them")

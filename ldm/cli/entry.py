@@ -16,8 +16,8 @@ from ldm.runs.processes import is_follower
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
     """main's exit code: 2 with one line for the user's errors, 1 with one line for others.
 
-    `--debug` shows where an error comes from. A reader of stdout that ends early (`| head`) ends the command without a word. Processes of a run that
-    follow a leader leave the user's errors to it.
+    `--debug` shows where an error comes from. A reader of stdout that ends early (`| head`) ends the command
+    without a word. Processes of a run that follow a leader leave the user's errors to it.
     """
     arguments = sys.argv[1:] if argv is None else argv
     prog = Path(sys.argv[0]).name

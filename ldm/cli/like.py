@@ -27,7 +27,10 @@ RUNTIME = ("precision", "vae_tiling", "deepcache", "tome")  # of RuntimeOptions,
 
 
 def settings_like(
-    recorded: dict[str, Any], given: Collection[str], with_init: bool, owner: type = ImageRequest
+    recorded: dict[str, Any],
+    given: Collection[str],
+    with_init: bool,
+    owner: type[ImageRequest] = ImageRequest,
 ) -> dict[str, Any]:
     """Settings by name that make one image with what another one records.
 
@@ -52,9 +55,9 @@ def settings_like(
     return {name: value for name, value in found.items() if value is not None and value is not False}
 
 
-def read_image(path: str) -> dict[str, Any]:
+def read_image(path: str, owner: type[ImageRequest] = ImageRequest) -> dict[str, Any]:
     """The settings in an image file; InputError if it has none that can be used."""
     try:
-        return read_settings(path)
+        return read_settings(path, owner)
     except InputError as error:
         raise InputError(f"--like: {error}") from error

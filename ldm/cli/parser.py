@@ -44,10 +44,12 @@ def in_flags(error: InputError) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line.
 
-    `command_defaults` are the original's numbers for a command; `with_init`: it starts from an image.
+    `command_defaults` are the original's numbers for a command, `owner` is the class of its requests;
+    `with_init` says that it starts from an image.
     """
 
     command_defaults: dict[str, Any]
+    owner: type[ImageRequest] = ImageRequest
     with_init = False
 
     def error(self, message: str) -> None:

@@ -11,7 +11,7 @@ HEADING = """# Options
 
 Every option of `txt2img.py` and `img2img.py`; `compare.py` takes those of both. This page is made from the
 code by `python -m ldm.cli.tables > docs/options.md`, and a test holds it equal. A line of a JSON prompt file
-may have those of the groups *prompt*, *size*, *sampling* and *init image* under the same names, without dashes.
+may have those of the groups *prompt*, *size*, *sampling* and *init image*, without the dashes.
 """
 ORDER = ("prompt", "size", "sampling", "init image", "model", "output")
 

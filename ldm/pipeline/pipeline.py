@@ -27,6 +27,7 @@ from ldm.pipeline.batches import plan_batches, with_start_seeds
 from ldm.pipeline.conditioning import conditions
 from ldm.pipeline.device import choose_device, precision_on, weights_dtype
 from ldm.pipeline.infotext import image_texts
+from ldm.pipeline.memory import largest_batch
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import ImageRequest, image_seed
 from ldm.pipeline.safety import Safety, safety_for
@@ -49,6 +50,7 @@ SCALE, INIT_SCALE = 7.5, 5.0  # the original's, for text to image and image to i
 DEFAULT_SEED = 42
 KEPT_EMBEDDINGS = 2048  # 0.2 MB each for v1
 KEPT_INIT_IMAGES = 16
+LARGEST_BATCH = 64  # beyond 16 a GPU gains nothing, and what is lost to an interrupt only grows
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Pipeline:
         self.described = describe(config)
         self._check_expected({"C": self.described.channels, "f": self.described.factor})
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
-        self._init_images: OrderedDict[tuple, np.ndarray] = OrderedDict()
+        self._init_images: OrderedDict[tuple, tuple[Any, np.ndarray]] = OrderedDict()
         self._single_precision = False  # of the first stage, once it yielded NaN
         self._largest: dict[tuple, int] = {}  # batches that may fit, once one did not
 
@@ -256,11 +258,11 @@ class Pipeline:
                 source, request.height, request.width, request.resize, request.background, self.max_pixels
             )
             # under its own size, too, which a resolved request has
-            self._init_images[key] = pixels
-            self._init_images[(key[0], *pixels.shape[:2], *key[3:])] = pixels
+            self._init_images[key] = source, pixels  # an object that is kept shares its id with no other
+            self._init_images[(key[0], *pixels.shape[:2], *key[3:])] = source, pixels
             while len(self._init_images) > KEPT_INIT_IMAGES:
                 self._init_images.popitem(last=False)
-        return self._init_images[key]
+        return self._init_images[key][1]
 
     def embed(self, prompt: str) -> Tensor:
         """The embedding of a prompt, [1, n, d]; those used last are kept."""
@@ -286,6 +288,7 @@ class Pipeline:
         Requests that agree in what a batch must share are sampled together, `batch_size` at a time. `on_step`
         is called after every step with the number of images that took it.
         """
+        self._init_images.clear()  # files may have changed since the last call
         requests = [self.resolve(request) for request in requests]
         for line in dict.fromkeys(line for request in requests for line in request.in_vain()):
             notice(line)
@@ -293,7 +296,9 @@ class Pipeline:
             request if request.seed is not None else replace(request, seed=_default_seed(request, k))
             for k, request in enumerate(requests)
         ]
-        size = self.options.batch_size if isinstance(self.options.batch_size, int) else 1
+        size = self.options.batch_size or 1
+        if size == "auto":
+            size = self.fitting_batch(requests, len(requests))
         plan = plan_batches([request.batch_key() for request in seeded], size)
         batches = [with_start_seeds([seeded[k] for k in batch], DEFAULT_SEED) for batch in plan]
         finished: dict[int, GeneratedImage] = {}
@@ -303,6 +308,17 @@ class Pipeline:
             while following in finished:
                 yield finished.pop(following)
                 following += 1
+
+    def fitting_batch(self, requests: Sequence[ImageRequest], most: int) -> int:
+        """As many of these images at once as fit into memory, at most `most`, found by making some."""
+        largest = max(requests, key=lambda request: request.height * request.width)
+        probe = ImageRequest(height=largest.height, width=largest.width, scale=largest.scale, steps=1, seed=0)
+        probe = self.resolve(probe)
+        size = largest_batch(
+            lambda images: list(self.batches([[probe] * images])), self.model.device, min(LARGEST_BATCH, most)
+        )
+        notice(f"--batch_size auto: {size} images at once")
+        return size
 
     def batches(
         self, batches: Iterable[Sequence[ImageRequest]], on_step: Callable[[int], None] | None = None
@@ -354,7 +370,8 @@ class Pipeline:
         try:
             with torch.inference_mode(), self._autocast():
                 parts = _parts(batch, 1 if adaptive else len(batch))
-                latents = torch.cat([self.latents(part, stream, step) for part in parts])
+                noises = [self._noise(part, stream, place) for place, part in enumerate(parts)]
+                latents = torch.cat([self.latents(*pair, step) for pair in zip(parts, noises, strict=True)])
                 decoded = self._decode(latents)
                 pixels, finite = to_uint8(decoded), finite_images(decoded)
         except RuntimeError as error:
@@ -367,13 +384,12 @@ class Pipeline:
     def latents(
         self,
         batch: Sequence[ImageRequest],
-        stream: CompvisStream | None = None,
+        noise: ImageNoise | CompvisNoise,
         on_step: Callable[[int], None] = lambda images: None,
     ) -> Tensor:
-        """Sampled latents [b, c, h, w] of requests that have one `batch_key`."""
+        """Sampled latents [b, c, h, w] of requests that have one `batch_key`, from their noise."""
         first = batch[0]
         discretization, run = self.trajectory(first)
-        noise = self._noise(batch, stream)
         cond, uncond = conditions(self.model, batch, self.embed)
         scales = [request.scale for request in batch]
         denoiser = Denoiser(
@@ -427,10 +443,11 @@ class Pipeline:
         )
 
     def _noise(
-        self, batch: Sequence[ImageRequest], stream: CompvisStream | None
+        self, batch: Sequence[ImageRequest], stream: CompvisStream | None, place: int
     ) -> ImageNoise | CompvisNoise:
+        """The noise of a batch, or of a single image at its place in the batch that is sampled one by one."""
         if stream is not None:
-            return stream.batch(len(batch))
+            return stream.batch(len(batch), place)
         seeds = [
             ImageSeeds(
                 request.seed, request.start_seed, request.variation_seed, request.variation_strength or 0.0

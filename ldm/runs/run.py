@@ -23,8 +23,6 @@ from ldm.runs.worker import Interrupt, Job, ReportOptions, make_images
 from ldm.runs.writer import ImageWriter, Sheet
 from ldm.weights.hashes import quick_hash
 
-LARGEST_BATCH = 64  # beyond 16 a GPU gains nothing, and what is lost to an interrupt only grows
-
 
 def run(
     pipeline: Pipeline, requests: Iterable[ImageRequest], options: RunOptions, sheet: Sheet | None = None
@@ -48,13 +46,13 @@ def lead(
     """The run as the process sees it that has rank 0, or is alone: it checks, plans, and reports the end."""
     requests = [pipeline.resolve(request) for request in requests]
     check_team(pipeline, requests[0], options, team)
-    check_watermarks(requests)
+    check_watermarks(requests, sheet)
     # the output folder is tried, and a run to resume is found, before anything slow
     folder = OutputFolder(options.outdir, options.format, options.quality)
     seed, batch_size = choices(pipeline, options)
     if batch_size == "auto":
         use_device_of(team, pipeline)
-        batch_size = fitting_batch(pipeline, requests, len(requests) * options.n_iter)
+        batch_size = pipeline.fitting_batch(requests, len(requests) * options.n_iter)
     plan = plan_run(requests, seed, options.n_iter, options.n_samples, batch_size)
     facts = {"n_samples": options.n_samples} | ({"batch_size": batch_size} if batch_size else {})
     record = RunRecord(
@@ -161,22 +159,6 @@ def use_device_of(team: Team, pipeline: Pipeline) -> None:
         pipeline.use_device(team.device)
 
 
-def fitting_batch(pipeline: Pipeline, requests: Sequence[ImageRequest], most: int) -> int:
-    """As many images at once as fit into memory, by the largest ones, found by making some."""
-    from ldm.pipeline.memory import largest_batch
-
-    largest = max(requests, key=lambda request: request.height * request.width)
-    probe = ImageRequest(height=largest.height, width=largest.width, scale=largest.scale, steps=1, seed=0)
-    probe = pipeline.resolve(probe)
-    size = largest_batch(
-        lambda images: list(pipeline.batches([[probe] * images])),
-        pipeline.model.device,
-        min(LARGEST_BATCH, most),
-    )
-    notice(f"--batch_size auto: {size} images at once")
-    return size
-
-
 def check_team(pipeline: Pipeline, first: ImageRequest, options: RunOptions, team: Team) -> None:
     """InputError for what several processes cannot do."""
     if team.place.size == 1:
@@ -197,15 +179,16 @@ def check_team(pipeline: Pipeline, first: ImageRequest, options: RunOptions, tea
             raise InputError(f"--devices {team.place.devices}: this machine has {torch.cuda.device_count()}")
 
 
-def check_watermarks(requests: Sequence[ImageRequest]) -> None:
+def check_watermarks(requests: Sequence[ImageRequest], sheet: Sheet | None = None) -> None:
     """InputError if a watermark cannot be written that is to be; a notice where images are too small."""
     small = set()
     for height, width, message in {(one.height, one.width, one.watermark) for one in requests}:
         if message == "none":
             continue
-        if Watermarker.fits(height, width):
+        fits = Watermarker.fits(height, width)
+        if fits or sheet is not None:  # which is larger than its images
             Watermarker.of(message).check()
-        else:
+        if not fits:
             small.add((width, height))
     for width, height in sorted(small):
         notice(f"No watermark: it needs 256x256 pixels and these images have {width}x{height}")

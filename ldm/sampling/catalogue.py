@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from ldm.errors import InputError
+from ldm.errors import FieldError, InputError
 from ldm.sampling import facts, samplers
 from ldm.sampling.facts import SamplerFacts, ScheduleFacts
 
@@ -48,7 +48,9 @@ def resolve(name: str) -> tuple[str, str | None]:
             for prefix in ("", "k", "sample"):
                 if stem.startswith(prefix) and (sampler := _KNOWN.get(stem.removeprefix(prefix))):
                     return sampler, schedule
-    raise InputError(f"--sampler {name} is not known; {_nearest(plain, _KNOWN)} (--list_samplers shows all)")
+    near = _nearest(plain, _KNOWN)
+    text = "{sampler} {given} is not known; {near} (--list_samplers shows all)"
+    raise FieldError(text, given=name, near=near)
 
 
 def resolve_schedule(name: str) -> str:
@@ -58,7 +60,8 @@ def resolve_schedule(name: str) -> str:
     if found := known.get(_plain(name)):
         return found
     near, choices = _nearest(_plain(name), known), ", ".join(schedules())
-    raise InputError(f"--schedule {name} is not known; {near}; choose from {choices}")
+    text = "{schedule} {given} is not known; {near}; choose from {choices}"
+    raise FieldError(text, given=name, near=near, choices=choices)
 
 
 def uses_ends_only(sampler: str) -> bool:

@@ -35,9 +35,6 @@ class ModelFiles:
     notice: str | None = None  # a line for the user about the choice
 
 
-BUNDLED_FILES = ModelFiles(ROOT / BUNDLED_CONFIG, ROOT / BUNDLED_WEIGHTS)
-
-
 def find(path: str) -> Path:
     """A path of this repository, from whatever folder a script is run; the working folder comes first."""
     return Path(path) if exists(Path(path)) else ROOT / path

@@ -79,3 +79,33 @@ def test_the_diffusers_twin_computes_the_same(tiny):
     readings = benchmark.time_unets(tiny, tiny.with_suffix(".safetensors"), 8, theirs, repeats=1)
     assert readings["largest output"] > 0.1
     assert readings["difference"] < 1e-5 * readings["largest output"]
+
+
+def test_what_a_resumed_run_lacks_is_found():
+    """The measured function itself asserts that half of the images are missing."""
+    assert benchmark.resume_seconds(20) > 0
+
+
+def test_json_lines_with_options_are_planned():
+    """The measured function itself asserts that every line has its image."""
+    assert benchmark.planning_seconds(20) > 0
+
+
+@pytest.mark.slow
+def test_approximations_are_compared_with_the_exact_images(monkeypatch):
+    monkeypatch.setattr(benchmark, "APPROXIMATIONS", ("--deepcache 2", "--guidance_end 0.6"))
+    found = benchmark.approximations(steps=4, images=2)
+    assert list(found) == ["", "--deepcache 2", "--guidance_end 0.6"]
+    assert all(len(times) == 3 and len(psnr) == 2 for times, psnr in found.values())
+    exact = found.pop("")[1]
+    assert min(exact) > 100  # the same command twice
+    assert all(5 < value < 80 for _, psnr in found.values() for value in psnr)
+
+
+@pytest.mark.slow
+def test_bookkeeping_is_a_part_of_a_run(monkeypatch):
+    from ldm.runs import worker
+
+    monkeypatch.setattr(worker, "save", worker.save)  # which the measurement replaces
+    spent, whole = benchmark.bookkeeping_share(4)
+    assert 0 < spent < whole

@@ -1,8 +1,10 @@
-"""--like: a picture's settings as the command's, under the flags that are given."""
+"""--like: an image's settings as the command's, under the flags that are given."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,9 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.cli import parser as cli
-from ldm.cli.like import FLAGS, arguments_like
+from ldm.cli import arguments
+from ldm.cli.like import RUNTIME, settings_like
+from ldm.cli.parser import txt2img_parser
 from ldm.errors import InputError
+from ldm.fields import changed, settings_of
+from ldm.pipeline.options import RuntimeOptions
+from ldm.pipeline.request import ImageRequest
+from ldm.runs.options import RunOptions
+from ldm.weights.hashes import file_hash, quick_hash
 
 Command = Callable[..., Result]
 
@@ -43,7 +51,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("argv", SETTINGS)
-def test_a_picture_is_made_again(txt2img: Command, argv: str) -> None:
+def test_an_image_is_made_again(txt2img: Command, argv: str) -> None:
     """At batch size 1 pixel for pixel, from its file alone; out of a larger batch to a level."""
     argv = ["--prompt", 'a cat: 50 %, "o"', *argv.split()]
     alone = txt2img(*argv, "--n_samples", 1, "--n_iter", 3, folder="alone")
@@ -99,16 +107,23 @@ def test_other_flags_override(txt2img: Command) -> None:
     first = txt2img("--sampler", "euler_ancestral", "--eta", 0.5, "--schedule", "karras", "--steps", 3)
     again = txt2img("--like", first.paths[1], "--plms", "--scale", 2, "--n_samples", 2, folder="b")
     assert again.code == 0
-    told = again.settings[1]
-    assert (told["sampler"], told["scale"], told["steps"], told["seed"]) == ("plms", 2.0, 3, 44)
-    assert not {"schedule", "eta"} & told.keys()
+    made = again.settings[1]
+    assert (made["sampler"], made["scale"], made["steps"], made["seed"]) == ("plms", 2.0, 3, 44)
+    assert not {"schedule", "eta"} & made.keys()
     again = txt2img("--like", first.paths[1], "--steps", 5, "--prompt", "a dog", "--seed", 1, folder="c")
-    told = again.settings[0]
-    assert (told["sampler"], told["eta"], told["schedule"]) == ("euler_ancestral", 0.5, "karras")
-    assert (told["steps"], told["prompt"], told["seed"]) == (5, "a dog", 1)
+    made = again.settings[0]
+    assert (made["sampler"], made["eta"], made["schedule"]) == ("euler_ancestral", 0.5, "karras")
+    assert (made["steps"], made["prompt"], made["seed"]) == (5, "a dog", 1)
     lists = txt2img("--timesteps", "900,400", folder="d")
-    told = txt2img("--like", lists.paths[0], "--steps", 4, folder="e").settings[0]
-    assert (told["steps"], "timesteps" in told) == (4, False)
+    made = txt2img("--like", lists.paths[0], "--steps", 4, folder="e").settings[0]
+    assert (made["steps"], "timesteps" in made) == (4, False)
+
+
+@pytest.mark.parametrize("option", ["timesteps", "sigmas"])
+def test_a_list_overrides_the_number_of_steps(option: str) -> None:
+    """The image's steps were refused beside a list of the user's, unless they were 50."""
+    found = settings_like({"prompt": "a cat", "steps": 20, "schedule": "karras"}, {option}, with_init=False)
+    assert found == {"prompt": "a cat"}
 
 
 def test_from_the_text_of_other_tools(txt2img: Command, tmp_path: Path) -> None:
@@ -122,12 +137,28 @@ def test_from_the_text_of_other_tools(txt2img: Command, tmp_path: Path) -> None:
     result = txt2img("--like", tmp_path / "a.png")
     assert result.code == 0
     assert (
-        "--like: that picture is by v1-5 (0123456789), this is tiny.safetensors: it will differ" in result.err
+        "--like: that image is by v1-5 (0123456789), this is tiny.safetensors: it will differ" in result.err
     )
-    told = result.settings[0]
-    assert (told["prompt"], told["negative_prompt"], told["steps"], told["scale"]) == ("a cat", "a dog", 3, 4)
-    assert (told["sampler"], told["schedule"], told["seed"]) == ("euler_ancestral", "karras", 5)
-    assert (told["width"], told["height"]) == (16, 24)
+    made = result.settings[0]
+    assert (made["prompt"], made["negative_prompt"], made["steps"], made["scale"]) == ("a cat", "a dog", 3, 4)
+    assert (made["sampler"], made["schedule"], made["seed"]) == ("euler_ancestral", "karras", 5)
+    assert (made["width"], made["height"]) == (16, 24)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["ten digits", "eight digits"])
+def test_hashes_of_both_kinds(
+    txt2img: Command, model: tuple[Path, Path], tmp_path: Path, whole: bool
+) -> None:
+    """An image with the ten digits of the same file was taken for another model's."""
+    recorded = {"prompt": "a cat", "steps": 1, "seed": 3, "checkpoint": "other.ckpt"}
+    digits = (file_hash if whole else quick_hash)(model[1])
+    same = image_file(tmp_path / "same.png", recorded | {"model_hash": digits.upper()})
+    result = txt2img("--like", same, folder="same")
+    assert (result.code, result.err) == (0, [])
+    other = digits[::-1]
+    result = txt2img("--like", image_file(tmp_path / "other.png", recorded | {"model_hash": other}))
+    differs = f"--like: that image is by other.ckpt ({other}), this is {model[1].name}: it will differ"
+    assert (result.code, result.err) == (0, [differs])
 
 
 def test_the_bundled_model_is_found_by_its_hash(command: Command) -> None:
@@ -137,21 +168,22 @@ def test_the_bundled_model_is_found_by_its_hash(command: Command) -> None:
     assert not any("will differ" in line for line in again.err)
 
 
-def picture(path: Path, told: object) -> Path:
-    """A picture that claims these settings."""
+def image_file(path: Path, recorded: object) -> Path:
+    """An image that claims these settings."""
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    chunks.add_text("stable-diffusion", json.dumps(told))
+    chunks.add_text("stable-diffusion", json.dumps(recorded))
     Image.new("RGB", (16, 16)).save(path, pnginfo=chunks)
     return path
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("recorded", "words"),
     [
         ({"prompt": "a", "steps": 0}, "--like, or a flag that does not go with it: argument --ddim_steps"),
         ({"prompt": "a", "seed": {"a": 1}}, "is not a whole number in range"),
+        ({"prompt": "a", "weights": "best"}, "argument --weights: invalid choice: 'best'"),
         ({"prompt": "a", "height": 17}, "--H 17 is not a multiple of 8"),
         ({"prompt": "a", "sampler": "../../x"}, "--sampler ../../x is not known"),
         (
@@ -160,15 +192,15 @@ def picture(path: Path, told: object) -> Path:
         ),
     ],
 )
-def test_unusable_settings_are_refused(txt2img: Command, tmp_path: Path, told, words: str) -> None:
-    refused(txt2img("--like", picture(tmp_path / "a.png", told)), "--like", words)
+def test_unusable_settings_are_refused(txt2img: Command, tmp_path: Path, recorded, words: str) -> None:
+    refused(txt2img("--like", image_file(tmp_path / "a.png", recorded)), "--like", words)
 
 
-def test_pictures_without_settings_are_refused(txt2img: Command, tmp_path: Path) -> None:
+def test_images_without_settings_are_refused(txt2img: Command, tmp_path: Path) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     refused(txt2img("--like", tmp_path / "a.png"), "--like:", "carries no settings")
     refused(txt2img("--like", tmp_path / "no.png"), "--like:", "No such file")
-    (tmp_path / "b.png").write_bytes(b"no picture")
+    (tmp_path / "b.png").write_bytes(b"no image")
     refused(txt2img("--like", tmp_path / "b.png"), "--like:", "b.png")
 
 
@@ -188,20 +220,26 @@ values = st.recursive(
 )
 
 
+NEVER_RECORDED = [*settings_of(RunOptions), "ckpt", "config", "allow_target", "from_file", "devices", "debug"]
+NAMES = [*settings_of(ImageRequest), *settings_of(RuntimeOptions), *NEVER_RECORDED]
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    st.dictionaries(st.sampled_from([*FLAGS, "image", "n_samples", "init_img", "outdir"]), values, max_size=8)
-)
-def test_whatever_a_picture_tells(told: dict) -> None:
-    """Any settings make a namespace or an InputError, and reach no option that pictures never tell."""
-    parser = cli.txt2img_parser()
-    known = vars(parser.parse_args([]))
-    try:
-        words = arguments_like(told, set(), known)
-        args = parser.parse_args(words)
-        changed = {name for name, value in vars(args).items() if value != known[name]}
-        cli.check_arguments(args)
-    except InputError:
-        return
-    assert changed <= {*FLAGS.values(), "n_samples", "n_iter"}
-    assert all(isinstance(getattr(args, name), str) for name in ("prompt", "negative_prompt", "watermark"))
+@given(st.dictionaries(st.sampled_from([*NAMES, "weights", "image", "model_hash"]), values, max_size=8))
+def test_whatever_an_image_records(recorded: dict) -> None:
+    """Any settings make a request or an InputError, and reach no option that images never record."""
+    plain, chosen = arguments.gather(txt2img_parser(), {}), {"like": "a.png"}
+    with patch.object(arguments, "read_image", return_value=recorded):
+        try:
+            found = arguments.gather(txt2img_parser(), chosen)
+            request = found.request
+        except InputError:
+            return
+    assert dict(found.given) == chosen
+    assert replace(found.run, seed=42) == replace(plain.run, n_samples=1, n_iter=1)
+    assert changed(found.runtime).keys() <= {*RUNTIME}
+    assert found.weights in (None, "raw", "ema")
+    assert request.init_img is None
+    assert all(
+        isinstance(value, str) for value in (request.prompt, request.negative_prompt, request.watermark)
+    )

@@ -1,20 +1,18 @@
+"""Prompt files: plain lines and JSON lines."""
+
 import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_lines import json_lines
 
-from ldm.cli.parser import IMAGE_OPTIONS, img2img_parser, txt2img_parser
-from ldm.cli.prompts import Line, read_prompts
+from ldm.cli.prompts import read_prompts
 from ldm.errors import InputError
-from ldm.runs.render import line_arguments
-from ldm.sampling.batches import Batch, plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,14 +85,6 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         read_prompts(str(tmp_path))
 
 
-def test_the_last_batch_may_be_smaller():
-    """The original paired it with a full batch of empty prompts and crashed, losing the grid."""
-    batches = plan(["a", "b", "c"], n_iter=2, n_samples=2)
-    parts = [(("a", "b"), (0, 1)), (("c",), (2,)), (("a", "b"), (3, 4)), (("c",), (5,))]
-    assert batches == [Batch(*part) for part in parts]
-    assert list(map(len, plan(["a"], n_iter=1, n_samples=3))) == [1]
-
-
 def test_json_lines(tmp_path):
     (tmp_path / "p.txt").write_text(
         '{"prompt": "a cat", "seed": 7, "sampler": "Euler a"}\n\n{"prompt": "{}"}\n'
@@ -103,6 +93,16 @@ def test_json_lines(tmp_path):
     assert (first.prompt, dict(first.options)) == ("a cat", {"seed": 7, "sampler": "Euler a"})
     assert (second.prompt, second.options) == ("{}", ())
     assert second.place.endswith("p.txt, line 3")
+
+
+def test_switches_and_lists(tmp_path):
+    """A switch could not be given at all, and a list only as text."""
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a", "zero_snr": true, "timesteps": [900, 400.5]}\n{"prompt": "b", "sigmas": [3, 0]}\n'
+    )
+    first, second = read_prompts(str(tmp_path / "p.jsonl"))
+    assert dict(first.options) == {"zero_snr": True, "timesteps": (900, 400.5)}
+    assert dict(second.options) == {"sigmas": (3, 0)}
 
 
 def test_json_text_with_unicode_line_ends(tmp_path):
@@ -133,6 +133,11 @@ def test_prompts_that_begin_with_a_brace_are_prompts(tmp_path):
         ('{"prompt": "a", "seed": null}', "the seed null is no number or text"),
         ('{"prompt": "a", "seed": true}', "the seed true is no number"),
         ('{"prompt": "a", "steps": [1]}', "the steps [1] is no number"),
+        ('{"prompt": "a", "timesteps": [1, true]}', "the timesteps [1, true] is no number"),
+        ('{"prompt": "a", "sigmas": [[1]]}', "the sigmas [[1]] is no number"),
+        ('{"prompt": "a", "timesteps": true}', "the timesteps true is no number"),
+        ('{"prompt": "a", "zero_snr": [true]}', "the zero_snr [true] is no number"),
+        ('{"prompt": "a", "zero_snr": null}', "the zero_snr null is no number"),
         ("[" * 100_000, "no JSON object"),
         ('{"prompt": "a", "a\\nb": []}', "the a\\nb [] is no number"),
         ('{"prompt": "a", "seed": [' + "1, " * 9999 + "1]}", "1, 1, 1 is no number or text"),
@@ -146,43 +151,19 @@ def test_bad_json_lines_are_named(tmp_path, line, words):
     assert "p.jsonl, line 3" in str(error.value)
 
 
-def test_prompts_of_one_kind_are_batched_together():
-    batches = plan(["a", "b", "c", "d"], 2, 2, kinds=[0, 1, 0, 0], seeds=[None, 5, None, None])
-    assert [(batch.prompts, batch.numbers, batch.seeds, batch.kind) for batch in batches] == [
-        (("a", "c"), (0, 2), None, 0),
-        (("d",), (3,), None, 0),
-        (("b",), (1,), (5,), 1),
-        (("a", "c"), (4, 6), None, 0),
-        (("d",), (7,), None, 0),
-        (("b",), (5,), (6,), 1),
-    ]
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
     max_leaves=5,
 )
-
-
-def json_lines(options: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[bytes]:
-    line = st.builds(
-        lambda start, rest, escape: json.dumps({**start, **rest}, ensure_ascii=escape),
-        st.sampled_from([{"prompt": "a cat"}, {"prompt": "a cat\u2028\0\ud800"}, {}]),
-        options,
-        st.booleans(),
-    )
-    text = st.lists(line | st.sampled_from(["", " ", "\ufeff", "a cat"]), min_size=1, max_size=3).map(
-        "\n".join
-    )
-    return text.map(lambda text: text.encode("utf-8", "surrogatepass"))
+FUZZED = st.sampled_from(["prompt", "seed", "zero_snr", "timesteps", "a\nb"])
 
 
 @settings(max_examples=400, deadline=None)
 @given(
     data=st.binary(max_size=200)
     | st.text(max_size=200).map(str.encode)
-    | json_lines(st.dictionaries(st.sampled_from(["prompt", "seed", "a\nb"]) | st.text(), JSON, max_size=3)),
+    | json_lines(st.dictionaries(FUZZED | st.text(), JSON, max_size=3)),
     name=st.sampled_from(["p.jsonl", "p.txt"]),
 )
 def test_any_file_is_prompts_or_one_error(tmp_path_factory, data, name):
@@ -200,160 +181,4 @@ def test_any_file_is_prompts_or_one_error(tmp_path_factory, data, name):
     for line in lines:
         assert isinstance(line.prompt, str)
         assert hash(line.options) is not None
-        assert all(type(value) in (str, int, float) for _, value in line.options)
-
-
-COMMANDS = {
-    "txt2img": txt2img_parser().parse(["--outdir", "o", "--seed", "5"]),
-    "img2img": img2img_parser().parse(["--init-img", "i.png", "--strength", "0.5"]),
-    "many options": txt2img_parser().parse(
-        [
-            "--sampler",
-            "heun",
-            "--s_churn",
-            "1",
-            "--schedule",
-            "karras",
-            "--rho",
-            "5",
-            "--H",
-            "64",
-            "--steps",
-            "9",
-        ]
-    ),
-    "one stream": txt2img_parser().parse(["--rng", "compvis"]),
-}
-OPTIONS = (*IMAGE_OPTIONS, "H", "W")
-SET_BY_CHECKS = {
-    "variant",
-    "options",
-    "sampler",
-    "schedule",
-    "implied_schedule",
-    "timesteps",
-    "sigmas",
-    "ddim_steps",
-}
-NAMES = st.sampled_from(OPTIONS) | st.sampled_from(
-    [
-        *(
-            "seed=1 --outdir",
-            "seed --outdir",
-            "seed=1\n--outdir",
-            "--outdir",
-            "-outdir",
-            "outdir",
-            "o",
-            "see",
-            " seed",
-        ),
-        *(
-            "help",
-            "list_samplers",
-            "from-file",
-            "from_file",
-            "prompt",
-            "debug",
-            "variant",
-            "negative-prompt",
-            "",
-        ),
-        *("steps=3", "H=", "fixed_code", "init_img", "strength", "allow_target", "rng", "ckpt", "filename"),
-    ]
-)
-VALUES = (
-    st.integers()
-    | st.integers(0, 100)
-    | st.floats()
-    | st.floats(0, 1)
-    | st.text(st.characters())
-    | st.sampled_from(
-        [
-            *(
-                "-1",
-                " -1",
-                "-1.0",
-                "--outdir=x",
-                "1 --outdir x",
-                "1\n--outdir=x",
-                "--help",
-                "-h",
-                "--",
-                "-",
-                "",
-                " ",
-            ),
-            *(
-                "nan",
-                "NaN",
-                "inf",
-                "1e999",
-                "1e3",
-                "9" * 4000,
-                10**4000,
-                2**63,
-                1e400,
-                -0.0,
-                "٣",
-                "1_0",
-                "%s",
-                "%(x)s",
-            ),
-            *(
-                "Euler a",
-                "DPM++ 2M Karras",
-                "plms",
-                "ddim",
-                "karras",
-                "999,500,1",
-                "14,3,1,0",
-                "0.5",
-                "64",
-                "@file",
-            ),
-            *(True, None, [], [["--outdir"]], {"outdir": "x"}),
-        ]
-    )
-)
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    command=st.sampled_from(list(COMMANDS)),
-    data=json_lines(st.dictionaries(NAMES | st.text(max_size=9), VALUES, max_size=3)),
-)
-def test_any_options_of_a_line_are_used_or_one_error(tmp_path_factory, command, data):
-    """None is taken for another one, and nothing ends the program."""
-    path, args = tmp_path_factory.mktemp("fuzz") / "p.jsonl", COMMANDS[command]
-    path.write_bytes(data)
-    with suppress(InputError):
-        for line in read_prompts(str(path)):
-            own = line_arguments(args, line)
-            names = {"ddim_steps" if name == "steps" else name for name, _ in line.options}
-            assert names <= vars(args).keys()
-            assert vars(own).keys() == vars(args).keys()
-            changed = {name for name, value in vars(own).items() if value != getattr(args, name)}
-            assert changed <= names | SET_BY_CHECKS
-            for name in names - SET_BY_CHECKS:
-                assert isinstance(getattr(own, name), str | int | float)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("negative_prompt", "--"),  # argparse made it [], a TypeError later
-        ("rho", "--"),
-        ("schedule", "--"),
-        ("H", 8 * 10**400),  # an OverflowError, from math.isfinite
-        ("W", 8 * 10**9),
-        ("s_churn", 10**400),
-        ("seed", -1),
-        ("seed", " -1"),  # passed, as text: no generator takes it
-    ],
-    ids=lambda part: str(part)[:12],
-)
-def test_values_that_slipped_through(name, value):
-    """argparse made an empty list of --, and only some checks told very large numbers or seeds in text."""
-    with pytest.raises(InputError, match=r"--from-file p\.jsonl, line 1: "):
-        line_arguments(COMMANDS["txt2img"], Line("a cat", ((name, value),), "p.jsonl, line 1"))
+        assert all(type(value) in (str, int, float, bool, tuple) for _, value in line.options)

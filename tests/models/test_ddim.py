@@ -563,9 +563,7 @@ def test_plms_steps_one_by_one() -> None:
 
 def test_a_half_precision_model_samples_in_float32() -> None:
     model = tiny_model().to(torch.bfloat16)
-    for name in ("betas", "alphas_cumprod"):
-        assert getattr(model, name).dtype == torch.bfloat16
-    model.register_schedule()
+    model.register_schedule()  # the schedule stays in float32, as a loaded model's
     latents, _ = DDIMSampler(model).sample(2, 2, SHAPE[1:], **inputs(), **MASK)
     assert latents.dtype == torch.float32
     assert latents.isfinite().all()

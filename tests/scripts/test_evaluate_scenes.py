@@ -52,7 +52,7 @@ def test_evaluation(script, arguments, tmp_path, capsys):
     assert list(first["seen"]) == rows
     assert [list(scores) for scores in first["scores"].values()] == [rows, rows]
     assert len(first["prompts"]) == 6
-    assert all(len(told) == 6 for told in first["seen"].values())
+    assert all(len(scenes) == 6 for scenes in first["seen"].values())
     assert [first[key] for key in ("scores", "prompts", "seen")] == [
         second[key] for key in ("scores", "prompts", "seen")
     ]
@@ -61,7 +61,7 @@ def test_evaluation(script, arguments, tmp_path, capsys):
         assert Image.open(outdirs[0] / name).size == (6 * 70 + 2, 72)
 
 
-def test_a_picture_that_is_not_a_number_is_wrong(script, arguments, tmp_path):
+def test_an_image_that_is_not_a_number_is_wrong(script, arguments, tmp_path):
     state = tiny.state_dict()
     state["model.diffusion_model.out.2.bias"].fill_(torch.nan)
     save_file(state, tmp_path / "nan.safetensors")
@@ -98,6 +98,27 @@ def test_an_output_folder_that_cannot_be(script, arguments, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert entry.run(script.main, [*arguments, "--outdir", str(tmp_path / "file")]) == 2
     assert f"--outdir {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written(script, arguments, tmp_path, capsys):
+    """An OSError of the user's folder is the user's to mend, not an internal error: one line, exit code 2."""
+    (tmp_path / "scores.json").mkdir()
+    assert entry.run(script.main, [*arguments, "--prompts", "1", "--outdir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--outdir {tmp_path}: Is a directory" in error
+
+
+def test_the_schedule_that_a_sampler_implies_is_used(script, arguments, tmp_path):
+    """It was dropped without a word: "DPM++ 2M Karras" sampled on the schedule of "DPM++ 2M"."""
+    grids = []
+    for sampler, schedule in (("DPM++ 2M Karras", "karras"), ("DPM++ 2M", None)):
+        outdir = tmp_path / str(schedule)
+        flags = ["--sampler", sampler, "--scales", "2", "--prompts", "1", "--outdir", str(outdir)]
+        assert script.main([*arguments, *flags]) == 0
+        settings = json.loads((outdir / "scores.json").read_text())["settings"]
+        assert (settings["sampler"], settings["schedule"]) == ("dpmpp_2m", schedule)
+        grids.append((outdir / "scale-2.png").read_bytes())
+    assert grids[0] != grids[1]
 
 
 def test_nothing_heavy_is_imported_before_the_arguments_are_read():

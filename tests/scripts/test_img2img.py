@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from commands import SCRIPTS, Result, refused
+from commands import SCRIPTS, Result, effective, refused
 from golden_files import case, golden_file
 from PIL import Image
 
-from ldm.cli import parser as cli
-from ldm.pipeline.infotext import read_metadata
+from ldm.cli.arguments import parse
+from ldm.cli.parser import img2img_parser
 from ldm.images.pixels import to_float, to_uint8
+from ldm.pipeline.infotext import read_metadata
+from ldm.pipeline.request import ImageRequest
 from ldm.sampling import catalogue
 from ldm.sampling.noise import ImageNoise, ImageSeeds
 from ldm.scenes.captions import caption
@@ -56,7 +58,7 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def init(tmp_path: Path) -> Path:
-    """A picture of 16x24 pixels."""
+    """An image of 16x24 pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "init.png")
     return tmp_path / "init.png"
@@ -79,7 +81,7 @@ def txt2img(command: Command, model: tuple[Path, Path]) -> Command:
 
 
 @pytest.mark.slow
-def test_pictures_are_the_originals(command: Command, mini_v1: Path) -> None:
+def test_images_are_the_originals(command: Command, mini_v1: Path) -> None:
     tensors, facts = case("img2img_075")
     argv = json.loads(facts["args"])
     argv = [golden_file(arg) if arg.startswith("cases/") else arg for arg in argv]
@@ -92,10 +94,12 @@ def test_pictures_are_the_originals(command: Command, mini_v1: Path) -> None:
         assert np.abs(image - tensors[f"image_{k}"].numpy()).max() <= 1
 
 
-def test_every_flag_of_the_original_has_its_default() -> None:
-    args = vars(cli.img2img_parser().parse_args([]))
-    found = {flag: args[flag.removeprefix("--").replace("-", "_")] for flag in ORIGINAL_FLAGS}
-    assert found == ORIGINAL_FLAGS
+def test_every_flag_of_the_original_has_its_default(model: tuple[Path, Path]) -> None:
+    argv = ["--config", str(model[0]), "--ckpt", str(model[1]), "--init-img", "init.png"]
+    arguments = parse(img2img_parser(), argv)
+    found = {flag: effective(arguments, flag) for flag in ORIGINAL_FLAGS}
+    given = {"--config": str(model[0]), "--ckpt": str(model[1]), "--init-img": "init.png"}
+    assert found == ORIGINAL_FLAGS | given
 
 
 def test_every_flag_of_the_original_is_taken(img2img: Command, tmp_path: Path) -> None:
@@ -131,10 +135,10 @@ def round_trip(model: tuple[Path, Path], init: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(("strength", "steps"), [(0, 4), (0.01, 50)])
 def test_strength_0_is_the_autoencoders_round_trip(img2img, model, init, strength, steps) -> None:
-    """The original returned a noised picture."""
+    """The original returned a noised image."""
     result = img2img("--strength", strength, "--ddim_steps", steps)
     assert result.code == 0
-    assert result.err == [f"img2img runs 0 of {steps} steps: the pictures are the autoencoder's round trip"]
+    assert result.err == [f"img2img runs 0 of {steps} steps: the images are the autoencoder's round trip"]
     assert np.abs(result.images[0] - round_trip(model, init)).max() <= 1
 
 
@@ -229,14 +233,14 @@ def test_guidance_ends_leave_out_the_unconditional_half(txt2img, monkeypatch) ->
     assert rows == [1, 1, 2, 2, 2, 1, 1, 1, 1, 1]
 
 
-def test_cfg_rescale_changes_the_picture(txt2img) -> None:
+def test_cfg_rescale_changes_the_image(txt2img) -> None:
     plain = txt2img(folder="plain").images
     assert np.array_equal(txt2img("--cfg_rescale", 0, folder="zero").images, plain)
     assert not np.array_equal(txt2img("--cfg_rescale", 0.7).images, plain)
 
 
 def test_own_timesteps_and_sigmas(txt2img) -> None:
-    """The default grid, given as a list, makes the default picture."""
+    """The default grid, given as a list, makes the default image."""
     plain = txt2img(folder="plain").images
     assert np.array_equal(txt2img("--timesteps", "751,501,251,1", folder="t").images, plain)
     sigmas = txt2img("--sampler", "euler", "--schedule", "karras", folder="karras")
@@ -267,8 +271,8 @@ def test_the_watermark_is_on_by_default(img2img) -> None:
     """The original's img2img had none."""
     argv = ["--H", 256, "--W", 256, "--strength", 0.25]
     plain = img2img(*argv, folder="plain")
-    marked = img2img(*argv, "--watermark", cli.WATERMARK)
-    assert cli.img2img_parser().parse_args([]).watermark == cli.WATERMARK
+    marked = img2img(*argv, "--watermark", "StableDiffusionV1")
+    assert ImageRequest().watermark == "StableDiffusionV1"
     assert 0 < np.abs(marked.images[0] - plain.images[0]).mean() < 8
 
 
@@ -319,7 +323,7 @@ def test_bad_arguments(img2img, argv, words) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"<html>not a picture</html>", b"\x89PNG\r\n\x1a\n" + bytes(40)],
+    [b"", b"<html>not an image</html>", b"\x89PNG\r\n\x1a\n" + bytes(40)],
     ids=["empty", "html", "broken"],
 )
 def test_broken_init_images(img2img, tmp_path, data) -> None:
@@ -335,7 +339,7 @@ def test_what_does_not_fit_the_model(img2img, flag) -> None:
 
 # --- the bundled model
 
-TOLD = Scene(Solid("cone", "yellow"), "on top of", Solid("cube", "green"), "grey")
+PROMPTED = Scene(Solid("cone", "yellow"), "on top of", Solid("cube", "green"), "grey")
 SHOWN = Scene(Solid("cube", "red"), "left of", Solid("sphere", "blue"), "grey")
 
 
@@ -343,10 +347,19 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
 
 
-def test_the_bundled_model_keeps_the_picture_or_follows_the_prompt(command, tmp_path) -> None:
+def test_the_bundled_model_keeps_the_image_or_follows_the_prompt(command, tmp_path) -> None:
     """At strength 0.3 the layout stays; at 0.9 the prompt wins."""
     Image.fromarray(render(SHOWN, np.random.default_rng(3))).save(tmp_path / "scene.png")
-    argv = ["--init-img", tmp_path / "scene.png", "--prompt", caption(TOLD), "--n_samples", 1, "--scale", 3]
+    argv = [
+        "--init-img",
+        tmp_path / "scene.png",
+        "--prompt",
+        caption(PROMPTED),
+        "--n_samples",
+        1,
+        "--scale",
+        3,
+    ]
     trip, weak, strong = (
         command("img2img", *argv, "--strength", strength, folder=str(strength)).images[0].astype(np.uint8)
         for strength in (0, 0.3, 0.9)
@@ -356,21 +369,21 @@ def test_the_bundled_model_keeps_the_picture_or_follows_the_prompt(command, tmp_
     seen_trip, seen_weak, seen_strong = detector.read([trip, weak, strong])
     assert check(SHOWN, seen_trip)["all"]
     assert seen_weak.relation == SHOWN.relation
-    assert check(TOLD, seen_strong)["all"]
+    assert check(PROMPTED, seen_strong)["all"]
 
 
 def test_the_bundled_model_keeps_what_the_prompt_says(command, tmp_path) -> None:
     Image.fromarray(render(SHOWN, np.random.default_rng(3))).save(tmp_path / "scene.png")
     argv = ["--init-img", tmp_path / "scene.png", "--prompt", caption(SHOWN), "--n_samples", 4, "--scale", 3]
-    (trip, *_), pictures = (
+    (trip, *_), images = (
         command("img2img", *argv, "--strength", strength, folder=str(strength)).images
         for strength in (0, 0.3)
     )
-    assert min(psnr(picture, trip) for picture in pictures) > 20
+    assert min(psnr(image, trip) for image in images) > 20
 
 
 def test_as_a_process_on_the_bundled_model(tmp_path: Path) -> None:
-    """In an empty folder, and on a picture larger than what the model was made for."""
+    """In an empty folder, and on an image larger than what the model was made for."""
     scene = render(SHOWN, np.random.default_rng(3), 128)
     Image.fromarray(scene).save(tmp_path / "scene.png")
     argv = ["--init-img", "scene.png", "--ddim_steps", "5", "--n_samples", "1", "--prompt", "a red cube"]

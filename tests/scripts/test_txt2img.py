@@ -1,5 +1,6 @@
 """`scripts/txt2img.py` from its arguments to its files, on a miniature of Stable Diffusion v1."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,17 +13,21 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from commands import Result, lines, pixels, refused
+from commands import Result, effective, lines, pixels, refused
 from golden_files import case, golden_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldm.cli import parser as cli
+from ldm.cli.arguments import parse
+from ldm.cli.parser import txt2img_parser
 from ldm.errors import InputError
-from ldm.pipeline.infotext import read_metadata
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders import modules as encoders
+from ldm.pipeline import pipeline
+from ldm.pipeline.infotext import read_metadata
+from ldm.pipeline.pipeline import SCALE
+from ldm.pipeline.request import ImageRequest
 from ldm.weights import loading
 
 ROOT = Path(__file__).parents[2]
@@ -79,12 +84,12 @@ def process(*argv: object, cwd: Path, **env: str) -> subprocess.Popen:
     )
 
 
-# --- the original's pictures
+# --- the original's images
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plms", "ddim_eta", "fromfile", "noguidance_fixed"])
-def test_pictures_are_the_originals(txt2img, mini_v1, name):
+def test_images_are_the_originals(txt2img, mini_v1, name):
     tensors, facts = case(f"txt2img_{name}")
     argv = json.loads(facts["args"])
     argv = [golden_file(arg) if arg.startswith("cases/") else arg for arg in argv]
@@ -103,12 +108,13 @@ def test_pictures_are_the_originals(txt2img, mini_v1, name):
 
 
 def test_every_flag_of_the_original_has_its_default():
-    args = vars(cli.txt2img_parser().parse_args([]))
-    found = {flag: args[flag.removeprefix("--").replace("-", "_")] for flag in ORIGINAL_FLAGS}
-    assert found == ORIGINAL_FLAGS
+    """None in the request is what the model was made for: for v1 512 pixels, and a scale of 7.5."""
     v1 = ROOT / loading.V1_CONFIG
+    arguments = parse(txt2img_parser(), ["--config", str(v1)])
+    found = {flag: effective(arguments, flag) for flag in ORIGINAL_FLAGS}
+    assert found == ORIGINAL_FLAGS | {"--config": str(v1)}
     assert loading.native_size(loading.read_config(v1)) == 512
-    assert loading.advised_scale(v1, cli.SCALE) == 7.5
+    assert loading.advised_scale(v1, SCALE) == 7.5
 
 
 def test_every_flag_of_the_original_is_taken(txt2img, tmp_path):
@@ -120,8 +126,8 @@ def test_every_flag_of_the_original_is_taken(txt2img, tmp_path):
     given = {flag for flag in flags if flag.startswith("--")}
     assert given == set(ORIGINAL_FLAGS) - {"--outdir", "--config", "--ckpt", "--laion400m"}
     result = txt2img(*flags)
-    told = ["--ddim_eta 0.5 does nothing with --dpm_solver, as in the original"]
-    assert (result.code, result.err, result.files) == (0, told, [])
+    ignored = ["--ddim_eta 0.5 does nothing with --dpm_solver, as in the original"]
+    assert (result.code, result.err, result.files) == (0, ignored, [])
 
     saved = txt2img(*(flag for flag in flags if flag != "--skip_save"))
     settings = {"prompt": "a dog", "sampler": "dpmpp_2m", "steps": 3, "height": 16, "width": 24, "seed": 7}
@@ -136,6 +142,7 @@ def test_every_flag_of_the_original_is_taken(txt2img, tmp_path):
         (["--plms", "--ddim_eta", "0.5"], 2),
         (["--laion400m"], 2),
         (["--config", "nowhere.yaml"], 2),
+        (["--H", "510"], 2),
         (["--from-file", "nowhere.txt"], 2),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -184,6 +191,8 @@ def test_help_and_argument_errors_do_not_wait_for_torch(tmp_path, argv, code):
         ("--seed 9223372036854775808", "-1 … 9,223,372,036,854,775,807"),
         ("--n_samples 0", "at least 1"),
         ("--n_iter 0", "at least 1"),
+        ("--ddim_steps 50 --timesteps 999,500,1", "--ddim_steps 50, but --timesteps makes 3 steps; give one"),
+        ("--compile --eager", "--compile and --eager exclude each other; give one of them"),
         ("--ddim_eta 0.5 --plms", "--ddim_eta 0.5 with PLMS"),
         ("--ddim_eta 0.5 --sampler plms", "--ddim_eta 0.5 with PLMS"),
         ("--sampler ddim --plms", "--sampler ddim and --plms name different samplers"),
@@ -197,6 +206,7 @@ def test_help_and_argument_errors_do_not_wait_for_torch(tmp_path, argv, code):
     ],
 )
 def test_arguments_out_of_range(txt2img, argv, words):
+    """50 steps beside a list of three ran three, and --eager won over --compile, both without a word."""
     result = txt2img(*argv.split(" "))
     refused(result, words)
     assert not result.folder.exists()
@@ -218,10 +228,11 @@ def test_prompt_files_that_cannot_be_used(txt2img, tmp_path, data, words):
     refused(txt2img("--from-file", path), f"--from-file {path}: ", words)
 
 
-def test_an_output_folder_that_cannot_be_written(txt2img, tmp_path):
-    """Known before the model loads: here there is none to load."""
+def test_an_output_folder_that_cannot_be_written(txt2img, tmp_path, monkeypatch):
+    """Known before the model loads."""
+    monkeypatch.setattr(pipeline, "load_model", None)
     (tmp_path / "file").write_text("mine")
-    result = txt2img("--outdir", tmp_path / "file/below", "--ckpt", "nowhere.ckpt")
+    result = txt2img("--outdir", tmp_path / "file/below")
     refused(result, "cannot write to", "file/below", "choose another --outdir")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -237,7 +248,7 @@ class Evil:
 
 
 def write_v2(path: Path) -> None:
-    """What tells a v2 checkpoint from others: its UNet's input channels and the width of its text."""
+    """What distinguishes a v2 checkpoint from others: its UNet's input channels and the width of its text."""
     tensors = {
         "0.0.weight": torch.zeros(8, 4, 3, 3),
         "1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, 1024),
@@ -417,8 +428,8 @@ def test_nan_costs_one_image_only(txt2img, monkeypatch):
     monkeypatch.setattr(LatentDiffusion, "decode_first_stage", broken)
     result = txt2img("--n_samples", 3)
     assert result.code == 1
-    told = ["image 1 ('a cat') came out as NaN and is skipped"]
-    assert result.err == [*told, "1 of 3 images failed: manifest.jsonl says which"]
+    skipped = "image 1 ('a cat') came out as NaN and is skipped"
+    assert result.err == [skipped, "1 of 3 images failed: manifest.jsonl says which"]
     assert result.out == [str(result.folder)]
     assert result.files == ["grid-0000.png", "samples/00000.png", "samples/00002.png"]
     assert [settings["image"] for settings in result.settings] == [0, 2]
@@ -465,6 +476,16 @@ def test_later_runs_never_overwrite(txt2img):
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
+def test_a_reader_that_ends_early(model, tmp_path):
+    """`--json | head -1` ended with a traceback of BrokenPipeError."""
+    argv = ["--config", model[0], "--ckpt", model[1], "--ddim_steps", 1, "--n_iter", 40, "--n_samples", 1]
+    run = process(*argv, "--json", "--quiet", "--outdir", "out", cwd=tmp_path)
+    assert json.loads(run.stdout.readline())["image"] == 0
+    run.stdout.close()
+    assert run.stderr.read() == ""
+    assert run.wait() == 128 + 13
+
+
 def test_two_runs_at_once_lose_nothing(model, tmp_path):
     config, weights = model
     argv = ["--outdir", tmp_path / "out", "--config", config, "--ckpt", weights, "--ddim_steps", 2]
@@ -473,7 +494,7 @@ def test_two_runs_at_once_lose_nothing(model, tmp_path):
     for run in runs:
         out, err = run.communicate()
         assert (run.returncode, out) == (0, f"{tmp_path / 'out'}\n")
-        assert lines(err) == ["No watermark: it needs 256x256 pixels and these pictures have 16x16"]
+        assert lines(err) == ["No watermark: it needs 256x256 pixels and these images have 16x16"]
         assert re.search(r"8 images: 100%.* images/s", err)
     paths = sorted((tmp_path / "out/samples").iterdir())
     assert [path.name for path in paths] == [f"{k:05d}.png" for k in range(16)]
@@ -486,12 +507,23 @@ def test_the_watermark_is_on_by_default(txt2img):
     """Sample and grid have it; the one notice is for sizes at which it cannot be written."""
     argv = ["--H", 256, "--W", 256, "--ddim_steps", 1]
     plain = txt2img(*argv, folder="plain")
-    marked = txt2img(*argv, "--watermark", cli.WATERMARK)
-    assert cli.txt2img_parser().parse_args([]).watermark == cli.WATERMARK == "StableDiffusionV1"
+    marked = txt2img(*argv, "--watermark", "StableDiffusionV1")
+    assert ImageRequest().watermark == "StableDiffusionV1"
     assert marked.err == []
     assert 0 < np.abs(marked.images[0] - plain.images[0]).mean() < 8
     assert np.array_equal(pixels(marked.folder / "grid-0000.png"), marked.images[0])
-    assert len(txt2img("--watermark", cli.WATERMARK).err) == 1
+    assert len(txt2img("--watermark", "StableDiffusionV1").err) == 1
+
+
+def test_a_missing_watermark_package(txt2img, monkeypatch):
+    """It ended runs whose images are too small for a mark; others should end before the model loads."""
+    monkeypatch.setitem(sys.modules, "imwatermark", None)
+    mark = ["--watermark", "a mark that no other test writes"]
+    small = txt2img(*mark, folder="small")
+    assert (small.code, small.files) == (0, ["grid-0000.png", "samples/00000.png"])
+    monkeypatch.setattr(pipeline, "load_model", None)
+    large = txt2img(*mark, "--H", 256, "--W", 256, folder="large")
+    refused(large, "the watermark cannot be written", "run `pip install invisible-watermark`")
 
 
 def test_settings_are_in_the_files(txt2img, model):
@@ -519,6 +551,21 @@ def test_settings_are_in_the_files(txt2img, model):
     )
 
 
+def test_the_model_is_in_the_files(txt2img, model, tmp_path):
+    """The hash was of another kind than today's tools write, and `weights` null unless it was given."""
+    (found,) = txt2img(folder="raw").settings
+    assert found["model_hash"] == hashlib.sha256(model[1].read_bytes()).hexdigest()[:10]
+    assert found["weights"] == "raw"
+
+    averaged = load_file(model[1])
+    for name in [name for name in averaged if name.startswith("model.diffusion_model.")]:
+        averaged[f"model_ema.{name.removeprefix('model.').replace('.', '')}"] = averaged[name] * 0.9
+    save_file(averaged, tmp_path / "ema.safetensors")
+    config = tiny.write_config(tmp_path / "ema.yaml", {"use_ema": True})
+    (found,) = txt2img("--ckpt", tmp_path / "ema.safetensors", "--config", config, folder="ema").settings
+    assert found["weights"] == "ema"
+
+
 def test_the_originals_stream_has_one_seed(txt2img):
     """`--seed seed+k` does not make image k of such a run, so its file does not say so."""
     result = txt2img("--n_samples", 2, "--rng", "compvis")
@@ -531,7 +578,7 @@ def test_no_metadata(txt2img):
         assert Image.open(path).text == {}
 
 
-# --- pictures
+# --- images
 
 
 def test_a_prompt_file_whose_last_batch_is_smaller(txt2img, tmp_path):
@@ -582,6 +629,13 @@ def test_the_largest_seed(txt2img):
     assert txt2img("--seed", 2**63 - 1, "--rng", "compvis", folder="compvis").code == 0
 
 
+def test_a_negative_prompt_without_guidance(txt2img):
+    """It does nothing at scale 1, which nobody said."""
+    line = "--negative_prompt does nothing at --scale 1, which samples without guidance"
+    assert txt2img("--scale", 1, "--negative_prompt", "a dog", "--n_samples", 2, folder="1").err == [line]
+    assert txt2img("--scale", 2, "--negative_prompt", "a dog").err == []
+
+
 def test_prompt_scale_and_negative_prompt_matter(txt2img):
     variants = [
         [],
@@ -619,13 +673,17 @@ def test_any_multiple_of_8_is_a_size(txt2img, height, width):
 
 
 def test_formats_of_a_checkpoint(txt2img, model, tmp_path):
+    """The weights are equal; where they lie in memory decides the order of sums, hence the last bit."""
     state = load_file(model[1])
     torch.save({"state_dict": state, "global_step": 1}, tmp_path / "tiny.ckpt")
     save_file({name: t.half() for name, t in state.items()}, tmp_path / "half.safetensors")
     (plain,) = txt2img(folder="plain").images
     (pickled,) = txt2img("--ckpt", tmp_path / "tiny.ckpt", folder="ckpt").images
     (half,) = txt2img("--ckpt", tmp_path / "half.safetensors", folder="half").images
-    assert np.array_equal(plain, pickled)
+    assert np.abs(plain - pickled).max() <= 1
+    config = loading.read_config(model[0])
+    weights = [loading.load_model(config, path).state_dict() for path in (model[1], tmp_path / "tiny.ckpt")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert np.abs(plain - half).mean() < 2
 
 
@@ -695,7 +753,7 @@ def test_linked_weights_are_the_default(repository, model, link):
 
 
 def test_a_link_to_nowhere_is_not_taken_for_no_link(repository):
-    """Weights on a disk that is not mounted must not turn into pictures of the bundled model."""
+    """Weights on a disk that is not mounted must not turn into images of the bundled model."""
     link = repository / loading.V1_WEIGHTS[0]
     link.symlink_to("/nowhere/sd-v1-4.ckpt")
     assert loading.choose_model(None, None).weights == link
@@ -718,9 +776,9 @@ def test_the_bundled_model_in_any_folder(tmp_path):
     run = process("--prompt", "a red cube", "--plms", "--ddim_steps", 5, "--n_iter", 1, cwd=tmp_path)
     out, err = run.communicate()
     assert (run.returncode, out) == (0, "outputs/txt2img-samples\n")
-    notice, watermark = lines(err)
-    assert notice.startswith("No weights are linked at ")
+    watermark, weights = lines(err)
     assert watermark.startswith("No watermark: ")
+    assert weights.startswith("No weights are linked at ")
     images = [pixels(path) for path in sorted((tmp_path / out.strip() / "samples").iterdir())]
     assert [image.shape for image in images] == [(64, 64, 3)] * 3
 

@@ -101,7 +101,7 @@ class DDIMSampler:
         if ddim_eta and self.name == "plms":
             raise ValueError(f"ddim_eta {ddim_eta} with PLMS: it must be 0")
         for name in MODEL_SCHEDULE:
-            setattr(self, name, getattr(self.model, name))
+            setattr(self, name, getattr(self.model, name).float())
         self.ddim_timesteps = t = leading_timesteps(ddim_num_steps, self.ddpm_num_timesteps)[::-1].copy()
         every = self.alphas_cumprod.double().cpu().numpy()
         alphas = every[t]

@@ -1,0 +1,105 @@
+"""Exit codes, and who reports what."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import Result
+
+from ldm.cli import entry
+from ldm.errors import FieldError, InputError
+from ldm.images.outputs import OutputFolder
+from ldm.log import LOG, notice
+
+Command = Callable[..., Result]
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+FABRIC = {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "NODE_RANK": "0"}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
+    """The exit code of a main function that raises this, and the lines on stderr."""
+    monkeypatch.setattr(sys, "argv", ["txt2img.py"])
+
+    def call(error: BaseException, *argv: str) -> tuple[int, list[str]]:
+        def main(words: list[str] | None) -> int:
+            raise error
+
+        code = entry.run(main, list(argv))
+        return code, capsys.readouterr().err.splitlines()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("it is\nwrong"), 2, "error: it is wrong"),
+        (FieldError("{height} {n} is odd", n=3), 2, "error: --H 3 is odd"),
+        (OSError(5, "Input/output error"), 1, "OSError: [Errno 5] Input/output error (--debug shows where)"),
+        (RuntimeError("a\nb"), 1, "RuntimeError: a b (--debug shows where)"),
+        (KeyboardInterrupt(), 130, "interrupted; the images that were finished are saved"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_exit_codes(run: Callable, error: BaseException, code: int, line: str) -> None:
+    """Any OSError counted as the user's mistake, our own ones among them."""
+    assert run(error) == (code, [f"txt2img.py: {line}"])
+    if not isinstance(error, KeyboardInterrupt):
+        with pytest.raises(type(error)):
+            run(error, "--debug")
+
+
+def test_an_os_error_from_inside(command: Command, model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(OutputFolder, "clear", fail)
+    result = command("txt2img", "--config", model[0], "--ckpt", model[1], "--steps", 1, "--watermark", "none")
+    line = "txt2img.py: OSError: [Errno 5] Input/output error (--debug shows where)"
+    assert (result.code, result.err, result.out) == (1, [line], [])
+
+
+def test_the_log_is_as_before_afterwards(run: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    before = LOG.handlers, LOG.propagate
+    seen = []
+
+    def main(words: list[str] | None) -> int:
+        seen.append([type(handler) for handler in LOG.handlers])
+        notice("a\nline")
+        return 7
+
+    assert entry.run(main, []) == 7
+    assert seen == [[logging.StreamHandler]]
+    assert (LOG.handlers, LOG.propagate) == before
+    assert capsys.readouterr().err == "a line\n"
+
+
+@pytest.mark.parametrize("env", [TORCHRUN, SRUN, FABRIC], ids=["torchrun", "srun", "Fabric"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("argv", [["--steps", "0"], ["--H", "510"], ["--config", "nowhere.yaml"]])
+def test_followers_leave_mistakes_to_the_leader(
+    command: Command, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], rank: int, argv: list[str]
+) -> None:
+    """Each process of a run reported the same mistake in the arguments."""
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        monkeypatch.setenv(name, str(rank))
+    result = command("txt2img", *argv)
+    assert (result.code, len(result.err), result.files) == (2, 1 - rank, [])
+
+
+def test_followers_do_not_read_the_prompts(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Standard input is the leader's: a follower waited for it, or found it empty."""
+    from ldm.cli.arguments import parse
+    from ldm.cli.parser import txt2img_parser
+
+    for name, value in (TORCHRUN | {"RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert "lines" not in vars(parse(txt2img_parser(), ["--from-file", str(tmp_path / "nowhere.txt")]))

@@ -1,0 +1,23 @@
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ldm.modules.encoders import modules as encoders
+from ldm.pipeline import Pipeline, RuntimeOptions
+
+CLIPTokenizer = functools.cache(encoders.CLIPTokenizer)  # it takes longer to make than a tiny image
+Load = Callable[..., Pipeline]
+
+
+@pytest.fixture
+def load(model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Makes pipelines of the miniature, whose images have 16x16 pixels, on the CPU."""
+    monkeypatch.setattr(encoders, "CLIPTokenizer", CLIPTokenizer)
+
+    def call(config: Path | None = None, weights: Path | None = None, **options: object) -> Pipeline:
+        options = RuntimeOptions(**{"device": "cpu", "eager": True} | options)
+        return Pipeline.load(str(weights or model[1]), str(config or model[0]), options, safety="off")
+
+    return call
