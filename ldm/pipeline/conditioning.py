@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError
-from ldm.models.diffusion.ddpm import Conditioning, LatentDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline.request import ImageRequest
-from ldm.sampling.denoiser import same_length
+from ldm.sampling.denoiser import Conditioning, same_length
 
 Embed = Callable[[str], Tensor]  # a prompt -> its embedding [1, n, d], n a multiple of 77
 

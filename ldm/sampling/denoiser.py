@@ -5,15 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.sampling.schedule import Discretization
 
-if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import Conditioning, LatentDiffusion
+# what a UNet is given besides latents and timesteps; a mapping has c_crossattn, c_concat (lists) and c_adm
+Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Sequence[Tensor] | Tensor]
+
+
+class DiffusionModel(Protocol):
+    """What sampling needs of a model, such as `LatentDiffusion`."""
+
+    parameterization: str  # "eps" or "v"
+    alphas_cumprod: Tensor  # [timesteps]
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The noise or v [b, c, h, w] in latents x_noisy [b, c, h, w] at timesteps t [b]."""
 
 
 def same_length(contexts: Sequence[Tensor]) -> list[Tensor]:
@@ -74,7 +84,7 @@ class Denoiser:
 
     def __init__(
         self,
-        model: LatentDiffusion,
+        model: DiffusionModel,
         cond: Conditioning,
         uncond: Conditioning | None,
         scale: float | Sequence[float],

@@ -21,7 +21,8 @@ from ldm.sampling.noise import CompvisNoise
 from ldm.sampling.schedule import leading_timesteps
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import Conditioning, LatentDiffusion
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.sampling.denoiser import Conditioning
 
 MODEL_SCHEDULE = (
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod"),

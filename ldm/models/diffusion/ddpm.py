@@ -13,10 +13,9 @@ from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.sampling.denoiser import Conditioning
 from ldm.sampling.schedule import make_beta_schedule
 from ldm.util import instantiate_from_config
-
-Conditioning = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, Sequence[torch.Tensor]]
 
 PARAMETERIZATIONS = ("eps", "v")
 

@@ -12,7 +12,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.sampling import SAMPLERS, Denoiser
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import Conditioning
+    from ldm.sampling.denoiser import Conditioning
 
 
 class DPMSolverSampler(DDIMSampler):

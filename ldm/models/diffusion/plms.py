@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.models.diffusion.ddim import DDIMSampler, ScoreCorrector
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import Conditioning
+    from ldm.sampling.denoiser import Conditioning
 
 # of eps, newest first; as if steps were even (Liu et al. 2022, https://arxiv.org/abs/2202.09778, eq. 9)
 WEIGHTS = ((), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
