@@ -20,7 +20,8 @@ ORDER = [  # a room may import those in the rows above it, and itself
     {"optimize"},
     {"pipeline"},
     {"runs"},
-    {"cli", "scenes", "training", "evaluation"},
+    {"scenes"},
+    {"cli", "training", "evaluation"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 BASE = ORDER[0]

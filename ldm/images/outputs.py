@@ -68,6 +68,11 @@ class OutputFolder:
         """The first sample number that no file has."""
         return self._samples.next
 
+    def own(self, owner: str) -> None:
+        """Write under this owner from now on, whose temporary files of dead processes are removed."""
+        self.owner = owner
+        self.clear(owner)
+
     def clear(self, owner: str) -> None:
         """Remove the temporary files of one owner, none of whose processes writes any more."""
         for files in (self._grids, self._samples):

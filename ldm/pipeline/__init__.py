@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
-    "GeneratedImage": "pipeline",
+    "GeneratedImage": "generated",
     "ImageRequest": "request",
     "Pipeline": "pipeline",
     "RuntimeOptions": "options",

@@ -6,6 +6,7 @@ torch is imported where it is needed: the installation check reads the machine's
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,3 +91,12 @@ def largest_batch(run_batch: Callable[[int], object], device: torch.device, most
         readings.append(taken(device))
     each = max(readings[1] - readings[0], 1)
     return max(1, min(most, 2 + int((MARGIN * left(device)) // each)))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or this machine, has no more memory; only CUDA has a class for it."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or bool(
+        re.search("out of memory|can't allocate memory|not enough memory", str(error))
+    )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,23 +14,21 @@ import torch
 from torch import Tensor
 
 from ldm.errors import FieldError, InputError
-from ldm.images.init_image import read_init_image
-from ldm.images.metadata import FORMATS, encode_image
-from ldm.images.pixels import finite_images, to_float, to_uint8
-from ldm.images.watermark import Watermarker
+from ldm.images.pixels import finite_images, to_uint8
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.pipeline.batches import plan_batches, with_start_seeds
 from ldm.pipeline.conditioning import conditions
 from ldm.pipeline.device import choose_device, precision_on, weights_dtype
-from ldm.pipeline.infotext import image_texts
-from ldm.pipeline.memory import largest_batch
+from ldm.pipeline.first_stage import FirstStage
+from ldm.pipeline.generated import GeneratedImage
+from ldm.pipeline.init_images import InitImages
+from ldm.pipeline.memory import is_out_of_memory, largest_batch
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import ImageRequest, image_seed
 from ldm.pipeline.safety import Safety, safety_for
 from ldm.sampling import Denoiser, Discretization, Trajectory, catalogue, sample
-from ldm.sampling.noise import CompvisNoise, CompvisStream, ImageNoise, ImageSeeds
+from ldm.sampling.noise import CompvisStream, ImageNoise, ImageSeeds
 from ldm.sampling.schedule import zero_terminal_snr
 from ldm.sampling.trajectory import guidance_interval, plan_trajectory
 from ldm.weights.description import Description, Prediction, describe, prediction_of
@@ -49,44 +45,7 @@ from ldm.weights.loading import (
 SCALE, INIT_SCALE = 7.5, 5.0  # the original's, for text to image and image to image
 DEFAULT_SEED = 42
 KEPT_EMBEDDINGS = 2048  # 0.2 MB each for v1
-KEPT_INIT_IMAGES = 16
 LARGEST_BATCH = 64  # beyond 16 a GPU gains nothing, and what is lost to an interrupt only grows
-
-
-@dataclass(frozen=True)
-class GeneratedImage:
-    """An image and what it was made from. `pixels` are uint8 [H, W, 3], None if it came out as NaN."""
-
-    request: ImageRequest
-    pixels: np.ndarray | None
-    seed: int | None
-    nsfw: bool | None  # None: nobody looked
-    seconds: float
-    pipeline: Pipeline = field(repr=False, compare=False)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that is needed to make the image again, as image files and the manifest record it."""
-        own = self.request.settings()
-        if self.request.rng == "image":
-            own["seed"] = self.seed
-        flags = {} if self.nsfw is None else {"nsfw_content_detected": self.nsfw}
-        return self.pipeline.facts | own | flags
-
-    def save(self, path: str | Path, quality: int = 95) -> None:
-        """Write a PNG, JPEG or WebP file with watermark and settings. InputError if it cannot be written."""
-        path = Path(path)
-        format = path.suffix.lower().lstrip(".").replace("jpeg", "jpg")
-        if self.pixels is None:
-            raise InputError(f"{path}: the image came out as NaN, and there is nothing to save")
-        if format not in FORMATS:
-            raise InputError(f"{path}: its suffix is none of {', '.join(FORMATS)}")
-        marked = Watermarker.of(self.request.watermark)(self.pixels)
-        data = encode_image(marked, image_texts(self.settings), format, quality)
-        try:
-            path.write_bytes(data)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 class Pipeline:
@@ -111,14 +70,12 @@ class Pipeline:
         self.files, self.config, self.options = files, config, options
         self.weights, self.allow_target = weights, tuple(allow_target)
         self.safety_mode = safety_for(safety)
-        self.max_pixels = max_pixels  # of init images; larger ones are refused before they are decoded
+        self.init_pixels = InitImages(max_pixels)
         self.expected = dict(expected or {})
         self.hash = FileHash(files.weights)
         self.described = describe(config)
         self._check_expected({"C": self.described.channels, "f": self.described.factor})
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
-        self._init_images: OrderedDict[tuple, tuple[Any, np.ndarray]] = OrderedDict()
-        self._single_precision = False  # of the first stage, once it yielded NaN
         self._largest: dict[tuple, int] = {}  # batches that may fit, once one did not
 
     @classmethod
@@ -187,6 +144,10 @@ class Pipeline:
         return model
 
     @cached_property
+    def first_stage(self) -> FirstStage:
+        return FirstStage(self.model)
+
+    @cached_property
     def safety(self) -> Safety:
         return Safety.load(self.safety_mode, self.model.device)
 
@@ -248,22 +209,6 @@ class Pipeline:
         found = {name: value for name, value in found.items() if getattr(request, name) != value}
         return replace(request, **found) if found else request
 
-    def init_pixels(self, request: ImageRequest) -> np.ndarray:
-        """A request's init image as the model takes it, uint8 [H, W, 3]; the ones used last are kept."""
-        source = request.init_img
-        key = (source if isinstance(source, str) else id(source), request.height, request.width)
-        key += (request.resize, request.background)
-        if key not in self._init_images:
-            pixels = read_init_image(
-                source, request.height, request.width, request.resize, request.background, self.max_pixels
-            )
-            # under its own size, too, which a resolved request has
-            self._init_images[key] = source, pixels  # an object that is kept shares its id with no other
-            self._init_images[(key[0], *pixels.shape[:2], *key[3:])] = source, pixels
-            while len(self._init_images) > KEPT_INIT_IMAGES:
-                self._init_images.popitem(last=False)
-        return self._init_images[key][1]
-
     def embed(self, prompt: str) -> Tensor:
         """The embedding of a prompt, [1, n, d]; those used last are kept."""
         if prompt not in self._embeddings:
@@ -288,7 +233,7 @@ class Pipeline:
         Requests that agree in what a batch must share are sampled together, `batch_size` at a time. `on_step`
         is called after every step with the number of images that took it.
         """
-        self._init_images.clear()  # files may have changed since the last call
+        self.init_pixels.forget()  # files may have changed since the last call
         requests = [self.resolve(request) for request in requests]
         for line in dict.fromkeys(line for request in requests for line in request.in_vain()):
             notice(line)
@@ -328,7 +273,6 @@ class Pipeline:
         A batch that needs more memory than there is is made in halves, and so are those like it after it;
         InputError if there is too little for one image.
         """
-        on_step = on_step or (lambda images: None)
         stream, streamed = None, None
         for batch in batches:
             start, key = time.perf_counter(), batch[0].batch_key()
@@ -336,58 +280,49 @@ class Pipeline:
                 stream, streamed = stream or self._stream(batch), streamed or key
                 if key != streamed:
                     raise InputError("--rng compvis is one stream for images of equal settings")
-            parts = _parts(batch, self._largest.get(key, len(batch)))
-            made: list[np.ndarray | None] = []
+            # an adaptive sampler's step sizes would be those of the whole batch
+            adaptive = catalogue.SAMPLERS[batch[0].sampler].adaptive
+            parts = _parts(batch, 1 if adaptive else self._largest.get(key, len(batch)))
+            images: list[np.ndarray | None] = []
             while parts:
+                steps = _Steps(on_step)
                 try:
-                    made += self._images(parts[0], stream, on_step)
-                    parts = parts[1:]
-                except OutOfMemory:
+                    with torch.inference_mode(), self._autocast():
+                        decoded = self.first_stage.decode(
+                            sample(**self._sampling(parts[0], stream, len(images), steps.count))
+                        )
+                        made = list(to_uint8(decoded)), finite_images(decoded)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    made = None
+                # outside of the block above, whose error holds the tensors
+                if made is None:
+                    steps.take_back()
                     self._largest[key] = _half(parts[0])
                     parts = [smaller for part in parts for smaller in _parts(part, self._largest[key])]
                     if self.device.type == "cuda":
                         torch.cuda.empty_cache()
-            checked = self.safety(made)
+                    continue
+                images += [pixels if finite else None for pixels, finite in zip(*made, strict=True)]
+                parts = parts[1:]
             seconds = (time.perf_counter() - start) / len(batch)
             yield [
                 GeneratedImage(request, pixels, request.seed, nsfw, seconds, self)
-                for request, (pixels, nsfw) in zip(batch, checked, strict=True)
+                for request, (pixels, nsfw) in zip(batch, self.safety(images), strict=True)
             ]
 
-    def _images(
-        self, batch: Sequence[ImageRequest], stream: CompvisStream | None, on_step: Callable[[int], None]
-    ) -> list[np.ndarray | None]:
-        """The images of one batch, uint8 [H, W, 3], None for NaN. OutOfMemory if it does not fit."""
-        taken = 0  # steps, which are given back if they were for nothing
-
-        def step(images: int) -> None:
-            nonlocal taken
-            taken += images
-            on_step(images)
-
-        # the step sizes of an adaptive sampler would be those of the whole batch
-        adaptive = catalogue.SAMPLERS[batch[0].sampler].adaptive
-        try:
-            with torch.inference_mode(), self._autocast():
-                parts = _parts(batch, 1 if adaptive else len(batch))
-                noises = [self._noise(part, stream, place) for place, part in enumerate(parts)]
-                latents = torch.cat([self.latents(*pair, step) for pair in zip(parts, noises, strict=True)])
-                decoded = self._decode(latents)
-                pixels, finite = to_uint8(decoded), finite_images(decoded)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            on_step(-taken)
-            raise OutOfMemory from None  # without the frames that hold the tensors
-        return [image if ok else None for image, ok in zip(pixels, finite, strict=True)]
-
-    def latents(
+    def _sampling(
         self,
         batch: Sequence[ImageRequest],
-        noise: ImageNoise | CompvisNoise,
-        on_step: Callable[[int], None] = lambda images: None,
-    ) -> Tensor:
-        """Sampled latents [b, c, h, w] of requests that have one `batch_key`, from their noise."""
+        stream: CompvisStream | None,
+        place: int,
+        on_step: Callable[[int], None],
+    ) -> dict[str, Any]:
+        """The arguments of `sample` for requests that have one `batch_key`.
+
+        `place` is that of the first of them in the batch that the original's stream is drawn for.
+        """
         first = batch[0]
         discretization, run = self.trajectory(first)
         cond, uncond = conditions(self.model, batch, self.embed)
@@ -401,15 +336,20 @@ class Pipeline:
             interval=guidance_interval(run, first.guidance_start, first.guidance_end),
             discretization=discretization,
         )
-        return sample(
-            denoiser,
-            first.sampler,
-            run,
-            noise,
-            init=self._encoded(batch, noise),
-            options=first.options,
-            callback=lambda step, x0: on_step(len(batch)),
-        )
+        noise = stream.batch(len(batch), place) if stream else self._image_noise(batch)
+        init = None
+        if _starts_from_image(first):
+            posterior = self.first_stage.encode([self.init_pixels(request) for request in batch])
+            init = self.model.get_first_stage_encoding(posterior, noise.posterior())
+        return {
+            "denoiser": denoiser,
+            "sampler": first.sampler,
+            "run": run,
+            "noise": noise,
+            "init": init,
+            "options": first.options,
+            "callback": lambda step, x0: on_step(len(batch)),
+        }
 
     def trajectory(self, request: ImageRequest) -> tuple[Discretization, Trajectory]:
         """The noise levels of a request's steps. InputError if they are too near to each other."""
@@ -442,12 +382,7 @@ class Pipeline:
             init_image=_starts_from_image(first),
         )
 
-    def _noise(
-        self, batch: Sequence[ImageRequest], stream: CompvisStream | None, place: int
-    ) -> ImageNoise | CompvisNoise:
-        """The noise of a batch, or of a single image at its place in the batch that is sampled one by one."""
-        if stream is not None:
-            return stream.batch(len(batch), place)
+    def _image_noise(self, batch: Sequence[ImageRequest]) -> ImageNoise:
         seeds = [
             ImageSeeds(
                 request.seed, request.start_seed, request.variation_seed, request.variation_strength or 0.0
@@ -457,61 +392,25 @@ class Pipeline:
         brownian = catalogue.SAMPLERS[batch[0].sampler].noise == "brownian"
         return ImageNoise(seeds, self._shape(batch[0]), self.model.device, brownian=brownian)
 
-    def _encoded(self, batch: Sequence[ImageRequest], noise: ImageNoise | CompvisNoise) -> Tensor | None:
-        """Latents of the init images, [b, c, h, w]; None where none has a say."""
-        if not _starts_from_image(batch[0]):
-            return None
-        images = [self.init_pixels(request) for request in batch]
-        moments: dict[int, Tensor] = {}  # each image is encoded once
-        for pixels in images:
-            if id(pixels) not in moments:
-                moments[id(pixels)] = self._encode(to_float([pixels]).to(self.model.device))
-        posterior = DiagonalGaussianDistribution(torch.cat([moments[id(pixels)] for pixels in images]))
-        return self.model.get_first_stage_encoding(posterior, noise.posterior())
-
-    # The first stage: those of SD 1 and 2 hold values beyond what float16 can express on some images.
-
     def _autocast(self) -> torch.autocast:
         on = self.precision == "autocast" and self.device.type != "cpu"
         return torch.autocast(self.model.device.type, enabled=on)
 
-    def _encode(self, x: Tensor) -> Tensor:
-        """The moments [1, 2c, h, w] of an image's latents."""
 
-        def moments(x: Tensor) -> Tensor:
-            posterior = self.model.encode_first_stage(x)
-            return torch.cat([posterior.mean, posterior.logvar], dim=1)
+class _Steps:
+    """Counts the steps of one batch, so that they can be taken back if they were for nothing."""
 
-        return self._first_stage(moments, x)
+    def __init__(self, on_step: Callable[[int], None] | None):
+        self.on_step, self.taken = on_step, 0
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Images [b, 3, h, w] of latents [b, c, h, w]."""
-        return self._first_stage(self.model.decode_first_stage, latents)
+    def count(self, images: int) -> None:
+        self.taken += images
+        if self.on_step:
+            self.on_step(images)
 
-    def _first_stage(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The function's result; once it is NaN in low precision, the first stage works in float32."""
-        if not self._single_precision:
-            result = function(x)
-            low = torch.promote_types(result.dtype, torch.float32) != result.dtype
-            lost = x.isfinite().flatten(1).all(1) & ~result.isfinite().flatten(1).all(1)  # [b]
-            if not (low and lost.any()):
-                return result
-            notice("the autoencoder yields NaN in low precision: it works in float32 from here on")
-            self.model.first_stage_to(torch.float32)
-            self._single_precision = True
-        with torch.autocast(self.model.device.type, enabled=False):
-            return function(x.float())
-
-
-class OutOfMemory(Exception):
-    """A batch did not fit."""
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or this machine, has no more memory; only CUDA has a class for it."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(
-        re.search("out of memory|can't allocate memory|not enough memory", str(error))
-    )
+    def take_back(self) -> None:
+        if self.on_step:
+            self.on_step(-self.taken)
 
 
 def _starts_from_image(request: ImageRequest) -> bool:

@@ -22,7 +22,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.optimize.offload import PlainTransfer, offload
 from ldm.pipeline import GeneratedImage, ImageRequest, Pipeline, RuntimeOptions
 from ldm.pipeline.infotext import read_settings
-from ldm.pipeline.pipeline import is_out_of_memory
+from ldm.pipeline.memory import is_out_of_memory
 from ldm.sampling.noise import ImageNoise, ImageSeeds
 from ldm.weights.loading import BUNDLED_WEIGHTS, ROOT
 

@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,18 @@ import pytest
 from commands import Result, refused
 from run_helpers import data, manifest, start, wait_for
 
+from ldm.errors import InputError
+from ldm.images.outputs import CannotWrite
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.runs.manifest import MANIFEST, RUNS, RunRecord, append, differences, read_lines
+from ldm.runs.manifest import (
+    MANIFEST,
+    RUNS,
+    RunRecord,
+    append,
+    differences,
+    last_settings,
+    read_lines,
+)
 
 Command = Callable[..., Result]
 
@@ -58,8 +69,8 @@ def test_nan_images_are_in_the_manifest(txt2img: Command, monkeypatch: pytest.Mo
     result = txt2img()
     assert (result.code, result.files) == (1, [])
     assert [(line["file"], line["nan"]) for line in manifest(result.folder)] == [(None, True)] * 6
-    again = txt2img("--resume")
-    assert again.err == ["all 6 images are there"]
+    assert txt2img("--resume").code == 1  # they are made again
+    assert len(manifest(result.folder)) == 12
 
 
 def test_torn_lines_are_closed_off(tmp_path: Path) -> None:
@@ -89,6 +100,65 @@ def test_missing_images_among_many_lines(tmp_path: Path) -> None:
     with again.ending():
         assert again.resume()
         assert again.missing() == list(range(1, 5000, 2))
+
+
+DEAD = """
+import os, sys
+from pathlib import Path
+from ldm.runs.manifest import RunRecord
+record = RunRecord(Path(sys.argv[1]), {"steps": 5}, 10)
+record.start(0)
+os._exit(9)
+"""
+
+
+def test_numbers_are_claimed_by_living_runs_alone(tmp_path: Path) -> None:
+    """What a run that was killed had claimed was never free again."""
+    assert subprocess.run([sys.executable, "-c", DEAD, str(tmp_path)]).returncode == 9
+    first, second, third = (RunRecord(tmp_path, {"steps": steps}, 10) for steps in (1, 2, 3))
+    with first.ending():
+        first.start(0)
+        assert first.first == 0
+        with second.ending():
+            second.start(0)
+            assert second.first == 10
+        with third.ending():
+            third.start(0)
+            assert third.first == 10
+    with second.ending():
+        second.start(5)
+        assert second.first == 5
+
+
+def test_a_living_run_is_not_taken_up_and_keeps_its_numbers(tmp_path: Path) -> None:
+    """Two processes made the same images. The refused one must not end the run of the other."""
+    living, other, third = (RunRecord(tmp_path, {"steps": 1}, 10) for _ in range(3))
+    with living.ending():
+        living.start(0)
+        with pytest.raises(InputError, match="that run is still going on, as process"), other.ending():
+            other.resume()
+        with third.ending():
+            third.start(0)
+            assert third.first == 10
+    with other.ending():
+        assert other.resume()
+        assert other.missing() == list(range(10))
+
+
+def test_a_record_that_cannot_be_written_or_read(tmp_path: Path) -> None:
+    """One line that names the file, and no image counts as done whose line is not there."""
+    (tmp_path / MANIFEST).mkdir()
+    record = RunRecord(tmp_path, {}, 2)
+    with pytest.raises(CannotWrite, match=f"cannot write to .*{MANIFEST}: Is a directory"):
+        record.add(0, "samples/00000.png", {})
+    assert record.missing() == [0, 1]
+    with pytest.raises(InputError, match=f"cannot read .*{MANIFEST}: Is a directory"):
+        record.refresh()
+    (tmp_path / RUNS).mkdir()
+    with pytest.raises(InputError, match=f"cannot read .*{RUNS}: Is a directory"), record.ending():
+        record.start(0)
+    with pytest.raises(InputError, match=f"cannot read .*{RUNS}: Is a directory"):
+        last_settings(tmp_path)
 
 
 @pytest.mark.parametrize("rng", ["image", "compvis"])

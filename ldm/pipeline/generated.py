@@ -1,0 +1,54 @@
+"""An image that came out of a pipeline, with all that it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ldm.errors import InputError
+from ldm.images.metadata import FORMATS, encode_image
+from ldm.images.watermark import Watermarker
+from ldm.pipeline.infotext import image_texts
+from ldm.pipeline.request import ImageRequest
+
+if TYPE_CHECKING:
+    from ldm.pipeline.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """An image and what it was made from. `pixels` are uint8 [H, W, 3], None if it came out as NaN."""
+
+    request: ImageRequest
+    pixels: np.ndarray | None
+    seed: int | None
+    nsfw: bool | None  # None: nobody looked
+    seconds: float
+    pipeline: Pipeline = field(repr=False, compare=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that is needed to make the image again, as image files and the manifest record it."""
+        own = self.request.settings()
+        if self.request.rng == "image":
+            own["seed"] = self.seed
+        flags = {} if self.nsfw is None else {"nsfw_content_detected": self.nsfw}
+        return self.pipeline.facts | own | flags
+
+    def save(self, path: str | Path, quality: int = 95) -> None:
+        """Write a PNG, JPEG or WebP file with watermark and settings. InputError if it cannot be written."""
+        path = Path(path)
+        format = path.suffix.lower().lstrip(".").replace("jpeg", "jpg")
+        if self.pixels is None:
+            raise InputError(f"{path}: the image came out as NaN, and there is nothing to save")
+        if format not in FORMATS:
+            raise InputError(f"{path}: its suffix is none of {', '.join(FORMATS)}")
+        marked = Watermarker.of(self.request.watermark)(self.pixels)
+        data = encode_image(marked, image_texts(self.settings), format, quality)
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,64 @@
+"""What is recorded of a run: all that its files depend on, compared when it is taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import ImageRequest
+from ldm.runs.options import RunOptions
+from ldm.weights.hashes import quick_hash
+
+
+def recorded_settings(
+    pipeline: Pipeline, first: ImageRequest, options: RunOptions, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """All that the files of a run depend on, but for what its other lines have of their own.
+
+    The checkpoint goes by its quick hash: the whole file's may not be known yet.
+    """
+    names = ("n_iter", "no_metadata", "format", "quality", "filename")
+    return {
+        **{name: getattr(options, name) for name in names},
+        **line_settings(first, pipeline),
+        **facts,
+        "config": str(pipeline.files.config),
+        "checkpoint": str(pipeline.files.weights),
+        "model_hash": quick_hash(pipeline.files.weights),
+        "weights": pipeline.weights,
+        "precision": pipeline.precision,
+        "safety": pipeline.safety_mode,
+        **pipeline.options.recorded(),
+    }
+
+
+def line_settings(request: ImageRequest, pipeline: Pipeline) -> dict[str, Any]:
+    """What an image depends on, the content of its init image among it."""
+    settings = request.settings()
+    if request.init_img is not None:
+        settings["init image"] = pipeline.init_pixels.digest(request)
+    return settings
+
+
+def recorded_lines(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> list[dict[str, Any]]:
+    """What each line of a round has otherwise than the first one; None for what it lacks.
+
+    The first one's own seed is beside the run's, which `recorded_settings` has.
+    """
+    first = requests[0]
+    before = line_settings(first, pipeline)
+    lines = [{} if first.seed is None else {"seed": first.seed}]
+    for request in requests[1:]:
+        own = line_settings(request, pipeline)
+        names = dict.fromkeys([*before, *own])
+        lines.append({name: own.get(name) for name in names if own.get(name) != before.get(name)})
+    return lines
+
+
+def grid_settings(
+    pipeline: Pipeline, requests: Sequence[ImageRequest], facts: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """The settings of a grid: the first image's, under all prompts."""
+    prompts = "\n".join(dict.fromkeys(request.prompt for request in requests))
+    return facts | pipeline.facts | requests[0].settings() | {"seed": seed, "prompt": prompts}
