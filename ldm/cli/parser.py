@@ -133,7 +133,7 @@ class ListSamplers(argparse.Action):
         parser.exit()
 
 
-# What a command draws unless it is told otherwise: the original's numbers.
+# What a command draws by default: the original's numbers.
 TXT2IMG = {"n_iter": 2, "n_samples": 3, "outdir": "outputs/txt2img-samples"}
 IMG2IMG = {"n_iter": 1, "n_samples": 2, "outdir": "outputs/img2img-samples", "strength": 0.75}
 

@@ -183,6 +183,3 @@ def _rename_to_new(source: Path, target: Path) -> None:
         except BaseException:
             target.unlink()
             raise
-
-
-PAGE = 64  # pictures to a grid

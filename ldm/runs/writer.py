@@ -16,7 +16,7 @@ from ldm.images.watermark import Watermarker
 from ldm.pipeline.infotext import image_texts
 from ldm.runs.manifest import RunRecord
 
-PAGE = 64  # images of a grid: A grid of thousands is a file that nobody can open
+PAGE = 64  # images of a grid: one of thousands is a file that nobody can open
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,7 @@ def test_a_marked_file_is_sampled_as_it_was_trained(load: Load, tmp_path: Path, 
     request = pipeline.resolve(ImageRequest("a cat", steps=2))
     assert (request.zero_snr, request.schedule) == (zero_snr, "trailing" if zero_snr else None)
     assert pipeline.model.parameterization == ("v" if "v_pred" in marks else "eps")
-    discretization, run = pipeline.trajectory(request)
-    assert (run.sigmas[0] > 1e4) == zero_snr
+    assert (pipeline.trajectory(request)[1].sigmas[0] > 1000) == zero_snr
     (image,) = pipeline.generate([request])
     assert image.settings["zero_snr"] is zero_snr
     if zero_snr:
@@ -296,7 +295,7 @@ def test_a_batch_that_does_not_fit_is_halved(txt2img: Command, too_large, error)
 
 
 def test_out_of_memory_while_images_are_encoded(load: Load, too_large, monkeypatch, caplog) -> None:
-    """It was an error without advice. The batch is halved, and one image too many for it is refused in words."""
+    """It was an error without advice. The batch is halved, and one image is refused in words."""
     requests = [ImageRequest(init_img=colour(60 * k), strength=0.5, steps=2) for k in range(4)]
     pipeline = load(batch_size=4)
     expected = pixels(pipeline.generate(requests))
@@ -516,7 +515,7 @@ def test_what_a_gpu_does_unasked_changes_no_bit(monkeypatch: pytest.MonkeyPatch)
     plain = pixels(pipeline.generate(requests[:5]))
     speed_up(pipeline.model, RuntimeOptions(), torch.device("cuda"))
     assert all(map(np.array_equal, pixels(pipeline.generate(requests[:5])), plain))
-    assert (recorder.captured, recorder.replayed) == (4, 15)
+    assert (recorder.captured, recorder.replayed) == (3, 15)  # latents: 4, 2 and 1; three batches of 5 steps
 
 
 # Files
