@@ -49,7 +49,7 @@ class Arguments:
     @cached_property
     def lines(self) -> list[Line]:
         """One round of prompts: the file's, or the command's for each of `n_samples`."""
-        if "from_file" not in self.given:
+        if not self.given.get("from_file"):
             return [Line(self.request.prompt)] * self.run.n_samples
         lines = read_prompts(self.given["from_file"], self.owner)
         return [line for line in lines for _ in range(self.given.get("repeat", 1))]
@@ -134,7 +134,8 @@ class Arguments:
             if name not in known and name != "ddim_eta":
                 names = ", ".join(["prompt", *known, "ddim_eta"])
                 raise InputError(f"no option {name!r} for a line; there are {names}")
-            own[known[name].name if name in known else name] = value
+            each = known.get(name, DDIM_ETA)
+            own[each.name] = str(value) if each.kind is str and isinstance(value, int | float) else value
         if self.request.rng == "compvis":
             raise InputError("options of its own with --rng compvis: that is one stream for all images")
         if own.get("seed") in (-1, "-1"):
@@ -272,6 +273,8 @@ def without_original_flags(values: Mapping[str, Any]) -> dict[str, Any]:
 
     found = {name: value for name, value in values.items() if name not in FLAGS_OF_THE_ORIGINAL}
     implied = "dpmpp_2m" if values.get("dpm_solver") else "plms" if values.get("plms") else None
+    if found.get("sampler") == "":  # as an empty shell variable leaves it
+        del found["sampler"]
     name = _checked(settings_of(ImageRequest)["sampler"], found.get("sampler"))
     named = catalogue.resolve(name)[0] if name is not None else None
     if implied and named not in (None, implied):

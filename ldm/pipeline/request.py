@@ -227,7 +227,7 @@ class ImageRequest:
         from ldm.sampling import catalogue
 
         sampler, implied = catalogue.resolve(self.sampler)
-        schedule = self.schedule and catalogue.resolve_schedule(self.schedule)
+        schedule = None if self.schedule is None else catalogue.resolve_schedule(self.schedule)
         if implied and schedule not in (None, implied):
             raise FieldError(
                 "{sampler} implies the {implied} schedule and {schedule} is {given}; give one of them",

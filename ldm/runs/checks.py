@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm.errors import InputError
-from ldm.images.watermark import Watermarker
+from ldm.images.watermark import NO_WATERMARK, Watermarker
 from ldm.log import notice
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
@@ -55,11 +55,12 @@ def check_watermarks(requests: Sequence[ImageRequest], sheet: Sheet | None = Non
     """InputError if a watermark cannot be written that is to be; a notice where images are too small."""
     small = set()
     for height, width, message in {(one.height, one.width, one.watermark) for one in requests}:
-        if message == "none":
+        mark = Watermarker.of(message)
+        if message == NO_WATERMARK:
             continue
         fits = Watermarker.fits(height, width)
         if fits or sheet is not None:  # which is larger than its images
-            Watermarker.of(message).check()
+            mark.check()
         if not fits:
             small.add((width, height))
     for width, height in sorted(small):

@@ -57,7 +57,9 @@ def run(
             record.start(folder.next_number)
         folder.own(record.run)
         names = file_names(options.filename, plan, record.first, model_name(pipeline, options.filename))
-        job = team.share(Job(plan, todo, names, record, facts))
+        job = Job(plan, todo, names, record, facts)
+        if team.device is not None:  # the others were started, and wait for it
+            team.share(job)
         LOG.info("%d of %d images to make in %s", sum(map(len, todo)), record.images, folder.path.absolute())
         writer = image_writer(folder, record, options, sheet)
         report = ReportOptions(options.json, bar=not options.quiet)

@@ -148,6 +148,10 @@ def test_switches_and_lists_of_a_line() -> None:
     assert command._with_options(Line("a", (("timesteps", 500),))).timesteps == (500,)
 
 
+def test_a_number_in_place_of_a_text() -> None:
+    assert arguments()._with_options(Line("a", (("negative_prompt", 5),))).negative_prompt == "5"
+
+
 def test_lines_that_come_again_have_the_next_seed() -> None:
     """Behind the largest seed comes 0, as in a run."""
     line, other = Line("a", (("seed", 2**63 - 1),)), Line("b")

@@ -49,3 +49,8 @@ def test_the_memory_of_the_machine_is_read_without_torch() -> None:
     """The installation check works where torch does not."""
     code = "import sys, ldm.pipeline.memory as m; m.host_memory(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_other_errors_are_no_lack_of_memory() -> None:
+    assert not memory.is_out_of_memory(RuntimeError("shape '[2]' is invalid for input of size 3"))
+    assert not memory.is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))

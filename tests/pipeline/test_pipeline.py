@@ -1,6 +1,5 @@
 """Pipeline: what a request becomes, what is sampled together, out of memory, NaN in low precision, files."""
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,13 +15,9 @@ from torch import Tensor
 
 from ldm.errors import FieldError, InputError
 from ldm.images.pixels import to_float, to_uint8
-from ldm.images.watermark import read_watermark
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.optimize.offload import PlainTransfer, offload
 from ldm.pipeline import GeneratedImage, ImageRequest, Pipeline, RuntimeOptions
-from ldm.pipeline.infotext import read_settings
-from ldm.pipeline.memory import is_out_of_memory
 from ldm.sampling.noise import ImageNoise, ImageSeeds
 from ldm.weights.loading import BUNDLED_WEIGHTS, ROOT
 
@@ -85,24 +80,6 @@ def test_the_model_decides_what_a_request_leaves_open(load: Load, tmp_path: Path
     assert pipeline.resolve(request) == request
     with pytest.raises(FieldError, match=r"^height 20 is not a multiple of 8; the nearest is 16$"):
         pipeline.resolve(ImageRequest(height=20))
-
-
-def test_an_init_image_is_the_one_that_is_given(load: Load, tmp_path: Path) -> None:
-    """An image object that had gone left its pixels to the next one with its id; a file that had changed was
-    not read again."""
-    pipeline = load()
-
-    def round_trip(source: object) -> np.ndarray:
-        return pixels(pipeline.generate([ImageRequest(init_img=source, strength=0, seed=0)]))[0]
-
-    seen = [round_trip(colour(red)) for red in (0, 120, 240)]
-    assert not np.array_equal(seen[0], seen[1])
-    assert not np.array_equal(seen[1], seen[2])
-    path = tmp_path / "init.png"
-    colour(0).save(path)
-    assert np.array_equal(round_trip(str(path)), seen[0])
-    colour(240).save(path)
-    assert np.array_equal(round_trip(str(path)), seen[2])
 
 
 @pytest.mark.parametrize(
@@ -337,15 +314,17 @@ def test_what_cannot_be_halved_is_an_error(txt2img: Command, too_large, argv: st
     assert result.err[-1].startswith(f"txt2img.py: error: {words}")
 
 
-def test_other_errors_are_no_lack_of_memory() -> None:
-    assert not is_out_of_memory(RuntimeError("shape '[2]' is invalid for input of size 3"))
-    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+def test_a_pipeline_of_a_built_model(load: Load) -> None:
+    """A model that is built already, as in training: its own sizes and parameterization."""
+    request = ImageRequest("a cat", steps=2, seed=3)
+    plain = load()
+    pipeline = Pipeline.of_model(plain.model)
+    assert all(map(np.array_equal, pixels(pipeline.generate([request])), pixels(plain.generate([request]))))
+    plain.model.parameterization = "v"
+    assert Pipeline.of_model(plain.model).resolve(ImageRequest(zero_snr=True)).zero_snr
 
 
-# Low precision
-
-
-FALLBACK = "the autoencoder yields NaN in low precision: it works in float32 from here on"
+# Precision, and what saves memory or time
 
 
 @pytest.fixture
@@ -359,31 +338,6 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(((a - b) ** 2).mean(), 1e-9)))
 
 
-@pytest.fixture
-def overflowing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[torch.dtype]]:
-    """Makes a method of the first stage yield NaN but in float32; returns the types that it computed in."""
-
-    def overflow(name: str) -> list[torch.dtype]:
-        plain, found = getattr(LatentDiffusion, name), []
-
-        def call(self, x: Tensor) -> object:
-            result = plain(self, x)
-            posterior = isinstance(result, DiagonalGaussianDistribution)
-            tensor = result.mean if posterior else result
-            found.append(tensor.dtype)
-            if tensor.dtype != torch.float32:
-                tensor = tensor * float("nan")
-                return (
-                    DiagonalGaussianDistribution(torch.cat([tensor, tensor], dim=1)) if posterior else tensor
-                )
-            return result
-
-        monkeypatch.setattr(LatentDiffusion, name, call)
-        return found
-
-    return overflow
-
-
 @pytest.mark.parametrize(("precision", "floor"), [("half", 38), ("bf16", 22), ("autocast", 90)])
 def test_lower_precision_is_near_full(bundled: Command, precision: str, floor: float) -> None:
     full = bundled(folder="full")
@@ -393,72 +347,6 @@ def test_lower_precision_is_near_full(bundled: Command, precision: str, floor: f
         assert psnr(image, exact) > floor
     assert {s["precision"] for s in result.settings} == {precision}
     assert {s["precision"] for s in full.settings} == {"full"}
-
-
-def test_a_decoder_that_yields_nan_decodes_in_float32(bundled: Command, overflowing) -> None:
-    """And stays there; the images are those of a full decoder, and none is reported as NaN."""
-    expected = bundled("--precision", "bf16", folder="expected")
-    types = overflowing("decode_first_stage")
-    result = bundled("--precision", "bf16", "--n_iter", 2)
-    assert types == [torch.bfloat16, torch.float32, torch.float32]
-    assert result.code == 0
-    assert result.err.count(FALLBACK) == 1
-    assert psnr(result.images[0], expected.images[0]) > 35
-
-
-def test_an_encoder_that_yields_nan_encodes_in_float32(load: Load, overflowing, caplog) -> None:
-    """Every image was lost: the fallback was the decoder's alone."""
-    types = overflowing("encode_first_stage")
-    requests = [ImageRequest(init_img=colour(90 * k), strength=0.5, steps=2, seed=k) for k in range(3)]
-    images = list(load(precision="bf16", batch_size=1).generate(requests))
-    assert types == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
-    assert [image.pixels is None for image in images] == [False] * 3
-    assert caplog.text.count(FALLBACK) == 1
-
-
-def test_one_nan_latent_does_not_turn_the_fallback_off(load: Load, overflowing, monkeypatch, caplog) -> None:
-    """The whole batch was lost with it."""
-    types = overflowing("decode_first_stage")
-    plain = Pipeline.latents
-
-    def one_nan(self, *args: object) -> Tensor:
-        latents = plain(self, *args).clone()
-        latents[1] = float("nan")
-        return latents
-
-    monkeypatch.setattr(Pipeline, "latents", one_nan)
-    images = list(load(precision="bf16", batch_size=3).generate([ImageRequest("a", steps=1)] * 3))
-    assert [image.pixels is None for image in images] == [False, True, False]
-    assert types == [torch.bfloat16, torch.float32]
-    assert caplog.text.count(FALLBACK) == 1
-
-
-def test_nan_latents_alone_are_not_decoded_twice(load: Load, overflowing, monkeypatch, caplog) -> None:
-    types = overflowing("decode_first_stage")
-    monkeypatch.setattr(
-        Pipeline, "latents", lambda self, batch, *_: torch.full((len(batch), 4, 2, 2), torch.nan)
-    )
-    (image,) = load(precision="bf16").generate([ImageRequest("a")])
-    assert image.pixels is None
-    assert types == [torch.bfloat16]
-    assert FALLBACK not in caplog.text
-
-
-@pytest.mark.parametrize("precision", ["half", "autocast"])
-def test_the_fallback_stays_with_offloaded_weights(
-    load: Load, overflowing, monkeypatch, caplog, precision
-) -> None:
-    """With --low_vram every batch was decoded twice, and the notice came again with each."""
-    types = overflowing("decode_first_stage")
-    pipeline = load(precision=precision, batch_size=1)
-    if precision == "autocast":  # which is for GPUs
-        monkeypatch.setattr(Pipeline, "_autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
-    offload(pipeline.model, torch.device("cpu"), transfer=PlainTransfer())
-    images = list(pipeline.generate([ImageRequest("a", steps=1)] * 3))
-    low = torch.float16 if precision == "half" else torch.bfloat16
-    assert types == [low, *[torch.float32] * 3]
-    assert all(image.pixels is not None for image in images)
-    assert caplog.text.count(FALLBACK) == 1
 
 
 @pytest.mark.parametrize(
@@ -516,71 +404,3 @@ def test_what_a_gpu_does_unasked_changes_no_bit(monkeypatch: pytest.MonkeyPatch)
     speed_up(pipeline.model, RuntimeOptions(), torch.device("cuda"))
     assert all(map(np.array_equal, pixels(pipeline.generate(requests[:5])), plain))
     assert (recorder.captured, recorder.replayed) == (3, 15)  # latents: 4, 2 and 1; three batches of 5 steps
-
-
-# Files
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp"])
-def test_an_image_is_saved_with_its_settings(load: Load, tmp_path: Path, suffix: str) -> None:
-    request = ImageRequest(
-        "a café", negative_prompt="blurry", seed=7, steps=1, sampler="Euler a", height=256, width=256
-    )
-    (image,) = load().generate([request])
-    path = tmp_path / f"cube.{suffix}"
-    image.save(path)
-    settings = read_settings(path)
-    assert settings == {**image.settings, "config": "tiny.yaml", "checkpoint": "tiny.safetensors"}
-    expected = {"prompt": "a café", "seed": 7, "steps": 1, "sampler": "euler_ancestral", "scale": 7.5}
-    assert settings.items() >= expected.items()
-    saved = np.asarray(Image.open(path).convert("RGB"))
-    assert saved.shape == (256, 256, 3)
-    if suffix == "png":
-        assert read_watermark(saved) == "StableDiffusionV1"
-    again = ImageRequest(
-        **{
-            name: settings[name]
-            for name in ("prompt", "negative_prompt", "seed", "steps", "sampler", "height", "width", "scale")
-        }
-    )
-    (same,) = load().generate([again])
-    assert np.array_equal(same.pixels, image.pixels)
-
-
-def test_what_cannot_be_saved_is_an_error_in_words(load: Load, tmp_path: Path, monkeypatch) -> None:
-    (image,) = load().generate([ImageRequest("a", steps=1)])
-    with pytest.raises(InputError, match=r"a\.bmp: its suffix is none of png, jpg, webp"):
-        image.save(tmp_path / "a.bmp")
-    with pytest.raises(InputError, match=r"cannot write .*nowhere.a\.png: No such file or directory"):
-        image.save(tmp_path / "nowhere/a.png")
-    monkeypatch.setattr(Pipeline, "latents", lambda self, batch, *_: torch.full((1, 4, 2, 2), torch.nan))
-    (image,) = load().generate([ImageRequest("a", steps=1)])
-    assert image.pixels is None
-    with pytest.raises(InputError, match=r"a\.png: the image came out as NaN"):
-        image.save(tmp_path / "a.png")
-
-
-def test_a_pipeline_of_a_built_model(load: Load) -> None:
-    """A model that is built already, as in training: its own sizes and parameterization."""
-    request = ImageRequest("a cat", steps=2, seed=3)
-    plain = load()
-    pipeline = Pipeline.of_model(plain.model)
-    assert all(map(np.array_equal, pixels(pipeline.generate([request])), pixels(plain.generate([request]))))
-    plain.model.parameterization = "v"
-    assert Pipeline.of_model(plain.model).resolve(ImageRequest(zero_snr=True)).zero_snr
-
-
-NOTEBOOK = ROOT / "docs/notebook.md"
-
-
-def test_the_notebook_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first block runs as it stands, but for its number of steps, on the bundled model."""
-    block = re.search(r"```python\n(.*?)```", NOTEBOOK.read_text(), re.DOTALL)[1]
-    code = block.replace("Pipeline.load()", f"Pipeline.load({str(ROOT / BUNDLED_WEIGHTS)!r})")
-    code = re.sub(r"steps=\d+", "steps=2", code)
-    assert code.count("steps=2") == code.count(BUNDLED_WEIGHTS) == 1
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(NOTEBOOK), "exec"), {})
-    files = list(tmp_path.iterdir())
-    assert files
-    assert all(read_settings(path)["steps"] == 2 for path in files)

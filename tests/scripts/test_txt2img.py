@@ -200,6 +200,7 @@ def test_help_and_argument_errors_do_not_wait_for_torch(tmp_path, argv, code):
         ("--sampler eulerr", "the nearest are euler, euler_ancestral"),
         ("--prompt", "--prompt is missing, or has no value"),
         ("--outdir", "--outdir is missing, or has no value"),
+        ("--schedule=", "--schedule  is not known"),
         ("--laion400m", "--laion400m: its text encoder (BERT) is not available yet"),
         ("--no_such_flag", "--no_such_flag"),
         ("--seed 1\n2", "1 2"),
@@ -513,6 +514,17 @@ def test_the_watermark_is_on_by_default(txt2img):
     assert 0 < np.abs(marked.images[0] - plain.images[0]).mean() < 8
     assert np.array_equal(pixels(marked.folder / "grid-0000.png"), marked.images[0])
     assert len(txt2img("--watermark", "StableDiffusionV1").err) == 1
+
+
+def test_an_empty_watermark(txt2img):
+    """Every image failed when it was to be written, with exit code 1."""
+    refused(txt2img("--watermark="), "the watermark's message is empty; give one, or use --watermark none")
+
+
+def test_empty_options_are_as_none(txt2img):
+    """As `--sampler="$SAMPLER"` leaves them where the variable is empty."""
+    result = txt2img("--sampler=", "--from-file=", "--like=")
+    assert (result.code, result.settings[0]["sampler"], result.settings[0]["prompt"]) == (0, "ddim", "a cat")
 
 
 def test_a_missing_watermark_package(txt2img, monkeypatch):

@@ -1,0 +1,57 @@
+"""What is recorded of a run, and compared when it is taken up again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import Result
+from run_helpers import data
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def txt2img(command: Command, model: tuple[Path, Path]) -> Command:
+    """Run the command: two steps, a batch of four images of 16x16 pixels."""
+    base = ["--config", model[0], "--ckpt", model[1], "--ddim_steps", 2, "--n_samples", 4, "--n_iter", 1]
+    base += ["--prompt", "a cat", "--watermark", "none"]
+    return lambda *argv, folder="out": command("txt2img", *base, *argv, folder=folder)
+
+
+def test_lines_are_compared_when_a_run_is_taken_up(txt2img: Command, tmp_path: Path) -> None:
+    """Only the first line's settings were: the run went on with the others' changed."""
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "scale": 5}\n{"prompt": "b"}\n')
+    argv = ["--from-file", path]
+    first = txt2img(*argv)
+    before = data(first.folder)
+    first.paths[1].unlink()
+    result = txt2img(*argv, "--scale", 3, "--resume")
+    assert (result.code, len(result.err)) == (2, 1)
+    assert "its last one had line 2: scale 7.5, now 3" in result.err[0]
+    assert len(result.paths) == 1
+    again = txt2img(*argv, "--resume")
+    assert (again.code, data(again.folder)) == (0, before)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([{"prompt": "a", "seed": 42}, {"prompt": "b"}], "line 1: seed null, now 42"),
+        ([{"prompt": "a"}, {"prompt": "c"}], 'line 2: prompt "b", now "c"'),
+        ([{"prompt": "a"}, {"prompt": "b", "steps": 3}], "line 2: steps 2, now 3"),
+        ([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}], "lines 2, now 3"),
+        ([{"prompt": "a"}], "lines 2, now 1"),
+    ],
+)
+def test_what_differs_is_named_with_its_line(
+    txt2img: Command, tmp_path: Path, lines: list, words: str
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    txt2img("--from-file", path)
+    path.write_text("\n".join(map(json.dumps, lines)))
+    result = txt2img("--from-file", path, "--resume")
+    assert (result.code, len(result.err)) == (2, 1)
+    assert f"its last one had {words}" in result.err[0]
