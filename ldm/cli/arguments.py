@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.like import read_image, settings_like
 from ldm.cli.parser import DDIM_ETA, PROMPT, WEIGHTS, Parser, flag_of, in_flags
 from ldm.cli.prompts import Line, read_prompts
 from ldm.errors import InputError, ValueFieldError
@@ -199,6 +198,8 @@ def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
     like: dict[str, Any] = {}
     found: dict[str, Any] = {}
     if given.get("like"):
+        from ldm.cli.like import read_image, settings_like
+
         like = read_image(given["like"], parser.owner)
         try:
             found = settings_like(like, given, with_init, parser.owner)

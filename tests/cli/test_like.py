@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.cli import arguments
+from ldm.cli import like
 from ldm.cli.like import RUNTIME, settings_like
 from ldm.cli.parser import txt2img_parser
 from ldm.errors import InputError
@@ -229,7 +229,7 @@ NAMES = [*settings_of(ImageRequest), *settings_of(RuntimeOptions), *NEVER_RECORD
 def test_whatever_an_image_records(recorded: dict) -> None:
     """Any settings make a request or an InputError, and reach no option that images never record."""
     plain, chosen = arguments.gather(txt2img_parser(), {}), {"like": "a.png"}
-    with patch.object(arguments, "read_image", return_value=recorded):
+    with patch.object(like, "read_image", return_value=recorded):
         try:
             found = arguments.gather(txt2img_parser(), chosen)
             request = found.request
