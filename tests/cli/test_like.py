@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.cli import like
+from ldm.cli.arguments import gather
 from ldm.cli.like import RUNTIME, settings_like
 from ldm.cli.parser import txt2img_parser
 from ldm.errors import InputError
@@ -228,10 +229,10 @@ NAMES = [*settings_of(ImageRequest), *settings_of(RuntimeOptions), *NEVER_RECORD
 @given(st.dictionaries(st.sampled_from([*NAMES, "weights", "image", "model_hash"]), values, max_size=8))
 def test_whatever_an_image_records(recorded: dict) -> None:
     """Any settings make a request or an InputError, and reach no option that images never record."""
-    plain, chosen = arguments.gather(txt2img_parser(), {}), {"like": "a.png"}
+    plain, chosen = gather(txt2img_parser(), {}), {"like": "a.png"}
     with patch.object(like, "read_image", return_value=recorded):
         try:
-            found = arguments.gather(txt2img_parser(), chosen)
+            found = gather(txt2img_parser(), chosen)
             request = found.request
         except InputError:
             return
