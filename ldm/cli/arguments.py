@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,7 @@ class Arguments:
             # a line that comes again has the next seed
             seed = variants[key].seed if line is not before or seed is None else image_seed(seed, 1)
             before = line
-            yield replace(variants[key], prompt=line.prompt, seed=seed)
+            yield variants[key].twin(prompt=line.prompt, seed=seed)
 
     def _variants(self, pipeline: Pipeline) -> dict[str, ImageRequest]:
         """The resolved request of each set of options that lines have. The checkpoint is read last."""

@@ -37,6 +37,7 @@ MAX_TEXT = 1000  # characters of a field that are looked at
 
 PLAIN = "-_.,'()+="  # what a field's text keeps besides letters and digits
 RESERVED_TOO = ("CONIN$", "CONOUT$")  # on Windows, besides those that pathvalidate knows
+LONGEST_RESERVED = len("CONOUT$")
 # Letters and marks for Unicode, and nothing to the eye: fillers, variation selectors.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
@@ -148,9 +149,11 @@ def _is_allowed(character: str) -> bool:
 
 def _is_reserved(name: str) -> bool:
     """Whether a name of allowed characters means a device on Windows, as "nul.txt" and "nul .txt" do."""
+    stem = name.partition(".")[0].rstrip(" ")
+    if not stem[:1].isalpha() or len(stem) > LONGEST_RESERVED:  # thousands of names: most need no look
+        return False
     from pathvalidate import is_valid_filename
 
-    stem = name.partition(".")[0].rstrip(" ")
     return not is_valid_filename(
         stem, "universal", fs_encoding="utf-8", additional_reserved_names=RESERVED_TOO
     )

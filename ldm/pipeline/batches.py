@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 
 from ldm.pipeline.request import ImageRequest, image_seed
 
@@ -25,7 +24,7 @@ def with_start_seeds(batch: Sequence[ImageRequest], seed: int) -> list[ImageRequ
     run's `seed`, plus its place in the batch. In the original's one stream there are no seeds to set.
     """
     return [
-        replace(request, start_seed=image_seed(seed if request.start_seed is None else request.start_seed, i))
+        request.twin(start_seed=image_seed(seed if request.start_seed is None else request.start_seed, i))
         if request.fixed_code and request.rng == "image"
         else request
         for i, request in enumerate(batch)

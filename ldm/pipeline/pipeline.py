@@ -238,7 +238,7 @@ class Pipeline:
         for line in dict.fromkeys(line for request in requests for line in request.in_vain()):
             notice(line)
         seeded = [
-            request if request.seed is not None else replace(request, seed=_default_seed(request, k))
+            request if request.seed is not None else request.twin(seed=_default_seed(request, k))
             for k, request in enumerate(requests)
         ]
         size = self.options.batch_size or 1
@@ -432,11 +432,15 @@ def _half(batch: Sequence[ImageRequest]) -> int:
     """The size of batch to try after this one did not fit. InputError if there is none."""
     images, size = len(batch), f"{batch[0].width}x{batch[0].height}"
     if images == 1:
-        raise InputError(f"out of memory with one image of {size}; take a smaller --H and --W")
+        raise FieldError(
+            "out of memory with one image of {size}; take a smaller {height} and {width}", size=size
+        )
     if batch[0].rng == "compvis":
-        raise InputError(
-            f"out of memory with {images} images of {size}; the original's stream (--rng compvis) is drawn "
-            "for whole batches, so take a smaller --n_samples"
+        raise FieldError(
+            "out of memory with {images} images of {size}; the original's stream ({rng} compvis) is drawn "
+            "for whole batches, so take a smaller {n_samples}",
+            images=images,
+            size=size,
         )
     notice(f"out of memory with {images} images of {size} at once: going on with {images // 2}")
     return images // 2

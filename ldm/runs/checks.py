@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ldm.errors import InputError
+from ldm.errors import FieldError, InputError
 from ldm.images.watermark import NO_WATERMARK, Watermarker
 from ldm.log import notice
+from ldm.optimize.apply import check_options
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.runs.options import RunOptions
@@ -24,10 +25,13 @@ def check_run(
     """InputError for what this run cannot do; a notice where images are too small for a watermark."""
     if not requests:
         raise InputError("a run needs at least one request for an image")
+    if sheet is not None and options.resume:
+        raise FieldError("{resume} with a sheet: it is drawn from the images of a single run")
     first = requests[0]
     if first.rng == "compvis" and len({request.batch_key() for request in requests}) > 1:
         raise InputError("--rng compvis is one stream for images of equal settings")
     check_team(pipeline, first, options, team)
+    check_options(pipeline.options, pipeline.device)
     check_watermarks(requests, sheet)
 
 

@@ -6,6 +6,7 @@ one for every run that started, with the file numbers that are its own: image k 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -42,7 +43,7 @@ class RunRecord:
         self.first = 0
         self.done: dict[int, str | None] = {}
         self.failed: set[int] = set()
-        self.grids: list[str] = []
+        self.grids: set[str] = set()  # by the images in them
         self.resumed = False
         self._lease: Lease | None = None
 
@@ -78,7 +79,7 @@ class RunRecord:
         with self._alone():
             for line in read_lines(self.outdir / RUNS):
                 if line.get("run") == self.run and "grid" in line:
-                    self.grids.append(line["grid"])
+                    self.grids.add(line.get("of"))
             self._enter(first=self.first, images=self.images)
         self.resumed = True
         self.refresh()
@@ -128,9 +129,14 @@ class RunRecord:
             self.failed.discard(image)
         return line
 
-    def add_grid(self, file: str) -> None:
-        self.grids.append(file)
-        self._enter(grid=file)
+    def add_grid(self, file: str, images: Sequence[str]) -> None:
+        """Record a grid of these image files."""
+        self.grids.add(_of(images))
+        self._enter(grid=file, of=_of(images))
+
+    def has_grid(self, images: Sequence[str]) -> bool:
+        """Whether there is a grid of just these image files: one that came later may have been left out."""
+        return _of(images) in self.grids
 
     def missing(self) -> list[int]:
         """The images that are still to be made, those that came to nothing among them."""
@@ -176,6 +182,10 @@ class RunRecord:
 
     def _enter(self, **facts: Any) -> None:
         append(self.outdir / RUNS, {"run": self.run, **facts})
+
+
+def _of(images: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(images).encode()).hexdigest()[:16]
 
 
 def last_settings(outdir: str | Path) -> dict[str, Any]:

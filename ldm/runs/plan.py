@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -63,11 +63,11 @@ def plan_run(
 def _seeded(request: ImageRequest, seed: int, k: int, iteration: int) -> ImageRequest:
     """Image k's own request; in the original's one stream all images have the run's seed."""
     if request.rng == "compvis":
-        return replace(request, seed=seed)
+        return request.twin(seed=seed)
     own = image_seed(seed, k) if request.seed is None else image_seed(request.seed, iteration)
     if request.variation_seed is None:
-        return replace(request, seed=own)
-    return replace(request, seed=own, variation_seed=image_seed(request.variation_seed, k))
+        return request.twin(seed=own)
+    return request.twin(seed=own, variation_seed=image_seed(request.variation_seed, k))
 
 
 def file_names(template: str, plan: Plan, first: int, model: Mapping[str, Any]) -> list[str]:

@@ -81,10 +81,12 @@ class ImageWriter:
             self._save_page(self.page, settings)
         done = self.record.done
         files = [done[k] for k in sorted(done) if done[k]] if self.save_images else []
-        for start in range(len(self.record.grids) * PAGE, len(files), PAGE):
+        for start in range(0, len(files), PAGE):
             names = files[start : start + PAGE]
+            if self.record.has_grid(names):
+                continue
             images = [np.asarray(Image.open(self.folder.path / name).convert("RGB")) for name in names]
-            self.record.add_grid(self._save_page(images, settings).name)
+            self.record.add_grid(self._save_page(images, settings).name, names)
 
     def texts(self, settings: dict[str, Any]) -> tuple[str, str] | None:
         return image_texts(settings) if self.metadata else None

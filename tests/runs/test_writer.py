@@ -60,11 +60,22 @@ def test_grids_are_paged_and_not_made_twice(
     grids = [np.asarray(Image.open(tmp_path / f"grid-000{k}.png").convert("RGB")) for k in range(3)]
     assert [grid.shape[1] > 40 for grid in grids] == [True, True, False]
     if saved:
-        assert record.grids == [f"grid-000{k}.png" for k in range(3)]
         writer.finish(SETTINGS)
         assert not (tmp_path / "grid-0003.png").exists()
         assert len(list((tmp_path / "samples").iterdir())) == 5
     assert read_metadata(tmp_path / "grid-0000.png") == SETTINGS
+
+
+def test_an_image_that_came_later_gets_into_a_grid(tmp_path: Path, record: RunRecord) -> None:
+    """A run with a NaN image, which its resumption made, kept the grid that lacks it."""
+    writer = ImageWriter(OutputFolder(tmp_path), record, columns=5)
+    write(writer, [noise(seed=seed) for seed in range(3)])
+    writer.finish(SETTINGS)
+    writer.add(3, noise(seed=3), SETTINGS, {"seed": 3}, "00003")
+    writer.finish(SETTINGS)
+    widths = [Image.open(path).width for path in sorted(tmp_path.glob("grid-*.png"))]
+    assert len(widths) == 2
+    assert widths[1] > widths[0]
 
 
 def test_images_that_are_saved_are_not_kept(tmp_path: Path, record: RunRecord) -> None:
