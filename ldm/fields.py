@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -73,6 +74,8 @@ class Setting:
 
     def check(self, value: Any) -> Any:
         """The value in its field's type. ValueError, with a message for the user, if it is not fit."""
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if self.kind is bool and isinstance(value, bool):
             return value
         if self.kind is tuple and isinstance(value, Iterable) and not isinstance(value, str):

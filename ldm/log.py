@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from contextlib import suppress
 
 from ldm.errors import InputError
 
@@ -24,20 +26,53 @@ def problem(message: str) -> None:
     LOG.error(one_line(message))
 
 
+class Stderr(logging.Handler):
+    """Writes to what is stderr at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+class LogFile(logging.FileHandler):
+    """A log file that says once, in one line, that it cannot be written."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            error = sys.exc_info()[1]
+            problem(f"--log_file {self.path}: {getattr(error, 'strerror', None) or error}")
+
+    def __init__(self, path: str):
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.path = path
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is still to be written has been reported
+            super().close()
+
+
 def log_to(path: str | None, quiet: bool) -> None:
-    """Until `run` ends, the lines of the log go to a file, too; `quiet` keeps notices off stderr.
+    """From now on the log goes to this file, too, and to none before; `quiet` keeps notices off stderr.
 
     InputError if the file cannot be written.
     """
     LOG.setLevel(logging.INFO)
+    for handler in [handler for handler in LOG.handlers if isinstance(handler, LogFile)]:
+        LOG.removeHandler(handler)
+        handler.close()
+    if not LOG.hasHandlers():  # in a program that has set up none
+        LOG.addHandler(Stderr())
     least = logging.ERROR if quiet else logging.WARNING
     for handler in LOG.handlers:
-        handler.addFilter(lambda record: record.levelno >= least)  # tqdm's stand-in keeps filters, not levels
+        handler.filters[:] = [
+            lambda record: record.levelno >= least
+        ]  # tqdm's stand-in keeps filters, not levels
     if path is None:
         return
     try:
-        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        LOG.addHandler(LogFile(path))
     except OSError as error:
         raise InputError(f"--log_file {path}: {error.strerror}") from error
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    LOG.addHandler(file)

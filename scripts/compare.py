@@ -21,7 +21,7 @@ from ldm.pipeline.request import INIT, ImageRequest
 from ldm.weights.description import describe
 
 ONE = {"n_samples": 1, "n_iter": 1, "n_rows": 0}  # what these may say: each cell holds one image
-NOT_FOR_CELLS = (*ONE, "batch_size", "from_file", "resume", "fixed_code", "devices", "num_nodes")
+NOT_FOR_CELLS = (*ONE, "batch_size", "from_file", "repeat", "resume", "fixed_code", "devices", "num_nodes")
 NOT_COMPARED = ("fixed_code", "start_seed", "watermark", "height", "width", "zero_snr")
 Axis = tuple[str, list[str]]  # an option and its values
 

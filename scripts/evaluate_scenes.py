@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.cli import entry
 from ldm.cli import parser as cli
 from ldm.fields import settings_of
+from ldm.log import problem
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import ImageRequest
 from ldm.weights.loading import BUNDLED_CONFIG, choose_model, find, read_config
@@ -62,7 +63,7 @@ def train(args: argparse.Namespace) -> None:
     print(path)
 
 
-def evaluate(args: argparse.Namespace, runtime: RuntimeOptions, like: ImageRequest) -> None:
+def evaluate(args: argparse.Namespace, runtime: RuntimeOptions, like: ImageRequest) -> int:
     """Sample, read back, and write scores.json, report.md and a grid for each scale into `--outdir`."""
     files = choose_model(args.config or BUNDLED_CONFIG, args.ckpt)
     config = read_config(files.config)  # a mistake in it need not wait for torch
@@ -72,6 +73,7 @@ def evaluate(args: argparse.Namespace, runtime: RuntimeOptions, like: ImageReque
     from ldm.evaluation.scenes import SceneEvaluation, writing
     from ldm.pipeline.pipeline import Pipeline
     from ldm.runs.worker import StepBar
+    from ldm.sampling import catalogue
     from ldm.scenes.detector import load_detector
 
     outdir, scales = Path(args.outdir), list(dict.fromkeys(args.scales))
@@ -83,13 +85,16 @@ def evaluate(args: argparse.Namespace, runtime: RuntimeOptions, like: ImageReque
     evaluation = SceneEvaluation(detector, args.seed, args.prompts, size)
     evaluation.read_renders(pipeline.model.first_stage_model)
     images = len(evaluation.prompts) * len(scales)
-    with StepBar(images, images * like.steps) as bar:
+    adaptive = catalogue.SAMPLERS[like.sampler].adaptive
+    lost = 0
+    with StepBar(images, None if adaptive else images * like.steps) as bar:
         for scale in scales:
             generated = list(pipeline.generate(evaluation.requests(like, scale), bar.step))
             grid = evaluation.read(f"scale {scale:g}", [image.pixels for image in generated])
             with writing(outdir):
                 Image.fromarray(grid).save(outdir / f"scale-{scale:g}.png")
             bar.finish(len(generated))
+            lost += sum(image.pixels is None for image in generated)
     settings = vars(args) | asdict(runtime) | {"sampler": like.sampler, "schedule": like.schedule}
     settings |= {"config": str(files.config), "ckpt": str(files.weights)}
     how = f"{like.sampler}, {like.steps} steps, seed {args.seed}"
@@ -99,15 +104,17 @@ def evaluate(args: argparse.Namespace, runtime: RuntimeOptions, like: ImageReque
         (outdir / "report.md").write_text(report)
     print(report)
     print(outdir)
+    if lost:
+        problem(f"{lost} of {images} images came out as NaN, and count as wrong")
+    return 1 if lost else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args, runtime, like = parse(sys.argv[1:] if argv is None else argv)
     if args.train_detector:
         train(args)
-    else:
-        evaluate(args, runtime, like)
-    return 0
+        return 0
+    return evaluate(args, runtime, like)
 
 
 if __name__ == "__main__":

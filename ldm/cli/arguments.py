@@ -94,6 +94,8 @@ class Arguments:
 
         InputError that names the line. A notice if the image of --like is by another model.
         """
+        for line in ignored_options(self.given):
+            notice(line)
         self.warn_of_another_model(pipeline)
         variants = self._variants(pipeline)
         before: Line | None = None
@@ -111,9 +113,9 @@ class Arguments:
         for line in self.lines:
             lines.setdefault(repr(line.options), line)
         found = {key: _naming(line, self._with_options, line) for key, line in lines.items()}
-        for function in (pipeline.check_size, pipeline.resolve):
-            checked = {key: _naming(lines[key], function, request) for key, request in found.items()}
-        return checked
+        for key, request in found.items():
+            _naming(lines[key], pipeline.check_size, request)
+        return {key: _naming(lines[key], pipeline.resolve, request) for key, request in found.items()}
 
     @cached_property
     def _line_options(self) -> dict[str, Setting]:
@@ -247,6 +249,21 @@ def _checked(each: Setting, value: Any) -> Any:
         return None if value is None else each.check(value)
     except ValueError as error:
         raise ValueFieldError(each.name, str(error)) from None
+
+
+def ignored_options(given: Mapping[str, Any]) -> list[str]:
+    """What a command says without any effect beside its other options, a line each."""
+    lines = []
+    for name, vain, why in (
+        ("dpm_solver", given.get("plms"), "--plms has no effect beside --dpm_solver, as in the original"),
+        ("repeat", not given.get("from_file"), "--repeat is for the prompts of --from-file"),
+        ("quality", given.get("format", "png") == "png", "--quality is for --format jpg and webp"),
+        ("n_rows", given.get("skip_grid"), "--n_rows has no effect with --skip_grid"),
+        ("filename", given.get("skip_save"), "--filename has no effect with --skip_save"),
+    ):
+        if name in given and vain:
+            lines.append(why)
+    return lines
 
 
 def _options(owner: type, values: Mapping[str, Any]) -> Any:

@@ -34,7 +34,7 @@ def read_prompts(path: str, owner: type[ImageRequest] = ImageRequest) -> list[Li
     file cannot be read, is not UTF-8 text or JSON, or holds no prompt.
     """
     try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        data = _standard_input() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"--from-file {path}: {error.strerror}") from error
     try:
@@ -53,6 +53,12 @@ def read_prompts(path: str, owner: type[ImageRequest] = ImageRequest) -> list[Li
         kinds = {name: each.kind for name, each in listed_by_name(owner).items()}
         return [_json_line(line, f"{path}, line {i}", kinds) for i, line in json_lines]
     return [Line(line, place=f"{path}, line {i}") for i, line in lines]
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:  # closed by the shell
+        raise InputError("--from-file -: standard input is closed")
+    return sys.stdin.buffer.read()
 
 
 def _numbered(lines: list[str]) -> list[tuple[int, str]]:

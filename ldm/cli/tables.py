@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import re
 
+from ldm.cli.arguments import WHOLE_RUN
 from ldm.cli.parser import img2img_parser, txt2img_parser
+from ldm.fields import settings_of
+from ldm.pipeline.request import ImageRequest
 
 HEADING = """# Options
 
 Every option of `txt2img.py` and `img2img.py`; `compare.py` takes those of both. This page is made from the
 code by `python -m ldm.cli.tables > docs/options.md`, and a test holds it equal. A line of a JSON prompt file
-may have those of the groups *prompt*, *size*, *sampling* and *init image*, without the dashes.
+may have, under their names without the dashes: {line_options}.
 """
 ORDER = ("prompt", "size", "sampling", "init image", "model", "output")
 
@@ -26,7 +29,12 @@ def options_page() -> str:
                 if action.dest != "help":
                     title = group.title if group.title in ORDER else "output"
                     groups[title].setdefault(action.option_strings[0], {})[command] = action
-    lines = [HEADING]
+    own = [
+        each.spellings[0].lstrip("-")
+        for each in settings_of(ImageRequest).values()
+        if each.name not in WHOLE_RUN
+    ]
+    lines = [HEADING.format(line_options=", ".join(f"`{name}`" for name in own))]
     for title, options in groups.items():
         lines += [f"## {title.capitalize()}", "", "| option | default | meaning |", "|---|---|---|"]
         lines += [_row(actions, len(parsers)) for actions in options.values()]

@@ -41,22 +41,6 @@ def read_init_image(
     return np.asarray(fit(image, height, width, resize, background))
 
 
-def init_size(
-    source: ImageSource,
-    height: int | None = None,
-    width: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> tuple[int, int]:
-    """(height, width) that `read_init_image` gives, mostly from the header alone. InputError as there."""
-    with _opened(source, max_pixels) as image:
-        size, turned = image.size, 1
-        if image.format != "TIFF":  # of which Pillow's size is the upright one
-            with suppress(Exception):
-                turned = image.getexif().get(ORIENTATION, 1)
-    size = size[::-1] if turned in SIDEWAYS else size
-    return _allowed_size(source, size, height, width, max_pixels)
-
-
 def open_init_image(
     source: ImageSource, background: str = "white", max_pixels: int = MAX_PIXELS
 ) -> Image.Image:

@@ -10,15 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldm.errors import InputError
 from ldm.images.metadata import FORMATS, encode_image
-
-if TYPE_CHECKING:
-    pass
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no later file will fit, either
 # What systems say of hard links that a file system, or this pair of folders, does not have: FAT and network

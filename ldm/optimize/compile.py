@@ -6,20 +6,14 @@ Compiled code is kept on disk, so that a second run of the same model, shapes an
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ldm.cache import cache_folder
 from ldm.log import notice
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
-
-
-def cache_folder() -> Path:
-    """Where compiled code is kept between runs, unless TORCHINDUCTOR_CACHE_DIR says another place."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "stable-diffusion-toolkit" / "inductor"
 
 
 def compiled(plain: Callable, name: str, report: Callable[[str], None] = notice) -> Callable:
@@ -51,7 +45,7 @@ def compile_model(model: LatentDiffusion, report: Callable[[str], None] = notice
     a minute or more where the disk has nothing of it. Apply this before `graph_unet`, which then records the
     compiled functions.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     parts = {"UNet": model.model.diffusion_model}
     if isinstance(model.first_stage_model, AutoencoderKL):
         parts["decoder"] = model.first_stage_model.decoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+from ldm.errors import FieldError
 from ldm.pipeline.request import ImageRequest, image_seed
 
 
@@ -17,6 +18,13 @@ def plan_batches(keys: Sequence[Hashable], size: int) -> list[tuple[int, ...]]:
         for numbers in members.values()
         for start in range(0, len(numbers), size)
     ]
+
+
+def check_one_stream(requests: Sequence[ImageRequest]) -> None:
+    """FieldError if the original's one stream is asked for, and requests differ in what a batch shares."""
+    streamed = any(request.rng == "compvis" for request in requests)
+    if streamed and len({request.batch_key() for request in requests}) > 1:
+        raise FieldError("{rng} compvis is one stream for images of equal settings")
 
 
 def with_start_seeds(batch: Sequence[ImageRequest], seed: int) -> list[ImageRequest]:

@@ -35,6 +35,14 @@ def precision_on(device: torch.device, precision: str | None) -> str:
     return precision or ("half" if device.type == "cuda" else "full")
 
 
+def precision_of(model: torch.nn.Module) -> str:
+    """The precision that the weights of a built model are in."""
+    import torch
+
+    dtype = next(model.parameters()).dtype if any(True for _ in model.parameters()) else torch.float32
+    return {torch.float16: "half", torch.bfloat16: "bf16"}.get(dtype, "full")
+
+
 def weights_dtype(precision: str) -> torch.dtype | None:
     """The type of weights in a precision; None is float32."""
     import torch

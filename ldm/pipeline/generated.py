@@ -24,19 +24,20 @@ class GeneratedImage:
 
     request: ImageRequest
     pixels: np.ndarray | None
-    seed: int | None
     nsfw: bool | None  # None: nobody looked
     seconds: float
     pipeline: Pipeline = field(repr=False, compare=False)
 
     @property
+    def seed(self) -> int:
+        """The seed of its noise; with `rng` compvis that of the one stream."""
+        return self.request.seed
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All that is needed to make the image again, as image files and the manifest record it."""
-        own = self.request.settings()
-        if self.request.rng == "image":
-            own["seed"] = self.seed
         flags = {} if self.nsfw is None else {"nsfw_content_detected": self.nsfw}
-        return self.pipeline.facts | own | flags
+        return self.pipeline.facts | self.request.settings() | flags
 
     def save(self, path: str | Path, quality: int = 95) -> None:
         """Write a PNG, JPEG or WebP file with watermark and settings. InputError if it cannot be written."""

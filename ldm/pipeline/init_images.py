@@ -34,6 +34,7 @@ class InitImages:
             self._kept[(name, *pixels.shape[:2], *fit)] = source, pixels
             while len(self._kept) > 2 * MOST:
                 self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
         return self._kept[key][1]
 
     def digest(self, request: ImageRequest) -> str:

@@ -17,9 +17,9 @@ from ldm.errors import FieldError, InputError
 from ldm.images.pixels import finite_images, to_uint8
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.pipeline.batches import plan_batches, with_start_seeds
+from ldm.pipeline.batches import check_one_stream, plan_batches, with_start_seeds
 from ldm.pipeline.conditioning import conditions
-from ldm.pipeline.device import choose_device, precision_on, weights_dtype
+from ldm.pipeline.device import choose_device, precision_of, precision_on, weights_dtype
 from ldm.pipeline.first_stage import FirstStage
 from ldm.pipeline.generated import GeneratedImage
 from ldm.pipeline.init_images import InitImages
@@ -68,6 +68,7 @@ class Pipeline:
         expected: Mapping[str, int | None] | None = None,
     ):
         self.files, self.config, self.options = files, config, options
+        self.recorded_files: ModelFiles | None = files  # in the settings of images
         self.weights, self.allow_target = weights, tuple(allow_target)
         self.safety_mode = safety_for(safety)
         self.init_pixels = InitImages(max_pixels)
@@ -104,8 +105,10 @@ class Pipeline:
     @classmethod
     def of_model(cls, model: LatentDiffusion, files: ModelFiles | None = None) -> Pipeline:
         """The pipeline of a model that is built already, from these files, and stays as it is."""
-        options = RuntimeOptions(device=str(model.device))
-        pipeline = cls(files or choose_model(BUNDLED_CONFIG, None), {"target": ""}, options, safety="off")
+        pipeline = cls(
+            files or choose_model(BUNDLED_CONFIG, None), {"target": ""}, RuntimeOptions(), safety="off"
+        )
+        pipeline.recorded_files = files
         factor = model.first_stage_model.factor
         pipeline.described = Description(model.channels, factor, getattr(model, "image_size", 64) * factor)
         zero_snr = getattr(model, "zero_terminal_snr", False)
@@ -113,6 +116,8 @@ class Pipeline:
             "model": model,
             "_prediction": Prediction(model.parameterization, zero_snr),
             "_scales": (SCALE, INIT_SCALE),
+            "device": model.device,
+            "precision": precision_of(model),
         }
         return pipeline
 
@@ -121,7 +126,9 @@ class Pipeline:
         return choose_device(self.options.device)
 
     def use_device(self, device: torch.device) -> None:
-        """Compute on this device, whatever the options say; before the model is used."""
+        """Compute on this device, whatever the options say. InputError if the model is on another one."""
+        if "model" in self.__dict__ and self.model.device != device:
+            raise InputError(f"the model is on {self.model.device} already; it cannot be used on {device}")
         self.__dict__["device"] = device
 
     @cached_property
@@ -156,10 +163,12 @@ class Pipeline:
         """What an image's settings say about the model and how it computes."""
         from ldm import __version__
 
+        files = {}
+        if self.recorded_files:
+            files = {"config": str(self.files.config), "checkpoint": str(self.files.weights)}
+            files["model_hash"] = self.hash.result()
         return {
-            "config": str(self.files.config),
-            "checkpoint": str(self.files.weights),
-            "model_hash": self.hash.result(),
+            **files,
             "weights": getattr(self.model, "weights_used", None),
             "precision": self.precision,
             "version": __version__,
@@ -235,6 +244,9 @@ class Pipeline:
         """
         self.init_pixels.forget()  # files may have changed since the last call
         requests = [self.resolve(request) for request in requests]
+        if not requests:
+            return
+        check_one_stream(requests)
         for line in dict.fromkeys(line for request in requests for line in request.in_vain()):
             notice(line)
         seeded = [
@@ -256,7 +268,7 @@ class Pipeline:
 
     def fitting_batch(self, requests: Sequence[ImageRequest], most: int) -> int:
         """As many of these images at once as fit into memory, at most `most`, found by making some."""
-        largest = max(requests, key=lambda request: request.height * request.width)
+        largest = max(requests, key=lambda request: (request.height * request.width, request.scale != 1.0))
         probe = ImageRequest(height=largest.height, width=largest.width, scale=largest.scale, steps=1, seed=0)
         probe = self.resolve(probe)
         size = largest_batch(
@@ -308,7 +320,7 @@ class Pipeline:
                 parts = parts[1:]
             seconds = (time.perf_counter() - start) / len(batch)
             yield [
-                GeneratedImage(request, pixels, request.seed, nsfw, seconds, self)
+                GeneratedImage(request, pixels, nsfw, seconds, self)
                 for request, (pixels, nsfw) in zip(batch, self.safety(images), strict=True)
             ]
 

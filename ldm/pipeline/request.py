@@ -223,6 +223,7 @@ class ImageRequest:
         self._check_guidance()
         self._check_seeds()
         self._check_init_image()
+        self._check_colours()
 
     def _check_sampler(self) -> None:
         from ldm.sampling import catalogue
@@ -321,6 +322,15 @@ class ImageRequest:
         if self.init_img is not None and self.strength is None:
             raise FieldError("{init_img} without {strength}, the share of the steps to run, 0 … 1")
 
+    def _check_colours(self) -> None:
+        """Values that only the image code understands, so that they do not wait for an image."""
+        if not self.watermark:
+            raise FieldError("the watermark's message is empty; give one, or use {watermark} none")
+        if self.background != "white":
+            from ldm.images.init_image import parse_colour
+
+            parse_colour(self.background)
+
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -367,9 +377,19 @@ class ImageRequest:
         from ldm.sampling import catalogue
 
         found = []
-        if self.negative_prompt and self.scale == 1.0:
-            found.append("--negative_prompt does nothing at --scale 1, which samples without guidance")
-        if self.schedule and catalogue.uses_ends_only(self.sampler):
+        if self.scale == 1.0:
+            guidance = ("negative_prompt", "cfg_rescale", "guidance_start", "guidance_end")
+            defaults = settings_of(type(self))
+            for name in guidance:
+                if getattr(self, name) != defaults[name].default:
+                    found.append(f"--{name} does nothing at --scale 1, which samples without guidance")
+        if (
+            catalogue.SAMPLERS[self.sampler].adaptive
+            and self.steps != DEFAULT_STEPS
+            and self.strength is None
+        ):
+            found.append(f"--steps {self.steps}: {self.sampler} chooses their number itself")
+        if self.schedule and catalogue.uses_ends_only(self.sampler) and not self.zero_snr:
             found.append(
                 f"--schedule {self.schedule}: {self.sampler} takes its first and last noise level alone"
             )

@@ -17,6 +17,7 @@ import numpy as np
 
 from ldm.errors import FieldError, InputError
 from ldm.log import notice
+from ldm.weights.files import exists
 from ldm.weights.loading import SAFETY_FOLDER, find
 
 if TYPE_CHECKING:
@@ -116,11 +117,11 @@ def load_safety_checker(folder: Path, device: str | torch.device = "cpu") -> Saf
 
     names = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")
     config, preprocessor, *files = (folder / name for name in names)
-    weights = next((path for path in files if path.exists()), None)
-    if weights is None or not config.exists():
+    weights = next((path for path in files if exists(path)), None)
+    if weights is None or not exists(config):
         lacks = "config.json" if weights else " or ".join(names[2:])
         raise InputError(f"no {lacks} in {folder}: put the files of the published safety checker there")
-    settings = _read_json(config), _read_json(preprocessor) if preprocessor.exists() else {}
+    settings = _read_json(config), _read_json(preprocessor) if exists(preprocessor) else {}
     try:
         checker = _build(*settings)
     except Exception as error:  # a value of the wrong kind fails in whatever way the layer it reaches has

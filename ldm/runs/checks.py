@@ -8,8 +8,10 @@ from ldm.errors import FieldError, InputError
 from ldm.images.watermark import NO_WATERMARK, Watermarker
 from ldm.log import notice
 from ldm.optimize.apply import check_options
+from ldm.pipeline.batches import check_one_stream
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
+from ldm.pipeline.safety import safety_for
 from ldm.runs.options import RunOptions
 from ldm.runs.processes import Team
 from ldm.runs.writer import Sheet
@@ -27,10 +29,14 @@ def check_run(
         raise InputError("a run needs at least one request for an image")
     if sheet is not None and options.resume:
         raise FieldError("{resume} with a sheet: it is drawn from the images of a single run")
-    first = requests[0]
-    if first.rng == "compvis" and len({request.batch_key() for request in requests}) > 1:
-        raise InputError("--rng compvis is one stream for images of equal settings")
-    check_team(pipeline, first, options, team)
+    if options.safety != "auto" and safety_for(options.safety) != pipeline.safety_mode:
+        raise FieldError(
+            "{safety} {given}, but the pipeline was opened with {mode}",
+            given=options.safety,
+            mode=pipeline.safety_mode,
+        )
+    check_one_stream(requests)
+    check_team(pipeline, requests[0], options, team)
     check_options(pipeline.options, pipeline.device)
     check_watermarks(requests, sheet)
 

@@ -215,8 +215,11 @@ def state(folder: Path, run: str, *, machine: str | None = None, lease: float = 
 
     "unknown" if only a later look at its heartbeat can decide, as `Lease.acquire` takes it.
     """
-    last = newest_beat(folder, run)
     path = lock_path(folder, run)
+    try:
+        last = newest_beat(folder, run)
+    except PermissionError:  # another user's
+        return "unknown"
     return judge(last, machine or machine_identity(folder), Lock.probe(path) if last else True, path, lease)
 
 

@@ -67,7 +67,9 @@ def _seeded(request: ImageRequest, seed: int, k: int, iteration: int) -> ImageRe
     own = image_seed(seed, k) if request.seed is None else image_seed(request.seed, iteration)
     if request.variation_seed is None:
         return request.twin(seed=own)
-    return request.twin(seed=own, variation_seed=image_seed(request.variation_seed, k))
+    # beside a seed of its own, the line's number must not decide either
+    shift = k if request.seed is None else iteration
+    return request.twin(seed=own, variation_seed=image_seed(request.variation_seed, shift))
 
 
 def file_names(template: str, plan: Plan, first: int, model: Mapping[str, Any]) -> list[str]:

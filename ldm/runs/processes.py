@@ -38,7 +38,7 @@ LEADER_BEAT = 5.0  # seconds between two signs of rank 0's life
 LEADER_SILENCE = 60.0  # seconds without one, after which rank 0 counts as ended
 PART = 4 * 2**20  # bytes of a value in the store, which refuses more than 8 MiB
 TAKING = 30.0  # seconds that rank 0 gives the others to take a shared value
-NO_MORE = 2**60  # added to the number of batches that were dealt
+NO_MORE = 2**40  # added to the number of batches that were dealt
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ def find_place(devices: int | None, nodes: int | None) -> Place:
         here, machines = devices or 1, nodes or 1
         rank = int(env.get("NODE_RANK", 0)) * here + int(env.get("LOCAL_RANK", 0))
         return Place(rank, here, machines) if here * machines > 1 else Place()
+    if place.size != size:
+        raise InputError(
+            f"{size} processes on {place.nodes} machines: each has to have as many as the others"
+        )
     for flag, given, there in (("devices", devices, place.devices), ("num_nodes", nodes, place.nodes)):
         if given not in (None, there):
             raise InputError(f"--{flag} {given}, but the launcher has started {there}; leave the flag out")

@@ -35,6 +35,7 @@ def run(
     log_to(options.log_file, options.quiet or not team.leads)
     if not team.leads:
         return follow(pipeline, options, team)
+    pipeline.init_pixels.forget()  # files may have changed since the last run
     requests = [pipeline.resolve(request) for request in requests]
     check_run(pipeline, requests, options, team, sheet)
     # the output folder is tried, and a run to resume is found, before anything slow
@@ -62,6 +63,7 @@ def run(
             team.share(job)
         LOG.info("%d of %d images to make in %s", sum(map(len, todo)), record.images, folder.path.absolute())
         writer = image_writer(folder, record, options, sheet)
+        writer.grid_settings = lambda: grid_settings(pipeline, requests, facts, seed)
         report = ReportOptions(options.json, bar=not options.quiet)
         with Interrupt() as interrupt:
             if todo:
@@ -73,7 +75,7 @@ def run(
                     left = replace(job, batches=plan.remaining(record.missing()))
                     make_images(pipeline, left, writer, Team(), interrupt, report)
             if not interrupt.asked and not record.lost:
-                writer.finish(grid_settings(pipeline, requests, facts, seed))
+                writer.finish()
     report_peak(pipeline, bool(todo))
     return conclusion(record, interrupt, options)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ldm.images.watermark import NO_WATERMARK
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.runs.options import RunOptions
@@ -25,12 +28,19 @@ def recorded_settings(
         **facts,
         "config": str(pipeline.files.config),
         "checkpoint": str(pipeline.files.weights),
+        "config content": content_hash(pipeline.config),
         "model_hash": quick_hash(pipeline.files.weights),
+        "checkpoint size": pipeline.files.weights.stat().st_size,
         "weights": pipeline.weights,
         "precision": pipeline.precision,
         "safety": pipeline.safety_mode,
         **pipeline.options.recorded(),
     }
+
+
+def content_hash(config: Mapping[str, Any]) -> str:
+    """Sixteen hex digits that distinguish the content of a model's configs, wherever they lie."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def line_settings(request: ImageRequest, pipeline: Pipeline) -> dict[str, Any]:
@@ -59,6 +69,8 @@ def recorded_lines(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> list
 def grid_settings(
     pipeline: Pipeline, requests: Sequence[ImageRequest], facts: dict[str, Any], seed: int
 ) -> dict[str, Any]:
-    """The settings of a grid: the first image's, under all prompts."""
+    """The settings of a grid: the first image's, under all prompts, and with the first watermark."""
     prompts = "\n".join(dict.fromkeys(request.prompt for request in requests))
-    return facts | pipeline.facts | requests[0].settings() | {"seed": seed, "prompt": prompts}
+    marks = [request.watermark for request in requests if request.watermark != NO_WATERMARK]
+    own = {"seed": seed, "prompt": prompts, "watermark": marks[0] if marks else NO_WATERMARK}
+    return facts | pipeline.facts | requests[0].settings() | own

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from ldm.images.metadata import open_image
 from ldm.images.outputs import OutputFolder
 from ldm.images.pixels import make_grid, of_one_size
 from ldm.images.watermark import Watermarker
@@ -46,6 +46,7 @@ class ImageWriter:
     ):
         self.folder, self.record, self.sheet = folder, record, sheet
         self.save_images, self.save_grids, self.metadata, self.columns = images, grids, metadata, columns
+        self.grid_settings: Callable[[], dict[str, Any]] = dict
         self.page: list[np.ndarray] = []  # of images that are not saved
         self.kept: dict[int, np.ndarray] = {}  # for the sheet
 
@@ -66,14 +67,15 @@ class ImageWriter:
         elif self.save_grids and not self.sheet:
             self.page.append(image)
             if len(self.page) == PAGE:
-                self._save_page(self.page, settings)
-                self.page = []
+                page, self.page = self.page, []
+                self._save_page(page, self.grid_settings())
         return self.record.add(k, file, line)
 
-    def finish(self, settings: dict[str, Any]) -> None:
-        """Save the grids that are still missing, with settings that they share."""
+    def finish(self) -> None:
+        """Save the grids that are still missing, with `grid_settings`."""
         if not self.save_grids:
             return
+        settings = self.grid_settings()
         if self.sheet:
             self._save_sheet(settings)
             return
@@ -85,8 +87,12 @@ class ImageWriter:
             names = files[start : start + PAGE]
             if self.record.has_grid(names):
                 continue
-            images = [np.asarray(Image.open(self.folder.path / name).convert("RGB")) for name in names]
+            images = [self._read(name) for name in names]
             self.record.add_grid(self._save_page(images, settings).name, names)
+
+    def _read(self, name: str) -> np.ndarray:
+        with open_image(self.folder.path / name) as image:
+            return np.asarray(image.convert("RGB"))
 
     def texts(self, settings: dict[str, Any]) -> tuple[str, str] | None:
         return image_texts(settings) if self.metadata else None

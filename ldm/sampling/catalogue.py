@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from ldm.errors import FieldError, InputError
+from ldm.errors import FieldError
 from ldm.sampling import facts, samplers
 from ldm.sampling.facts import SamplerFacts, ScheduleFacts
 
@@ -67,23 +66,6 @@ def resolve_schedule(name: str) -> str:
 def uses_ends_only(sampler: str) -> bool:
     """Whether a sampler chooses its own levels between the ends of those that it is given."""
     return SAMPLERS[sampler].ends_only
-
-
-def check_levels(
-    sampler: str,
-    *,
-    schedule: str | None = None,
-    timesteps: Sequence[float] | None = None,
-    sigmas: Sequence[float] | None = None,
-) -> None:
-    """InputError if levels are given (neither None nor empty) to a sampler that would use only their ends."""
-    given = {"schedule": schedule, "timesteps": timesteps, "sigmas": sigmas}
-    for flag, value in given.items():
-        if value and uses_ends_only(sampler):
-            raise InputError(
-                f"--{flag} has no effect on {sampler}: it chooses its own noise levels between the first and "
-                "the last one"
-            )
 
 
 def table() -> str:

@@ -18,6 +18,7 @@ from ldm.errors import InputError
 from ldm.images.pixels import to_float
 from ldm.scenes.renderer import render
 from ldm.scenes.scene import CANONICAL_RELATIONS, COLOURS, SHAPES, Scene, Solid, random_scene
+from ldm.weights.files import exists
 
 DETECTOR_WEIGHTS = "models/scenes-64/detector.safetensors"
 SIZE = 64  # pixels; images of other sizes are scaled to it
@@ -75,7 +76,7 @@ class Detector(nn.Module):
 
 def load_detector(path: str | Path) -> Detector:
     """The trained detector, in eval mode; InputError if the file is missing or does not hold one."""
-    if not Path(path).exists():
+    if not exists(Path(path)):
         raise InputError(f"no detector at {path}; --train_detector makes one")
     detector = Detector()
     try:

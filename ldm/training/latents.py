@@ -14,6 +14,7 @@ from ldm.scenes import scene
 from ldm.training.config import TrainingConfig
 from ldm.training.dataset import render_scenes
 from ldm.training.files import write_tensors
+from ldm.weights.files import exists
 
 
 def cached_latents(model: LatentDiffusion, config: TrainingConfig, path: Path) -> dict[str, torch.Tensor]:
@@ -22,7 +23,7 @@ def cached_latents(model: LatentDiffusion, config: TrainingConfig, path: Path) -
     Otherwise the scenes are encoded, and the file is written anew.
     """
     wanted = dependencies(model, config)
-    if path.exists():
+    if exists(path):
         try:
             with safe_open(path, "pt") as file:
                 found = file.metadata() or {}

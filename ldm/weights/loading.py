@@ -159,17 +159,6 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def native_size(config: dict[str, Any]) -> int:
-    """The side in pixels of the images that a `model:` section's model was made for."""
-    try:
-        params = config.get("params") or {}
-        first_stage = (params.get("first_stage_config") or {}).get("params") or {}
-        levels = len((first_stage.get("ddconfig") or {}).get("ch_mult", (1, 2, 4, 4)))
-        return int(params.get("image_size", 64)) * 2 ** (levels - 1)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"the config does not describe a latent diffusion model: {error}") from error
-
-
 def advised_scale(path: Path, default: float) -> float:
     """The guidance scale that a YAML file's `sampling:` section asks for, if it has one."""
     scale = read_section(path, "sampling", {}).get("scale", default)

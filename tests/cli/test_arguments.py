@@ -312,3 +312,24 @@ def test_the_image_of_like_is_read_with_the_commands_settings(tmp_path: Path) ->
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png", pnginfo=chunks)
     assert read_image(str(tmp_path / "a.png"), Extended)["my_thing"] == 0.25
     assert gather(extended_parser(), {"like": str(tmp_path / "a.png")}).request.my_thing == 0.25
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("--plms --dpm_solver", "--plms has no effect beside --dpm_solver, as in the original"),
+        ("--repeat 2", "--repeat is for the prompts of --from-file"),
+        ("--quality 80", "--quality is for --format jpg and webp"),
+        ("--skip_grid --n_rows 2", "--n_rows has no effect with --skip_grid"),
+        ("--skip_save --filename {seed}", "--filename has no effect with --skip_save"),
+        ("--scale 1 --cfg_rescale 0.5", "--cfg_rescale does nothing at --scale 1"),
+        ("--scale 1 --guidance_end 0.5", "--guidance_end does nothing at --scale 1"),
+        ("--sampler dpm_adaptive --steps 7", "--steps 7: dpm_adaptive chooses their number itself"),
+    ],
+)
+def test_options_without_effect_are_named(command, model, argv: str, line: str) -> None:
+    """They were ignored without a word."""
+    base = ["--config", model[0], "--ckpt", model[1], "--watermark", "none", "--n_samples", 1, "--n_iter", 1]
+    result = command("txt2img", *base, "--ddim_steps", 1, *argv.split())
+    assert result.code == 0
+    assert any(said.startswith(line) for said in result.err)

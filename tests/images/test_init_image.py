@@ -18,7 +18,6 @@ from PIL import Image, ImageCms, ImageFile
 from ldm.errors import InputError
 from ldm.images.init_image import (
     fit,
-    init_size,
     open_init_image,
     parse_colour,
     read_init_image,
@@ -430,36 +429,6 @@ def turned(kind: str, orientation: int) -> bytes:
     exif[0x0112] = orientation
     options = {} if kind != "MPO" else {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}
     return encode(Image.new("RGB", (320, 130), RED), kind, exif=exif, **options)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF", "MPO", "JPEG2000", "GIF", "BMP"])
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_the_size_from_the_header(tmp_path, kind, orientation) -> None:
-    path = tmp_path / "image"
-    path.write_bytes(turned(kind, orientation))
-    for size in ((None, None), (256, None), (None, 64), (16, 24)):
-        assert init_size(path, *size) == read_init_image(path, *size).shape[:2]
-    with Image.open(path) as image:
-        assert init_size(image) == read_init_image(path).shape[:2]
-
-
-def test_the_header_is_enough(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
-    for kind in ("JPEG", "TIFF", "WEBP"):
-        (tmp_path / kind).write_bytes(turned(kind, 6))
-        assert init_size(str(tmp_path / kind)) == (320, 128)
-
-
-def test_refusals_of_a_size(tmp_path) -> None:
-    Image.new("RGB", (10_000, 1)).save(tmp_path / "line.png")
-    for arguments, words in [
-        ((tmp_path / "line.png", 512), "line.png would become 5120000x512: more than --max_pixels"),
-        ((tmp_path / "line.png", 8, 8, 9_999), "line.png has 10,000 pixels, more than --max_pixels 9,999"),
-        ((tmp_path / "nowhere.png",), "cannot read the image .*nowhere.png: No such file"),
-        ((Image.new("RGB", (9, 9)), 8, 8, 80), "the init image has 81 pixels"),
-    ]:
-        with pytest.raises(InputError, match=words):
-            init_size(*arguments)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16", "F"])

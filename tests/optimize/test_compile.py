@@ -7,8 +7,9 @@ import torch
 from tiny_sampling import Recorder, relative_difference
 from torch import Tensor
 
+from ldm.cache import cache_folder
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.optimize.compile import cache_folder, compile_model, compiled
+from ldm.optimize.compile import compile_model, compiled
 from ldm.optimize.context import keep_context
 from ldm.optimize.graph import graph_unet
 from ldm.optimize.timesteps import keep_timesteps
@@ -79,7 +80,7 @@ def test_where_compiling_fails_the_plain_model_is_called_and_that_is_reported(mo
 
 def test_compiled_code_is_kept_in_the_users_cache(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "stable-diffusion-toolkit" / "inductor"
+    assert cache_folder() == tmp_path / "stable-diffusion-toolkit"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

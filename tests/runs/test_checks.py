@@ -44,7 +44,7 @@ def test_a_run_of_nothing(model: tuple[Path, Path], tmp_path: Path) -> None:
 def test_one_stream_is_for_equal_settings(model: tuple[Path, Path], tmp_path: Path) -> None:
     pipeline = Pipeline.open(str(model[1]), str(model[0]), RuntimeOptions(device="cpu"), safety="off")
     requests = [ImageRequest(steps=steps, rng="compvis") for steps in (1, 2)]
-    with pytest.raises(InputError, match="--rng compvis is one stream"):
+    with pytest.raises(InputError, match="rng compvis is one stream"):
         run(pipeline, requests, RunOptions(outdir=str(tmp_path / "out")))
 
 

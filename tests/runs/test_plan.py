@@ -96,3 +96,10 @@ def test_a_request_is_otherwise_the_one_that_was_given(batch_size: int | None) -
     lines = requests("a", "b", negative_prompt="c", sampler="euler", steps=9)
     plan = plan_run(lines, 42, 2, 2, batch_size)
     assert [replace(request, seed=None) for request in plan.requests] == lines * 2
+
+
+def test_a_variation_does_not_depend_on_the_lines_number() -> None:
+    """Beside a seed of its own, a request's variation seed moved on from line to line."""
+    request = ImageRequest("a", seed=7, variation_seed=9, variation_strength=0.5)
+    plan = plan_run([request] * 3, 42, 2, 3, None)
+    assert [(one.seed, one.variation_seed) for one in plan.requests] == [(7, 9)] * 3 + [(8, 10)] * 3

@@ -5,8 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 from commands import Result
 from run_helpers import data
+
+from ldm.runs.settings import content_hash
+from ldm.weights.loading import read_config
 
 Command = Callable[..., Result]
 
@@ -55,3 +59,11 @@ def test_what_differs_is_named_with_its_line(
     result = txt2img("--from-file", path, "--resume")
     assert (result.code, len(result.err)) == (2, 1)
     assert f"its last one had {words}" in result.err[0]
+
+
+def test_another_config_of_the_same_name_is_another_run(model: tuple[Path, Path], tmp_path: Path) -> None:
+    """Configs were compared by their names: an edited YAML passed --resume."""
+    plain = content_hash(read_config(model[0]))
+    assert plain == content_hash(read_config(model[0]))
+    edited = tiny.write_config(tmp_path / model[0].name, {"scale_factor": 0.5})
+    assert content_hash(read_config(edited)) != plain

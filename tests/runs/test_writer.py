@@ -30,6 +30,7 @@ def write(writer: ImageWriter, images: list[np.ndarray], **own: object) -> None:
 
 def test_an_image_and_its_line(tmp_path: Path, record: RunRecord) -> None:
     writer = ImageWriter(OutputFolder(tmp_path), record)
+    writer.grid_settings = SETTINGS.copy
     line = writer.add(3, noise(), SETTINGS, {"seed": 7}, "a/b")
     assert line == {"run": record.run, "image": 3, "file": "samples/a/b.png", "seed": 7}
     assert record.done == {3: "samples/a/b.png"}
@@ -41,9 +42,11 @@ def test_an_image_and_its_line(tmp_path: Path, record: RunRecord) -> None:
 
 def test_images_of_a_size_for_it_have_the_watermark(tmp_path: Path, record: RunRecord) -> None:
     writer = ImageWriter(OutputFolder(tmp_path), record, columns=2)
+    writer.grid_settings = SETTINGS.copy
     images = [np.asarray(Image.fromarray(noise(8, 8, seed)).resize((256, 256))) for seed in range(2)]
     write(writer, images, watermark="SDV2")
-    writer.finish(SETTINGS | {"watermark": "SDV2"})
+    writer.grid_settings = lambda: SETTINGS | {"watermark": "SDV2"}
+    writer.finish()
     for name in ("samples/00000.png", "samples/00001.png", "grid-0000.png"):
         assert read_watermark(np.asarray(Image.open(tmp_path / name).convert("RGB"))) == "SDV2"
 
@@ -54,13 +57,14 @@ def test_grids_are_paged_and_not_made_twice(
 ) -> None:
     monkeypatch.setattr(writers, "PAGE", 2)
     writer = ImageWriter(OutputFolder(tmp_path), record, images=saved, columns=2)
+    writer.grid_settings = SETTINGS.copy
     images = [noise(seed=seed) for seed in range(5)]
     write(writer, images)
-    writer.finish(SETTINGS)
+    writer.finish()
     grids = [np.asarray(Image.open(tmp_path / f"grid-000{k}.png").convert("RGB")) for k in range(3)]
     assert [grid.shape[1] > 40 for grid in grids] == [True, True, False]
     if saved:
-        writer.finish(SETTINGS)
+        writer.finish()
         assert not (tmp_path / "grid-0003.png").exists()
         assert len(list((tmp_path / "samples").iterdir())) == 5
     assert read_metadata(tmp_path / "grid-0000.png") == SETTINGS
@@ -69,10 +73,11 @@ def test_grids_are_paged_and_not_made_twice(
 def test_an_image_that_came_later_gets_into_a_grid(tmp_path: Path, record: RunRecord) -> None:
     """A run with a NaN image, which its resumption made, kept the grid that lacks it."""
     writer = ImageWriter(OutputFolder(tmp_path), record, columns=5)
+    writer.grid_settings = SETTINGS.copy
     write(writer, [noise(seed=seed) for seed in range(3)])
-    writer.finish(SETTINGS)
+    writer.finish()
     writer.add(3, noise(seed=3), SETTINGS, {"seed": 3}, "00003")
-    writer.finish(SETTINGS)
+    writer.finish()
     widths = [Image.open(path).width for path in sorted(tmp_path.glob("grid-*.png"))]
     assert len(widths) == 2
     assert widths[1] > widths[0]
@@ -80,6 +85,7 @@ def test_an_image_that_came_later_gets_into_a_grid(tmp_path: Path, record: RunRe
 
 def test_images_that_are_saved_are_not_kept(tmp_path: Path, record: RunRecord) -> None:
     writer = ImageWriter(OutputFolder(tmp_path), record)
+    writer.grid_settings = SETTINGS.copy
     image = noise()
     gone = weakref.ref(image)
     writer.add(0, image, SETTINGS, {}, "0")
@@ -89,8 +95,9 @@ def test_images_that_are_saved_are_not_kept(tmp_path: Path, record: RunRecord) -
 
 def test_without_grids_there_are_none(tmp_path: Path, record: RunRecord) -> None:
     writer = ImageWriter(OutputFolder(tmp_path), record, images=False, grids=False)
+    writer.grid_settings = SETTINGS.copy
     write(writer, [noise()])
-    writer.finish(SETTINGS)
+    writer.finish()
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".png"] == []
     assert record.done == {0: None}
 
@@ -104,10 +111,11 @@ def test_a_sheet_stands_for_the_grids(tmp_path: Path, record: RunRecord) -> None
         return noise(32, 32)
 
     writer = ImageWriter(OutputFolder(tmp_path), record, sheet=Sheet(draw, {"x": "steps"}))
+    writer.grid_settings = SETTINGS.copy
     images = [noise(seed=seed) for seed in range(5)]
     for k in (4, 0, 1, 3):
         writer.add(k, images[k], SETTINGS, {}, str(k))
-    writer.finish(SETTINGS)
+    writer.finish()
     assert all(np.array_equal(seen[k], images[k]) for k in (0, 1, 3, 4))
     assert not seen[2].any()
     assert read_metadata(tmp_path / "grid-0000.png") == SETTINGS | {"x": "steps"}

@@ -61,12 +61,14 @@ def test_evaluation(script, arguments, tmp_path, capsys):
         assert Image.open(outdirs[0] / name).size == (6 * 70 + 2, 72)
 
 
-def test_an_image_that_is_not_a_number_is_wrong(script, arguments, tmp_path):
+def test_an_image_that_is_not_a_number_is_wrong(script, arguments, tmp_path, caplog):
+    """And the exit code is 1, with a line that says how many there are: it was 0, without a word."""
     state = tiny.state_dict()
     state["model.diffusion_model.out.2.bias"].fill_(torch.nan)
     save_file(state, tmp_path / "nan.safetensors")
     flags = ["--ckpt", str(tmp_path / "nan.safetensors"), "--outdir", str(tmp_path), "--scales", "1"]
-    assert script.main([*arguments, *flags]) == 0
+    assert script.main([*arguments, *flags]) == 1
+    assert caplog.messages[-1] == "6 of 6 images came out as NaN, and count as wrong"
     data = json.loads((tmp_path / "scores.json").read_text())
     assert data["seen"]["scale 1"] == [None] * 6
     assert set(data["scores"]["two solids"]["scale 1"].values()) == {0.0}

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 
 from ldm.errors import InputError
 from ldm.weights import loading
+from ldm.weights.description import describe
 from ldm.weights.loading import (
     advised_scale,
     choose_model,
     find,
     load_model,
-    native_size,
     read_config,
     read_section,
 )
@@ -224,10 +224,10 @@ def test_find(tmp_path, monkeypatch):
 
 
 def test_native_size():
-    assert native_size(tiny.MODEL) == 16
-    assert native_size({"params": {}}) == 512
+    assert describe(tiny.MODEL).native_size == 16
+    assert describe({"params": {}}).native_size == 512
     with pytest.raises(InputError, match="does not describe a latent diffusion model"):
-        native_size({"params": {"image_size": "large"}})
+        describe({"params": {"image_size": "large"}})
 
 
 def test_advised_scale_that_is_no_number(tmp_path):
