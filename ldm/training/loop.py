@@ -9,7 +9,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers.logger import Logger
 
-from ldm.training.files import write_tensors, writing
+from ldm.training.files import write_tensors, writing_below
 from ldm.training.tasks import LatentDiffusionTask, Task
 
 
@@ -66,7 +66,7 @@ def train(task: Task, folder: Path, stop_at: int) -> None:
     """Run a task up to a step, from its last checkpoint in `folder` if there is one."""
     config = task.config
     last, metrics = folder / "last.ckpt", folder / "metrics.csv"
-    with writing(folder):
+    with writing_below(folder):
         if not last.exists():
             metrics.unlink(missing_ok=True)
         trainer = pl.Trainer(

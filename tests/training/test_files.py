@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ldm.errors import InputError
-from ldm.training.files import write_tensors, writing
+from ldm.training.files import write_tensors, writing, writing_below
 
 
 def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
@@ -51,3 +51,15 @@ def test_refused_by_the_system(tmp_path: Path) -> None:
         writing("--logdir x"),
     ):
         raise OSError(28, "No space left on device")
+
+
+def test_only_errors_of_the_folder_are_the_users(tmp_path):
+    """Any OSError during training was reported as a folder that cannot be written."""
+    with pytest.raises(InputError, match="cannot be written: No such file"), writing_below(tmp_path):
+        (tmp_path / "no" / "folder").touch()
+    with pytest.raises(InputError, match="No space left"), writing_below(tmp_path):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(ConnectionError), writing_below(tmp_path):
+        raise ConnectionResetError(104, "Connection reset by peer")
+    with pytest.raises(FileNotFoundError), writing_below(tmp_path):
+        open("/nowhere/else")  # noqa: SIM115
