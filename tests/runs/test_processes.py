@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -355,11 +356,20 @@ def workers(run: subprocess.Popen) -> list[int]:
 
 
 def wait_for_share(folder: Path, pid: int) -> None:
-    """Wait until a process has written a file, and so has a batch in hand."""
+    """Wait until a process writes a file, and so has a batch in hand."""
     end = time.monotonic() + 90
-    while not any(f".{pid}." in name for name in os.listdir(folder / "samples")):
+    while not any(name.startswith(str(folder / "samples")) for name in open_files(pid)):
         assert time.monotonic() < end, "the process makes no images"
-        time.sleep(0.001)
+
+
+def open_files(pid: int) -> list[str]:
+    """The files that a process has open, as Linux lists them."""
+    names = []
+    with suppress(OSError):
+        for link in os.scandir(f"/proc/{pid}/fd"):
+            with suppress(OSError):  # closed meanwhile
+                names.append(os.readlink(link))
+    return names
 
 
 @pytest.fixture(scope="module")
