@@ -36,11 +36,11 @@ def precision_on(device: torch.device, precision: str | None) -> str:
 
 
 def precision_of(model: torch.nn.Module) -> str:
-    """The precision that the weights of a built model are in."""
+    """The precision that the weights of a built model are in; full if it has none."""
     import torch
 
-    dtype = next(model.parameters()).dtype if any(True for _ in model.parameters()) else torch.float32
-    return {torch.float16: "half", torch.bfloat16: "bf16"}.get(dtype, "full")
+    weight = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+    return {torch.float16: "half", torch.bfloat16: "bf16"}.get(getattr(weight, "dtype", None), "full")
 
 
 def weights_dtype(precision: str) -> torch.dtype | None:
