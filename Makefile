@@ -10,7 +10,8 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
-	$(VENV) -m pytest
+	# one thread to a process: two of torch's pools on two cores wait for each other
+	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 4
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -29,7 +29,7 @@ setup(
         "transformers",
     ],
     extras_require={
-        "test": ["diffusers", "hypothesis", "pytest", "ruff", "scipy"],
+        "test": ["diffusers", "hypothesis", "pytest", "pytest-xdist", "ruff", "scipy"],
         "benchmark": ["accelerate", "diffusers", "matplotlib"],
     },
 )

@@ -59,9 +59,9 @@ class OutputFolder:
         self._grids = _NumberedFiles(self.path, "grid-", digits=4, owner=self.owner)
         self._samples = _NumberedFiles(self.path / "samples", "", digits=5, owner=self.owner)
 
-    @property
     def next_number(self) -> int:
-        """The first sample number that no file has."""
+        """The first sample number that no file has by now."""
+        self._samples.next = self._samples.first_free()
         return self._samples.next
 
     def own(self, owner: str) -> None:
@@ -100,7 +100,7 @@ class _NumberedFiles:
 
     def __init__(self, folder: Path, prefix: str, digits: int, owner: str):
         self.folder, self.prefix, self.digits = folder, prefix, digits
-        name = re.compile(rf"{prefix}([0-9]{{{digits},}})\.({'|'.join(FORMATS)})")
+        self.name = re.compile(rf"{prefix}([0-9]{{{digits},}})\.({'|'.join(FORMATS)})")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _temporary_file(folder, b"can this folder be written?", owner) as temporary:
@@ -113,8 +113,15 @@ class _NumberedFiles:
                 with suppress(OSError):  # another process was faster, or it is another user's
                     if now - (folder / entry).stat().st_mtime > LEFT_BEHIND:
                         (folder / entry).unlink()
-        found = [name.fullmatch(entry) for entry in entries]
-        self.next = max((int(match[1]) for match in found if match), default=-1) + 1
+        self.next = self.first_free(entries)
+
+    def first_free(self, entries: list[str] | None = None) -> int:
+        """The highest number of a file, of `entries` or of the folder as it is now, and one more."""
+        try:
+            found = map(self.name.fullmatch, os.listdir(self.folder) if entries is None else entries)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        return max((int(match[1]) for match in found if match), default=-1) + 1
 
     def clear(self, owner: str) -> None:
         for entry in os.listdir(self.folder):

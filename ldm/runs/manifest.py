@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,16 @@ class RunRecord:
         """For the other processes of the run: the lease is the leader's."""
         return vars(self) | {"_lease": None}
 
-    def start(self, next_number: int) -> None:
-        """Claim the file numbers from `next_number` on, behind those that living runs have claimed."""
+    def start(self, next_number: int | Callable[[], int]) -> None:
+        """Claim the file numbers from `next_number` on, behind those that living runs have claimed.
+
+        A function is asked for it while no other run can start or end: one that ended since the folder was
+        last listed has no claim any more, and its files have to be seen.
+        """
         with self._alone():
+            number = next_number() if callable(next_number) else next_number
             claims = [line for line in self._claims().values() if state(self.outdir, line["run"]) != "free"]
-            self.first = max([next_number, *(line["first"] + line["images"] for line in claims)])
+            self.first = max([number, *(line["first"] + line["images"] for line in claims)])
             self._take_lease()
             self._enter(first=self.first, images=self.images, settings=self.settings, lines=self.lines)
 

@@ -55,7 +55,7 @@ def run(
             if team.place.started and team.device is None:  # the others wait to hear that nothing is to do
                 team.join("cpu")
         if not resumed:
-            record.start(folder.next_number)
+            record.start(folder.next_number)  # listed anew, under the record's lock
         folder.own(record.run)
         names = file_names(options.filename, plan, record.first, model_name(pipeline, options.filename))
         job = Job(plan, todo, names, record, facts)

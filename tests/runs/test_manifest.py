@@ -16,7 +16,7 @@ from commands import Result, refused
 from run_helpers import data, manifest, start, wait_for
 
 from ldm.errors import InputError
-from ldm.images.outputs import CannotWrite
+from ldm.images.outputs import CannotWrite, OutputFolder
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.runs.manifest import (
     MANIFEST,
@@ -436,3 +436,13 @@ def test_a_failed_write_is_recorded_and_the_run_goes_on(txt2img, monkeypatch) ->
 def test_refusals_leave_no_record(txt2img: Command, tmp_path: Path) -> None:
     refused(txt2img("--ckpt", tmp_path / "nowhere.ckpt"), "no checkpoint at")
     assert not (tmp_path / "out" / RUNS).exists()
+
+
+def test_files_of_a_run_that_ended_meanwhile_are_seen(tmp_path: Path) -> None:
+    """A run that ended after another had listed the folder, and before that began, lost its numbers to it."""
+    folder = OutputFolder(tmp_path)
+    (tmp_path / "samples/00003.png").touch()
+    record = RunRecord(tmp_path, {"steps": 5}, 2)
+    with record.ending():
+        record.start(folder.next_number)
+    assert record.first == 4
