@@ -292,16 +292,14 @@ class Pipeline:
                 stream, streamed = stream or self._stream(batch), streamed or key
                 if key != streamed:
                     raise InputError("--rng compvis is one stream for images of equal settings")
-            # an adaptive sampler's step sizes would be those of the whole batch
-            adaptive = catalogue.SAMPLERS[batch[0].sampler].adaptive
-            parts = _parts(batch, 1 if adaptive else self._largest.get(key, len(batch)))
+            parts = _parts(batch, self._largest.get(key, len(batch)))
             images: list[np.ndarray | None] = []
             while parts:
                 steps = _Steps(on_step)
                 try:
                     with torch.inference_mode(), self._autocast():
                         decoded = self.first_stage.decode(
-                            sample(**self._sampling(parts[0], stream, len(images), steps.count))
+                            self._latents(parts[0], stream, len(images), steps.count)
                         )
                         made = list(to_uint8(decoded)), finite_images(decoded)
                 except RuntimeError as error:
@@ -323,6 +321,22 @@ class Pipeline:
                 GeneratedImage(request, pixels, nsfw, seconds, self)
                 for request, (pixels, nsfw) in zip(batch, self.safety(images), strict=True)
             ]
+
+    def _latents(
+        self,
+        batch: Sequence[ImageRequest],
+        stream: CompvisStream | None,
+        place: int,
+        on_step: Callable[[int], None],
+    ) -> Tensor:
+        """The sampled latents of requests that have one `batch_key`, [b, c, h, w].
+
+        An adaptive sampler chooses its steps by the error of all that it samples, so it samples each image by
+        itself: an image alone is then the image of a batch.
+        """
+        size = 1 if catalogue.SAMPLERS[batch[0].sampler].adaptive else len(batch)
+        parts = enumerate(_parts(batch, size))
+        return torch.cat([sample(**self._sampling(part, stream, place + k, on_step)) for k, part in parts])
 
     def _sampling(
         self,
