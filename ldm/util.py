@@ -11,9 +11,23 @@ from torch import nn
 from ldm.errors import InputError
 
 
+def parameters(owner: Callable) -> list[str]:
+    """The names of the parameters that `owner` takes.
+
+    Of a class whose constructor hands its further ones (`**params`) to its base, the base's are among them.
+    """
+    names = {}
+    for cls in owner.__mro__ if isinstance(owner, type) else (owner,):
+        found = inspect.signature(cls).parameters
+        names |= {name: None for name, p in found.items() if p.kind is not p.VAR_KEYWORD}
+        if all(p.kind is not p.VAR_KEYWORD for p in found.values()):
+            break
+    return list(names)
+
+
 def check_params(owner: Callable, params: Iterable[str], ignored: Iterable[str] = ()) -> None:
-    """Raise an InputError for the first name that `owner`'s signature lacks, with the nearest name it has."""
-    known = [*list(inspect.signature(owner).parameters), *ignored]
+    """Raise an InputError for the first name that `owner` does not take, with the nearest that it does."""
+    known = [*parameters(owner), *ignored]
     for name in params:
         if name not in known:
             nearest = difflib.get_close_matches(str(name), known, n=1)
@@ -58,6 +72,6 @@ def instantiate_from_config(config: Mapping[str, Any], allow_target: Iterable[st
     unused = getattr(owner, "training_params", frozenset())
     if owner.__module__.startswith("ldm."):
         check_params(owner, params, unused)
-    if "allow_target" in inspect.signature(owner).parameters:
+    if "allow_target" in parameters(owner):
         params["allow_target"] = tuple(allow_target)
     return owner(**{name: value for name, value in params.items() if name not in unused})

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.modules.diffusionmodules.util import make_beta_schedule
 from ldm.sampling import Discretization
 from ldm.sampling.noise import CompvisNoise, ImageNoise, ImageSeeds
-from ldm.sampling.schedule import make_beta_schedule
 
 V1_ALPHAS = np.cumprod(1.0 - make_beta_schedule("linear", 1000, 0.00085, 0.012))
 V1 = Discretization(V1_ALPHAS)

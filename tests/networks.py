@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_files import SHARED, case, manifest, pseudo_state_dict
+from golden_files import case, manifest, pseudo_state_dict
 from torch import nn
 
 from ldm.models.autoencoder import AutoencoderKL
@@ -13,6 +13,15 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 ROOT = Path(__file__).parents[1]
 V1_YAML = ROOT / "configs/stable-diffusion/v1-inference.yaml"
+YAMLS = {  # the configs of each checkpoint layout
+    "sd-v1": ["stable-diffusion/v1-inference"],
+    "sd-v1-inpainting": ["stable-diffusion/v1-inpainting-inference"],
+    "sd-v2": ["stable-diffusion/v2-inference", "stable-diffusion/v2-inference-v"],
+    "sd-v2-inpainting": ["stable-diffusion/v2-inpainting-inference"],
+    "sd-v2-depth": ["stable-diffusion/v2-midas-inference"],
+    "x4-upscaler": ["stable-diffusion/x4-upscaling"],
+    "ldm-text2img-large": ["latent-diffusion/txt2img-1p4B-eval"],
+}
 MINI_YAML = ROOT / "tests/golden/configs/mini-v1.yaml"
 IDENTITY = {"target": "torch.nn.Identity"}
 V1_UNET = {
@@ -127,12 +136,11 @@ def latent_diffusion(**params) -> LatentDiffusion:
     return model
 
 
-shared = pytest.mark.skipif(not SHARED.exists(), reason="tests/golden has no copy of this case")
-RECORDED = [
+RECORDED = [  # v2's UNets are tested together, in models/test_families.py
     "mini-v1",
     pytest.param("sd-v1", marks=pytest.mark.slow),
-    pytest.param("sd-v2", marks=[pytest.mark.slow, shared]),
-    pytest.param("x4-upscaler", marks=[pytest.mark.slow, shared]),
+    pytest.param("x4-upscaler", marks=pytest.mark.slow),
+    pytest.param("ldm-text2img-large", marks=pytest.mark.slow),
 ]
 
 

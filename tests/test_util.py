@@ -7,7 +7,8 @@ from networks import MINI_YAML, V1_YAML
 from omegaconf import OmegaConf
 
 from ldm.errors import InputError
-from ldm.util import get_obj_from_str, instantiate_from_config
+from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
+from ldm.util import check_params, get_obj_from_str, instantiate_from_config, parameters
 
 
 def test_an_unknown_key_is_an_error_that_names_the_nearest():
@@ -74,3 +75,16 @@ def test_a_prefix_that_the_user_allows(foreign_module):
 def test_a_section_without_a_target(config):
     with pytest.raises(InputError, match="needs a 'target'"):
         instantiate_from_config(config)
+
+
+def test_parameters_of_a_base_class_are_known():
+    """Of a class that hands its further parameters on; one that does not has its own only."""
+    assert {"concat_keys", "parameterization", "allow_target"} <= set(parameters(LatentInpaintDiffusion))
+    assert "params" not in parameters(LatentInpaintDiffusion)
+
+    class Own(LatentInpaintDiffusion):
+        def __init__(self, width: int):
+            super().__init__()
+
+    assert parameters(Own) == ["width"]
+    assert parameters(check_params) == ["owner", "params", "ignored"]

@@ -18,7 +18,16 @@ class AutoencoderKL(nn.Module):
     """
 
     training_params = frozenset(
-        {"lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels"}
+        {
+            "ckpt_path",
+            "colorize_nlabels",
+            "ema_decay",
+            "ignore_keys",
+            "image_key",
+            "learn_logvar",
+            "lossconfig",
+            "monitor",
+        }
     )
 
     def __init__(self, embed_dim: int, ddconfig: Mapping[str, Any]):

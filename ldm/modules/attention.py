@@ -30,7 +30,9 @@ class FeedForward(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of x [b, n, dim] over context [b, m, context_dim], or over itself without one."""
 
-    attend = staticmethod(F.scaled_dot_product_attention)  # (q, k, v); an instance may have its own
+    # (q, k, v); an instance may have its own. It must not keep the products of q and k in half precision, as
+    # v2's leave the range of a float16; torch's, fused or not, computes them and their softmax in float32.
+    attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, dim: int, context_dim: int, heads: int, dim_head: int, dropout: float = 0.0):
         super().__init__()

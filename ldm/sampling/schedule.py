@@ -1,4 +1,4 @@
-"""Noise schedules: betas, alphas, and the grids of sigmas for a run. All of it float64 on the host.
+"""Noise schedules: alphas, and the grids of sigmas for a run. All of it float64 on the host.
 
 A latent at timestep t is `sqrt(a_t) x0 + sqrt(1 - a_t) eps` in the variance-preserving form of the model.
 Samplers work on the same latent divided by `sqrt(a_t)`, that is `x0 + sigma eps` with
@@ -10,27 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ldm.errors import InputError
 from ldm.sampling import facts
 from ldm.sampling.facts import schedule
-
-
-def make_beta_schedule(
-    schedule: str, timesteps: int, linear_start: float, linear_end: float, cosine_s: float = 8e-3
-) -> np.ndarray:
-    """Betas, float64 [timesteps], of the original's named schedules; "linear" is so in the square root."""
-    match schedule:
-        case "linear":
-            return np.linspace(linear_start**0.5, linear_end**0.5, timesteps) ** 2
-        case "sqrt_linear":
-            return np.linspace(linear_start, linear_end, timesteps)
-        case "sqrt":
-            return np.linspace(linear_start, linear_end, timesteps) ** 0.5
-        case "cosine":
-            steps = (np.arange(timesteps + 1) / timesteps + cosine_s) / (1 + cosine_s)
-            alphas = np.cos(steps * np.pi / 2) ** 2
-            return np.clip(1 - alphas[1:] / alphas[:-1], 0, 0.999)
-    raise InputError(f"beta_schedule {schedule!r} is not one of linear, cosine, sqrt_linear, sqrt")
 
 
 def zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:

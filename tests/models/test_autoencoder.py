@@ -15,7 +15,7 @@ from ldm.errors import InputError
 from ldm.models.autoencoder import AutoencoderKL
 
 
-@pytest.mark.parametrize("family", RECORDED)
+@pytest.mark.parametrize("family", [*RECORDED, pytest.param("sd-v2", marks=pytest.mark.slow)])
 def test_first_stage(family):
     tensors = golden(family)
     model = load(family, "first_stage_model")

@@ -7,7 +7,7 @@ import torch
 from golden_files import case, manifest, pseudo_state_dict
 
 from ldm.errors import InputError
-from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 
 MINIATURE = {"width": 64, "layers": 4, "heads": 4}
 
@@ -131,3 +131,43 @@ def test_text_encoder_of_real_size():
         embeddings = model.encode(prompts)
     assert torch.equal(model.tokenizer(prompts), tensors["token_ids"])
     torch.testing.assert_close(embeddings, tensors["text_embeddings"], rtol=0, atol=1e-4)
+
+
+# --- Stable Diffusion v2's encoder
+
+
+def test_v2_pads_with_zeros_and_ends_a_cut_text_with_the_end_token():
+    import open_clip
+
+    model = FrozenOpenCLIPEmbedder(**MINIATURE)
+    texts = ["", "a cat", "cat " * 100]
+    rows = model.tokenizer(texts)
+    assert torch.equal(rows, open_clip.tokenize(texts))
+    assert rows[1].tolist() == [49406, 320, 2368, 49407] + [0] * 73
+    assert rows[2].tolist() == [49406] + [2368] * 75 + [49407]
+    with torch.no_grad():
+        assert torch.equal(model.encode(texts), model.forward_tokens(rows))
+        assert model("a cat").shape == (1, 77, 64)
+    assert FrozenOpenCLIPEmbedder(max_length=16, **MINIATURE)("a cat").shape == (1, 16, 64)
+
+
+def test_v2s_encoder_is_frozen_unless_the_config_says_otherwise():
+    frozen = FrozenOpenCLIPEmbedder(**MINIATURE, layer="penultimate")
+    assert not any(weight.requires_grad for weight in frozen.parameters())
+    free = FrozenOpenCLIPEmbedder(**MINIATURE, layer="penultimate", freeze=False)
+    free(["a red cube"]).square().mean().backward()
+    without = {name for name, weight in free.named_parameters() if weight.grad is None}
+    assert without == {f"model.{name}" for name in free.model.unused_weights}
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"arch": "ViT-bigG-14"}, r"'ViT-bigG-14' .*ViT-H-14"),
+        ({"layer": "first"}, r"'first' .* last, penultimate"),
+        ({"max_length": 78}, r"FrozenOpenCLIPEmbedder max_length 78 .* 77"),
+    ],
+)
+def test_params_of_v2s_encoder_that_cannot_be(params, message):
+    with pytest.raises(InputError, match=message):
+        FrozenOpenCLIPEmbedder(**{**MINIATURE, **params})

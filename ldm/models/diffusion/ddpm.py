@@ -4,17 +4,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.modules.diffusionmodules.util import make_beta_schedule, schedule_buffers
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.sampling.denoiser import Conditioning
-from ldm.sampling.schedule import make_beta_schedule
 from ldm.util import instantiate_from_config
 
 PARAMETERIZATIONS = ("eps", "v")
@@ -69,6 +68,7 @@ class LatentDiffusion(nn.Module):
             "cond_stage_forward",
             "finetune_keys",
             "first_stage_trainable",
+            "force_null_conditioning",
             "given_betas",
             "ignore_keys",
             "keep_num_ema_updates",
@@ -142,28 +142,9 @@ class LatentDiffusion(nn.Module):
         self.register_schedule()
 
     def register_schedule(self) -> None:
-        """Compute the twelve float32 buffers [timesteps] that checkpoints carry (Ho et al. 2020, eq. 4-7)."""
-        betas = make_beta_schedule(*self.betas_config)
-        alphas = 1.0 - betas
-        ac = np.cumprod(alphas)
-        ac_prev = np.append(1.0, ac[:-1])
-        variance = betas * (1.0 - ac_prev) / (1.0 - ac)
-        buffers = {
-            "betas": betas,
-            "alphas_cumprod": ac,
-            "alphas_cumprod_prev": ac_prev,
-            "sqrt_alphas_cumprod": np.sqrt(ac),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - ac),
-            "log_one_minus_alphas_cumprod": np.log(1.0 - ac),
-            "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / ac),
-            "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / ac - 1.0),
-            "posterior_variance": variance,
-            "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
-            "posterior_mean_coef1": betas * np.sqrt(ac_prev) / (1.0 - ac),
-            "posterior_mean_coef2": (1.0 - ac_prev) * np.sqrt(alphas) / (1.0 - ac),
-        }
-        for name, values in buffers.items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+        """Compute the float32 buffers [timesteps] that checkpoints carry."""
+        for name, values in schedule_buffers(make_beta_schedule(*self.betas_config)).items():
+            self.register_buffer(name, values)
 
     @property
     def num_timesteps(self) -> int:
@@ -411,3 +392,104 @@ class LatentDiffusion(nn.Module):
 
     def _at(self, name: str, t: torch.Tensor) -> torch.Tensor:
         return getattr(self, name)[t][:, None, None, None]
+
+
+# what Stability's training code grows the UNet's first convolution by; the model itself does not need it
+FINETUNING_PARAMS = {"finetune_keys", "keep_finetune_dims", "c_concat_log_start", "c_concat_log_end"}
+
+
+class LatentInpaintDiffusion(LatentDiffusion):
+    """Repaints a masked region: its UNet also sees the mask and the latents of the image without it.
+
+    `concat_keys` is their order behind the noisy latents; `masked_image_key` names the masked image there.
+    """
+
+    training_params = LatentDiffusion.training_params | FINETUNING_PARAMS
+
+    def __init__(
+        self,
+        concat_keys: Sequence[str] = ("mask", "masked_image"),
+        masked_image_key: str = "masked_image",
+        **params: Any,
+    ):
+        super().__init__(**params)
+        self.concat_keys = tuple(concat_keys)
+        self.masked_image_key = masked_image_key
+        if sorted(self.concat_keys) != sorted(("mask", masked_image_key)):
+            raise InputError(f"concat_keys {list(concat_keys)} are not 'mask' and {masked_image_key!r}")
+
+    def concat_channels(
+        self, mask: torch.Tensor, image: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The UNet's further channels, [b, 1 + c, h/8, w/8].
+
+        mask: [b, 1, h, w] of 0 and 1, where 1 is to be repainted; image: [b, 3, h, w] in [-1, 1]. The
+        latents of the masked image are a sample of the posterior, drawn with `noise` [b, c, h/8, w/8] or else
+        from torch's global CPU generator.
+        """
+        latents = self.get_first_stage_encoding(self.encode_first_stage(image * (mask < 0.5)), noise)
+        return self.mask_channels(mask, latents)
+
+    def mask_channels(self, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """`concat_channels` where the latents of the masked image are known, [b, c, h/8, w/8]."""
+        small = F.interpolate(mask.to(latents), size=latents.shape[-2:])
+        channels = {"mask": small, self.masked_image_key: latents}
+        return torch.cat([channels[key] for key in self.concat_keys], dim=1)
+
+
+class LatentDepth2ImageDiffusion(LatentDiffusion):
+    """Keeps the layout of a depth map, which its UNet sees as one more channel.
+
+    `depth_model` estimates the map of an image (MiDaS, Ranftl et al. 2021, https://arxiv.org/abs/2103.13413);
+    without a `depth_stage_config` there is none, and maps have to be given.
+    """
+
+    training_params = LatentDiffusion.training_params | FINETUNING_PARAMS
+
+    def __init__(
+        self,
+        depth_stage_config: Mapping[str, Any] | None = None,
+        concat_keys: Sequence[str] = ("midas_in",),
+        allow_target: Iterable[str] = (),
+        **params: Any,
+    ):
+        super().__init__(allow_target=allow_target, **params)
+        self.concat_keys = tuple(concat_keys)
+        if len(self.concat_keys) != 1:
+            raise InputError(f"concat_keys {list(concat_keys)} are not the one key of the depth map")
+        if depth_stage_config is not None:
+            self.depth_model = instantiate_from_config(depth_stage_config, allow_target)
+            self.depth_model.eval().requires_grad_(False)
+
+    def estimate_depth(self, image: torch.Tensor) -> torch.Tensor:
+        """Relative inverse depth of images [b, 3, h, w] in [-1, 1]: float32 [b, 1, h, w], larger is near."""
+        side = self.depth_model.image_size
+        height, width = image.shape[-2:]
+        # like MiDaS: the side that needs the smaller change becomes `side`, both are multiples of 32
+        scale = min(side / height, side / width, key=lambda scale: abs(1 - scale))
+        size = [max(32, round(scale * n / 32) * 32) for n in (height, width)]
+        resized = F.interpolate(image.float(), size=size, mode="bicubic", align_corners=False)
+        depth = self.depth_model(like_weights(resized, self.depth_model)).float()
+        return F.interpolate(depth, size=(height, width), mode="bicubic", align_corners=False)
+
+    def depth_channel(self, depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """The UNet's further channel, [b, 1, h, w] in [-1, 1] with (h, w) = `size`, of depth [b, 1, H, W]."""
+        depth = depth - depth.amin(dim=(1, 2, 3), keepdim=True)  # of a flat map nothing is left to round
+        depth = F.interpolate(depth, size=size, mode="bicubic", align_corners=False)
+        low, high = depth.amin(dim=(1, 2, 3), keepdim=True), depth.amax(dim=(1, 2, 3), keepdim=True)
+        return 2.0 * (depth - low) / (high - low + 0.001) - 1.0  # 0.001: a flat map is no division by 0
+
+
+class LatentUpscaleDiffusion(LatentDiffusion):
+    """Enlarges an image four times: its UNet also sees the image, noised, and how much (its class label)."""
+
+    training_params = LatentDiffusion.training_params | {"low_scale_key", "noise_level_key"}
+
+    def __init__(self, low_scale_config: Mapping[str, Any], allow_target: Iterable[str] = (), **params: Any):
+        super().__init__(allow_target=allow_target, **params)
+        self.low_scale_model = instantiate_from_config(low_scale_config, allow_target)
+
+    def register_schedule(self) -> None:
+        super().register_schedule()
+        if hasattr(self, "low_scale_model"):  # it is built, with its own schedule, after the rest
+            self.low_scale_model.register_schedule()

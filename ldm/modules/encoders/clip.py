@@ -16,6 +16,17 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    """Each token's average over those up to it: q, k, v [b, n, width] -> [b, n, width]."""
+    q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b h n d -> b n (h d)")
+
+
+def check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise InputError(f"a text encoder's width {width} is not a multiple of its {heads} heads")
+
+
 class SelfAttention(nn.Module):
     """Causal multi-head attention, [b, n, width] -> [b, n, width]."""
 
@@ -28,10 +39,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in projections)
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(rearrange(h, "b h n d -> b n (h d)"))
+        return self.out_proj(causal_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
 
 
 class MLP(nn.Module):
@@ -102,8 +110,7 @@ class CLIPTextTransformer(nn.Module):
         activation: str = "quick_gelu",
     ):
         super().__init__()
-        if width % heads:
-            raise InputError(f"a text encoder's width {width} is not a multiple of its {heads} heads")
+        check_heads(width, heads)
         if activation not in ACTIVATIONS:
             raise InputError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
         self.embeddings = Embeddings(vocab_size, width, context_length)

@@ -1,4 +1,6 @@
-"""CLIP's byte-pair tokenizer, offline: the vocabulary is the file that open_clip carries."""
+"""The tokenizers, offline: CLIP's byte pairs are in a file that open_clip carries, BERT's word pieces in one
+that the user puts in its place.
+"""
 
 import gzip
 import html
@@ -7,13 +9,16 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.models import BPE, WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
 
 from ldm.errors import InputError
 
 START, END = "<start_of_text>", "<end_of_text>"
 MERGES = 49152 - 256 - 2  # lines of the vocabulary file that CLIP uses
+BERT_VOCABULARY = "models/ldm/text2img-large/vocab.txt"  # in the working folder, or else in the repository
+ROOT = Path(__file__).resolve().parents[3]
 WORDS = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+"  # open_clip's
 
 
@@ -37,6 +42,15 @@ def clean(text: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
+
+
+def rows_of(texts: list[list[int]], tokenizer: "CLIPTokenizer | BERTTokenizer") -> torch.Tensor:
+    """The ids of texts as int64 [b, max_length], each between the start and the end token, then padded."""
+    rows = torch.full((len(texts), tokenizer.max_length), tokenizer.pad_id)
+    for row, text in zip(rows, texts, strict=True):
+        ids = [tokenizer.start_id, *text[: tokenizer.max_length - 2], tokenizer.end_id]
+        row[: len(ids)] = torch.tensor(ids)
+    return rows
 
 
 class CLIPTokenizer:
@@ -68,11 +82,7 @@ class CLIPTokenizer:
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """int64 [b, max_length]; longer texts are cut so that the end token is last."""
-        rows = torch.full((len(texts), self.max_length), self.pad_id)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [self.start_id, *self.encode(text)[: self.max_length - 2], self.end_id]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+        return rows_of([self.encode(text) for text in texts], self)
 
     def cut_off(self, text: str) -> str:
         """The part of the text that does not fit, in its cleaned form; "" if all of it does."""
@@ -83,3 +93,54 @@ class CLIPTokenizer:
         if len(found.ids) <= kept:
             return ""
         return text[words[found.word_ids[kept]].start() + found.offsets[kept][0] :]
+
+
+def bert_vocabulary_file() -> Path:
+    """Where the word pieces of bert-base-uncased are. InputError, which says what to put where."""
+    for path in (Path(BERT_VOCABULARY), ROOT / BERT_VOCABULARY):
+        if path.is_file():
+            return path
+    raise InputError(
+        f"{BERT_VOCABULARY} is missing: put the file vocab.txt of bert-base-uncased there "
+        "(30,522 lines, one word piece each), by which the LAION-400M model reads text"
+    )
+
+
+class BERTTokenizer:
+    """Prompts -> token ids, equal to transformers' bert-base-uncased tokenizer.
+
+    [CLS] and [SEP] around at most `max_length - 2` word pieces, then [PAD].
+    """
+
+    def __init__(self, max_length: int = 77, vocab_size: int = 30522):
+        path = bert_vocabulary_file()
+        try:
+            pieces = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not text in UTF-8: {error.reason}") from error
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        lacking = [special for special in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if special not in ids]
+        if lacking or len(pieces) > vocab_size:
+            why = f"it lacks {', '.join(lacking)}" if lacking else f"it has {len(pieces):,} lines"
+            raise InputError(f"{path} is not the model's vocabulary of {vocab_size:,} word pieces: {why}")
+        self.word_pieces = Tokenizer(WordPiece(ids, unk_token="[UNK]"))
+        self.word_pieces.normalizer = BertNormalizer()
+        self.word_pieces.pre_tokenizer = BertPreTokenizer()
+        specials = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
+        self.word_pieces.add_special_tokens([piece for piece in specials if piece in ids])
+        self.start_id, self.end_id, self.pad_id = ids["[CLS]"], ids["[SEP]"], ids["[PAD]"]
+        self.max_length = max_length
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text alone."""
+        return self.word_pieces.encode(text, add_special_tokens=False).ids
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """int64 [b, max_length]; longer texts are cut so that the end token is last."""
+        return rows_of([self.encode(text) for text in texts], self)
+
+    def cut_off(self, text: str) -> str:
+        """The part of the text that does not fit; "" if all of it does."""
+        found = self.word_pieces.encode(text, add_special_tokens=False)
+        kept = self.max_length - 2
+        return text[found.offsets[kept][0] :] if len(found.ids) > kept else ""
