@@ -46,7 +46,8 @@ def command(
     monkeypatch.setattr(encoders, "CLIPTokenizer", CLIPTokenizer)
 
     def call(name: str, *argv: object, folder: str = "out") -> Result:
-        if name in ("txt2img", "img2img", "compare") and "--safety" not in argv:
+        makes_images = ("txt2img", "img2img", "inpaint", "depth2img", "upscale", "compare")
+        if name in makes_images and "--safety" not in argv:
             argv = (*argv, "--safety", "off")  # it would say that there is no checker
         words = [str(SCRIPTS / f"{name}.py"), "--outdir", str(tmp_path / folder), *map(str, argv)]
         monkeypatch.setattr(sys, "argv", words)

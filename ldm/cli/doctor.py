@@ -315,7 +315,7 @@ def linked_weights() -> Findings:
     """The weights of Stable Diffusion v1 that the commands would take."""
     files = loading.choose_model(None, None)
     weights = _shown(files.weights)
-    if files.notice:
+    if files.weights == loading.ROOT / BUNDLED_WEIGHTS:
         place = _shown(find(V1_WEIGHTS[0]))
         advice = f"mkdir -p {place.parent} && ln -s /path/to/sd-v1-4.ckpt {place}"
         yield note("no Stable Diffusion weights are linked, images come from the bundled model", advice)

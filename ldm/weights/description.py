@@ -9,6 +9,13 @@ from typing import Any, NamedTuple
 
 from ldm.errors import InputError
 
+# What a model does besides text to image, by the name of its class.
+TASKS = {
+    "LatentInpaintDiffusion": "inpaint",
+    "LatentDepth2ImageDiffusion": "depth",
+    "LatentUpscaleDiffusion": "upscale",
+}
+
 
 @dataclass(frozen=True)
 class Description:
@@ -17,6 +24,9 @@ class Description:
     channels: int | None  # of the latents
     factor: int | None  # pixels to a latent, in each direction
     native_size: int  # side in pixels of the images that the model was made for
+    task: str = "text"  # or "inpaint", "depth", "upscale"
+    in_channels: int | None = None  # of the UNet: latents, and what is concatenated to them
+    context_dim: int | None = None  # width of what its cross-attention reads
 
 
 def describe(config: Mapping[str, Any]) -> Description:
@@ -27,22 +37,33 @@ def describe(config: Mapping[str, Any]) -> Description:
         levels = (stage.get("ddconfig") or {}).get("ch_mult")
         factor = levels and 2 ** (len(levels) - 1)
         size = int(params.get("image_size", 64)) * (factor or 8)
-        return Description(params.get("channels"), factor, size)
+        unet = (params.get("unet_config") or {}).get("params") or {}
+        context = unet.get("context_dim")
+        return Description(
+            params.get("channels"),
+            factor,
+            size,
+            TASKS.get(str(config.get("target")).rpartition(".")[2], "text"),
+            unet.get("in_channels"),
+            context[0] if isinstance(context, list) and context else context,
+        )
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the config does not describe a latent diffusion model: {error}") from error
 
 
 class Prediction(NamedTuple):
-    parameterization: str  # "eps" or "v"
+    parameterization: str | None  # "eps" or "v"; None where only the model itself shows it
     zero_snr: bool  # trained on a schedule with zero terminal SNR
 
 
-def prediction_of(config: Mapping[str, Any], weights: Path) -> Prediction:
-    """What a checkpoint's UNet predicts, by its config or, where that is silent, by the file's markers."""
-    from ldm.weights.checkpoint import read_state_dict
-    from ldm.weights.families import prediction_markers
+def prediction_of(config: Mapping[str, Any], weights: Path, undecided: bool = False) -> Prediction:
+    """What a checkpoint's UNet predicts, by its config or, where that is silent, by the file's hints.
 
-    v_pred, zero_snr = prediction_markers(read_state_dict(weights))
+    `undecided` says that the config's silence means nothing, as it was chosen for the file's shapes.
+    """
+    from ldm.weights.prediction import file_hints
+
+    found = file_hints(weights, by_name=undecided)
     stated = (config.get("params") or {}).get("parameterization")
-    parameterization = stated or ("v" if v_pred else "eps")
-    return Prediction(parameterization, zero_snr and parameterization == "v")
+    parameterization = stated or (found.hint.parameterization if found.hint else None if undecided else "eps")
+    return Prediction(parameterization, found.zero_snr and parameterization == "v")

@@ -1,60 +1,161 @@
 """Which model is this file? Answered by the names and shapes of its weights."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import Tensor
 
-# The first row that matches names the model. A pattern sees the weight names, a line each, below a first line
-# "unet <input channels> <context width>", and the last column is the config that fits.
+@dataclass(frozen=True)
+class Family:
+    """A kind of model. One that cannot be run here has no config."""
+
+    name: str
+    # Matches a line of: "unet <input channels> <context width>", and below that the names of the weights.
+    pattern: str
+    config: str | None = None
+    task: str = "text"  # as in Description
+    # What its UNet predicts. Rows of one name differ in this, which their weights do not show.
+    predicts: str = "eps"
+    folder: str | None = None  # below models/ldm/, where users link its weights
+    download: str = ""  # what the published file is called
+    bundled: str | None = None  # its weights, if they come with this repository
+
+
+SD, BUNDLED = "configs/stable-diffusion/", "configs/scenes/"
+V1 = Family(
+    "Stable Diffusion v1", r"^unet 4 768", f"{SD}v1-inference.yaml",
+    folder="stable-diffusion-v1", download="sd-v1-4.ckpt",
+)  # fmt: skip
+LAION = Family(
+    "LAION-400M text2img-large", r"^unet 4 1280", "configs/latent-diffusion/txt2img-1p4B-eval.yaml",
+    folder="text2img-large", download="model.ckpt",
+)  # fmt: skip
+# The first row that matches names the model. Those of one task are in the order in which the commands prefer
+# linked weights.
 FAMILIES = (
-    (r"^conditioner\.embedders\.|^unet . 2048", "Stable Diffusion XL", None),
-    (r"\bjoint_blocks\.", "Stable Diffusion 3", None),
-    (r"\bdouble_blocks\.", "FLUX", None),
-    (r"^control_model\.|^controlnet_cond_embedding\.", "a ControlNet", None),
-    (r"\blora_|\.lora\.", "a LoRA", None),
-    (r"^emb_params$|^clip_[gl]$", "a textual inversion", None),
-    (r"^(unet\.)?down_blocks\.", "a diffusers UNet", None),
-    (r"^model\.diffusion_model\.label_emb\.0\.0\.weight", "Stable unCLIP", None),
-    (r"^unet 4 768", "Stable Diffusion v1", "v1-inference.yaml"),
-    (r"^unet 9 768", "Stable Diffusion v1 inpainting", "v1-inpainting-inference.yaml"),
-    (r"^unet 8 768", "InstructPix2Pix", None),
-    (r"^unet 4 1024", "Stable Diffusion v2", "v2-inference.yaml, or v2-inference-v.yaml for 768 pixels"),
-    (r"^unet 9 1024", "Stable Diffusion v2 inpainting", "v2-inpainting-inference.yaml"),
-    (r"^unet 5 1024", "Stable Diffusion v2 depth", "v2-midas-inference.yaml"),
-    (r"^unet 7 1024", "the Stable Diffusion x4 upscaler", "x4-upscaling.yaml"),
-    (r"^unet 4 1280", "LAION-400M text2img-large", "txt2img-1p4B-eval.yaml"),
-    (r"^model(_ema)?\.diffusion_model", "a latent diffusion model of an unlisted kind", None),
-    (r"^(first_stage_model\.|vae\.)?(en|de)coder\.(conv_in|mid)", "an autoencoder alone", None),
-    (r"^(cond_stage_model\.transformer\.)?text_model\.|\bresblocks\.", "a text encoder alone", None),
-    (r"", "an unknown model", None),
-)
-# [width, input channels, 3, 3] and [width, context width]
-UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
-UNET_CONTEXT = re.compile(r"model\.diffusion_model\.input_blocks\..*\.attn2\.to_k\.weight")
+    Family("Stable Diffusion XL", r"^conditioner\.embedders\.|^unet . 2048"),
+    Family("Stable Diffusion 3", r"\bjoint_blocks\."),
+    Family("FLUX", r"\bdouble_blocks\."),
+    Family("Stable Video Diffusion", r"\.time_stack\."),
+    Family("Stable unCLIP", r"^model\.diffusion_model\.label_emb\.0\.0\.weight|^noise_augmentor\."),
+    Family("a latent diffusion model with a VQ autoencoder", r"^(first_stage_model\.)?quantize\.embedding\."),
+    V1,
+    Family(
+        "Stable Diffusion v2", r"^unet 4 1024", f"{SD}v2-inference.yaml",
+        folder="stable-diffusion-v2-base", download="v2-1_512-ema-pruned.ckpt",
+    ),
+    Family(
+        "Stable Diffusion v2", r"^unet 4 1024", f"{SD}v2-inference-v.yaml", predicts="v",
+        folder="stable-diffusion-v2-768", download="v2-1_768-ema-pruned.ckpt",
+    ),
+    LAION,
+    Family(
+        "Stable Diffusion v1 inpainting", r"^unet 9 768", f"{SD}v1-inpainting-inference.yaml", "inpaint",
+        folder="stable-diffusion-v1-inpainting", download="sd-v1-5-inpainting.ckpt",
+    ),
+    Family(
+        "Stable Diffusion v2 inpainting", r"^unet 9 1024", f"{SD}v2-inpainting-inference.yaml", "inpaint",
+        folder="stable-diffusion-v2-inpainting", download="512-inpainting-ema.ckpt",
+    ),
+    Family(
+        "Stable Diffusion v2 depth", r"^unet 5 1024", f"{SD}v2-midas-inference.yaml", "depth",
+        folder="stable-diffusion-v2-depth", download="512-depth-ema.ckpt",
+    ),
+    Family(
+        "the Stable Diffusion x4 upscaler", r"^unet 7 1024", f"{SD}x4-upscaling.yaml", "upscale", "v",
+        folder="stable-diffusion-x4-upscaler", download="x4-upscaler-ema.ckpt",
+    ),
+    Family(
+        "the bundled 64x64 model", r"^unet 4 64$", f"{BUNDLED}scenes-64.yaml",
+        bundled="models/scenes-64/model.safetensors",
+    ),
+    Family(
+        "the bundled 64x64 model", r"^unet 4 64$", f"{BUNDLED}scenes-64-v.yaml", predicts="v",
+        bundled="models/scenes-64-v/model.safetensors",
+    ),
+    Family(
+        "the bundled inpainting model", r"^unet 9 64$", f"{BUNDLED}scenes-64-inpainting.yaml", "inpaint",
+        bundled="models/scenes-64-inpainting/model.safetensors",
+    ),
+    Family(
+        "the bundled depth model", r"^unet 5 64$", f"{BUNDLED}scenes-64-depth.yaml", "depth",
+        bundled="models/scenes-64-depth/model.safetensors",
+    ),
+    Family(
+        "the bundled x4 upscaler", r"^unet 7 64$", f"{BUNDLED}scenes-x4.yaml", "upscale", "v",
+        bundled="models/scenes-x4/model.safetensors",
+    ),
+    Family("InstructPix2Pix", r"^unet 8 \d"),
+    # what may also lie beside the weights of one of the models above
+    Family("a ControlNet", r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\."),
+    Family("a LoRA", r"\blora_|\.lora\.|\.lora_|\.hada_w\d|\.lokr_w\d"),
+    Family("a textual inversion", r"^emb_params$|^clip_[gl]$|^string_to_param\b"),
+    Family("a diffusers UNet", r"^(unet\.)?down_blocks\."),
+    Family("a pixel upscaler", r"\bRRDB_trunk\.|\bbody\.\d+\.rdb1\.|^(params(_ema)?\.)?model\.1\.sub\."),
+    Family("a latent diffusion model of an unlisted kind", r"^model(_ema)?\.diffusion_model"),
+    Family("an autoencoder alone", r"^(first_stage_model\.|vae\.)?(en|de)coder\.(conv_in|mid)"),
+    Family("a text encoder alone", r"^(cond_stage_model\.transformer\.)?text_model\.|\bresblocks\."),
+    Family("an unknown model", r""),
+)  # fmt: skip
+
+RAW, EMA = r"model\.diffusion_model\.", r"model_ema\.diffusion_model"
+UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"  # [width, input channels, 3, 3]
+EMA_INPUT = "model_ema.diffusion_modelinput_blocks00weight"
+# [width, context width]
+UNET_CONTEXT = re.compile(rf"{RAW}(input|middle|output)_block.*\.attn2\.to_k\.weight|{EMA}.*attn2to_kweight")
+ENCODER_LEVEL = re.compile(r"first_stage_model\.encoder\.down\.(\d{1,2})\.")
 
 
-def family(state: Mapping[str, Tensor]) -> tuple[str, str | None]:
-    """(name, config that fits) of the model that a state dict belongs to, from its row of FAMILIES."""
-    shapes = {name: t.shape for name, t in state.items()}
-    contexts = [
-        shape[1] for name, shape in shapes.items() if UNET_CONTEXT.fullmatch(name) and len(shape) == 2
-    ]
-    inputs = shapes.get(UNET_INPUT, ())
-    unet = f"unet {inputs[1]} {next(iter(contexts), None)}" if len(inputs) == 4 else ""
-    names = "\n".join((unet, *state))
-    return next((name, config) for pattern, name, config in FAMILIES if re.search(pattern, names, re.M))
+class Shapes(NamedTuple):
+    """The numbers that make a model's family; None for those that are not known."""
+
+    in_channels: int | None  # of the UNet
+    context_dim: int | None  # of its cross-attention
+    factor: int | None = None  # pixels to a latent
 
 
-def identify(state: Mapping[str, Tensor]) -> str:
+def shapes_of(state: Mapping[str, Any]) -> Shapes:
+    """The shapes of a state dict, or of a header's tensors."""
+    first = state[UNET_INPUT] if UNET_INPUT in state else state.get(EMA_INPUT)
+    channels = first.shape[1] if first is not None and len(first.shape) == 4 else None
+    widths = (t.shape[1] for name, t in state.items() if UNET_CONTEXT.fullmatch(name) and len(t.shape) == 2)
+    levels = {int(match[1]) for name in state if (match := ENCODER_LEVEL.match(name))}
+    return Shapes(channels, next(widths, None), 2 ** max(levels) if levels else None)
+
+
+def recognise(shapes: Shapes, names: Iterable[str] = ()) -> Family:
+    """The family of a model of these shapes, with weights of these names."""
+    unet = "" if shapes.in_channels is None else f"unet {shapes.in_channels} {shapes.context_dim}"
+    lines = "\n".join((unet, *names))
+    return next(family for family in FAMILIES if re.search(family.pattern, lines, re.M))
+
+
+def family_of(state: Mapping[str, Any]) -> Family:
+    """The family that a state dict, or a header's tensors, belong to."""
+    return recognise(shapes_of(state), state)
+
+
+def variants(family: Family) -> list[Family]:
+    """The rows of that name: they differ in what their UNet predicts."""
+    return [row for row in FAMILIES if row.name == family.name]
+
+
+def identify(state: Mapping[str, Any]) -> str:
     """Which model a state dict belongs to, in words such as "Stable Diffusion v2 depth"."""
-    return family(state)[0]
+    return family_of(state).name
 
 
-def prediction_markers(state: Mapping[str, Tensor]) -> tuple[bool, bool]:
-    """(v_pred, ztsnr): whether the file says that its UNet predicts v, and that it was trained on a schedule
-    rescaled to zero terminal SNR (Lin et al. 2023, https://arxiv.org/abs/2305.08891).
+def in_words(family: Family) -> str:
+    """The family and the config that fits it, for a message."""
+    configs = [row.config.rpartition("/")[2] for row in variants(family) if row.config]
+    return (
+        f"{family.name} ({'its config is ' + ' or '.join(configs) if configs else 'no config here fits it'})"
+    )
 
-    Trainers and merging tools mark such files with a tensor of that name; its values mean nothing.
-    """
-    return "v_pred" in state, "ztsnr" in state
+
+def supported() -> str:
+    """The names of all families that can be run, for a message."""
+    return ", ".join(dict.fromkeys(family.name for family in FAMILIES if family.folder))

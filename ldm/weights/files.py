@@ -32,7 +32,7 @@ def exists(path: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """InputError if no file with anything in it is there."""
+    """InputError if there is no file with anything in it, and no diffusers folder with all of its parts."""
     with user_file(path):
         try:
             status = path.stat()
@@ -42,9 +42,13 @@ def check_file(path: Path) -> None:
                 f"no checkpoint at {path}{where}: put or link one there, or name one with --ckpt"
             ) from error
         if stat.S_ISDIR(status.st_mode):
-            what = "a diffusers folder" if (path / "model_index.json").exists() else "a folder"
-            raise InputError(
-                f"{path} is {what}, which cannot be read: give a single .ckpt or .safetensors file"
-            )
-        if status.st_size == 0:
+            from ldm.weights import diffusers_layout  # which uses this module
+
+            if not diffusers_layout.is_diffusers_folder(path):
+                raise InputError(
+                    f"{path} is a folder without model_index.json: give a .ckpt or .safetensors file, or a "
+                    "whole diffusers folder"
+                )
+            diffusers_layout.check_folder(path)
+        elif status.st_size == 0:
             raise InputError(f"{path} is empty: download or copy it again")

@@ -8,10 +8,19 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ldm.cache import cache_folder
+from ldm.weights.diffusers_layout import unet_file
 from ldm.weights.files import check_file, user_file
+
+
+def hashed_file(path: str | Path) -> Path:
+    """The file whose hash stands for a checkpoint: of a diffusers folder its UNet's weights, or their first
+    shard. InputError for one that is missing or cannot be read."""
+    path = Path(path)
+    check_file(path)
+    return unet_file(path) if path.is_dir() else path
 
 
 def quick_hash(path: str | Path) -> str:
@@ -20,8 +29,8 @@ def quick_hash(path: str | Path) -> str:
     SHA-256 of the 64 KiB at offset 1 MiB, or of the whole file where that is shorter. InputError for a file
     that is missing or cannot be read.
     """
-    check_file(Path(path))
-    with user_file(path), Path(path).open("rb") as file:
+    path = hashed_file(path)
+    with user_file(path), path.open("rb") as file:
         file.seek(0x100000)
         part = file.read(0x10000)
         if not part:
@@ -30,13 +39,22 @@ def quick_hash(path: str | Path) -> str:
     return hashlib.sha256(part).hexdigest()[:8]
 
 
-def file_hash(path: str | Path) -> str:
+def file_hash(path: str | Path, progress: Callable[[int], Any] | None = None) -> str:
     """The first ten hex digits of a file's SHA-256: the `Model hash` that today's tools write.
 
     It takes seconds for gigabytes, and nothing as long as the file's size and time of change stay those of
-    its entry in the cache folder. InputError for a file that is missing or cannot be read.
+    its entry in the cache folder. `progress` is called with the number of bytes of each part that is read.
+    InputError for a file that is missing or cannot be read.
     """
-    return _sha256(Path(path))[:10]
+    return _sha256(Path(path), progress)[:10]
+
+
+def known_hash(path: str | Path) -> str | None:
+    """The `file_hash` of a file if the cache folder has it; the file is not read. InputError as there."""
+    path = hashed_file(path).resolve()
+    with user_file(path), path.open("rb") as file:
+        known = _cached(path, _state(file.fileno()))
+    return known and known[:10]
 
 
 def same_model(recorded: str, path: str | Path) -> bool | None:
@@ -85,20 +103,40 @@ class FileHash:
         self._future.add_done_callback(done)
 
 
-def _sha256(path: Path) -> str:
+class _Reported:
+    """A file that reports the number of bytes of each part that is read."""
+
+    def __init__(self, file: BinaryIO, progress: Callable[[int], Any]):
+        self.file, self.progress = file, progress
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self.file.readinto(buffer)
+        self.progress(count)
+        return count
+
+
+def _sha256(path: Path, progress: Callable[[int], Any] | None = None) -> str:
     """All 64 hex digits of a file's SHA-256, from the cache where that has them."""
-    check_file(path)
-    path = path.resolve()
+    path = hashed_file(path).resolve()
     with user_file(path), path.open("rb") as file:
         state = _state(file.fileno())
-        entry = _read_cache().get(str(path))
-        known = entry.get("sha256") if isinstance(entry, dict) and entry.items() >= state.items() else None
-        if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known):
+        if known := _cached(path, state):
             return known
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        read = _Reported(file, progress) if progress else file
+        digest = hashlib.file_digest(read, "sha256").hexdigest()
         if _state(file.fileno()) == state:  # nobody wrote to the file meanwhile
             _write_cache(str(path), state | {"sha256": digest})
     return digest
+
+
+def _cached(path: Path, state: dict[str, int]) -> str | None:
+    """The SHA-256 in the cache of a file in this state."""
+    entry = _read_cache().get(str(path))
+    known = entry.get("sha256") if isinstance(entry, dict) and entry.items() >= state.items() else None
+    return known if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known) else None
 
 
 def _state(descriptor: int) -> dict[str, int]:

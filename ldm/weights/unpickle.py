@@ -4,18 +4,23 @@ A `.ckpt` is a pickle, and unpickling runs whatever program the file holds. Here
 imported or called. The few that describe tensors are known by name, plain containers are kept, and everything
 else (a Lightning callback, omegaconf, numpy, a function) becomes an inert stand-in. A pickle that names a
 known means of running code is refused besides: it has no business in a checkpoint.
+
+torch is imported only where tensors are made: what a file holds can be read without it.
 """
 
+from __future__ import annotations
+
+import math
 import pickle
-import re
 import struct
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 # fmt: off
 CODE_MODULES = {
@@ -25,8 +30,18 @@ CODE_MODULES = {
 }
 CODE_BUILTINS = {"__import__", "apply", "breakpoint", "compile", "eval", "exec", "execfile", "input", "open"}
 # fmt: on
-# With others, quantised or smaller than a byte, torch crashes the program or can do nothing.
-DTYPES = re.compile(r"torch\.(bool|bfloat16|complex(64|128)|float(16|32|64|8_\w+)|u?int(8|16|32|64))")
+# Bytes of a value, by torch's name of the dtype. Others can be no weight: with quantised ones, or those
+# smaller than a byte, torch crashes the program or can do nothing.
+# fmt: off
+ITEM_SIZES = {
+    "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8,
+    "uint64": 8, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1, "float16": 2, "bfloat16": 2,
+    "float32": 4, "float64": 8, "complex64": 8, "complex128": 16,
+}
+# of these only the size is needed, to find what comes next in the old format
+QUANTISED_SIZES = {"qint8": 1, "qint32": 4, "quint8": 1, "quint4x2": 1, "quint2x4": 1}
+# fmt: on
 
 
 class Inert:
@@ -55,23 +70,16 @@ class Tuple(tuple):
 class StoredValues(Inert):
     """`numel` values under `key`, a zip record's name or the old format's number. A view has a `start`."""
 
-    def __init__(self, dtype: torch.dtype, key: str, numel: int, start: int = 0):
+    def __init__(self, dtype: str, key: str, numel: int, start: int = 0):
         self.dtype, self.key, self.numel, self.start = dtype, key, numel, start
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-class OtherDtype(Inert):
-    """Stands in for a dtype of which only the size of a value is known, in bytes."""
-
-    def __init__(self, itemsize: int):
-        self.itemsize = itemsize
+        return self.numel * (ITEM_SIZES | QUANTISED_SIZES)[self.dtype]
 
 
 class StoredTensor(Inert):
-    """A tensor, by the arguments of `torch._utils._rebuild_tensor_v2`.
+    """A tensor, by the arguments of `torch._utils._rebuild_tensor_v2`; dtypes are torch's names of them.
 
     `flags` may have "conj" or "neg": torch stored a view whose values are conjugated or negated on use.
     """
@@ -82,22 +90,35 @@ class StoredTensor(Inert):
         self.flags = flags if isinstance(flags, dict) else {}
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """() where a damaged file has something else than whole numbers."""
+        sizes = self.size if isinstance(self.size, tuple | list) else ()
+        return tuple(sizes) if all(type(n) is int for n in sizes) else ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def is_usable(self) -> bool:
-        """Whether torch can compute with the dtype, see DTYPES."""
+        """Whether torch can compute with the dtype, see ITEM_SIZES."""
         dtypes = self.values.dtype, self.dtype
-        return all(isinstance(dtype, torch.dtype) and DTYPES.fullmatch(str(dtype)) for dtype in dtypes)
+        return all(isinstance(dtype, str) and dtype in ITEM_SIZES for dtype in dtypes)
 
     def map(self, buffer, position: int) -> torch.Tensor:
         """The tensor whose values begin at byte `position` of `buffer`, in the same memory; ValueError or
         RuntimeError where it would reach beyond them."""
-        values = self.values
+        import torch
+
+        values, dtype = self.values, getattr(torch, self.values.dtype)
         if values.numel == 0:  # which frombuffer refuses
-            flat = torch.empty(0, dtype=values.dtype)
+            flat = torch.empty(0, dtype=dtype)
         else:
-            flat = torch.frombuffer(buffer, dtype=values.dtype, count=values.numel, offset=position)
-        if position % values.dtype.itemsize:  # the old format aligns nothing
+            flat = torch.frombuffer(buffer, dtype=dtype, count=values.numel, offset=position)
+        if position % dtype.itemsize:  # the old format aligns nothing
             flat = flat.clone()
-        tensor = flat.view(self.dtype).as_strided(self.size, self.stride, values.start + self.offset)
+        dtype = getattr(torch, self.dtype)
+        tensor = flat.view(dtype).as_strided(self.size, self.stride, values.start + self.offset)
         # views, as copies of a hostile stride 0 could take any amount of memory
         tensor = tensor.conj() if "conj" in self.flags else tensor
         return torch._neg_view(tensor) if "neg" in self.flags else tensor
@@ -136,25 +157,24 @@ KNOWN_GLOBALS = {
     ("torch._utils", "_rebuild_parameter_with_state"): StoredParameter,
     ("torch._tensor", "_rebuild_from_type"): StoredWithAttributes,
     ("torch._tensor", "_rebuild_from_type_v2"): StoredWithAttributes,
-    ("torch.storage", "UntypedStorage"): torch.uint8,
-    ("torch", "DoubleStorage"): torch.float64,
-    ("torch", "FloatStorage"): torch.float32,
-    ("torch", "HalfStorage"): torch.float16,
-    ("torch", "BFloat16Storage"): torch.bfloat16,
-    ("torch", "LongStorage"): torch.int64,
-    ("torch", "IntStorage"): torch.int32,
-    ("torch", "ShortStorage"): torch.int16,
-    ("torch", "CharStorage"): torch.int8,
-    ("torch", "ByteStorage"): torch.uint8,
-    ("torch", "BoolStorage"): torch.bool,
-    ("torch", "ComplexDoubleStorage"): torch.complex128,
-    ("torch", "ComplexFloatStorage"): torch.complex64,
-    # no weight can be quantised: only the size is needed, to find what comes next in the old format
-    ("torch", "QInt8Storage"): OtherDtype(1),
-    ("torch", "QInt32Storage"): OtherDtype(4),
-    ("torch", "QUInt8Storage"): OtherDtype(1),
-    ("torch", "QUInt4x2Storage"): OtherDtype(1),
-    ("torch", "QUInt2x4Storage"): OtherDtype(1),
+    ("torch.storage", "UntypedStorage"): "uint8",
+    ("torch", "DoubleStorage"): "float64",
+    ("torch", "FloatStorage"): "float32",
+    ("torch", "HalfStorage"): "float16",
+    ("torch", "BFloat16Storage"): "bfloat16",
+    ("torch", "LongStorage"): "int64",
+    ("torch", "IntStorage"): "int32",
+    ("torch", "ShortStorage"): "int16",
+    ("torch", "CharStorage"): "int8",
+    ("torch", "ByteStorage"): "uint8",
+    ("torch", "BoolStorage"): "bool",
+    ("torch", "ComplexDoubleStorage"): "complex128",
+    ("torch", "ComplexFloatStorage"): "complex64",
+    ("torch", "QInt8Storage"): "qint8",
+    ("torch", "QInt32Storage"): "qint32",
+    ("torch", "QUInt8Storage"): "quint8",
+    ("torch", "QUInt4x2Storage"): "quint4x2",
+    ("torch", "QUInt2x4Storage"): "quint2x4",
 }
 
 
@@ -177,9 +197,8 @@ class Unpickler(pickle._Unpickler):
                 f"{self.path} carries code: its pickle calls {module + '.' + name!r}. It was refused and "
                 "nothing in it was run; use a .safetensors file from a source you trust"
             )
-        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
-            # not by getattr, as torch imports some of its modules when they are asked for
-            return dtype if DTYPES.fullmatch(str(dtype)) else Inert
+        if module == "torch" and name in ITEM_SIZES:
+            return name
         return KNOWN_GLOBALS.get((module, name), Inert)
 
     def persistent_load(self, pid: tuple) -> Any:

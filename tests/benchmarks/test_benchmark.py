@@ -58,7 +58,7 @@ def test_a_missed_target_shows():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_loading_is_measured_stage_by_stage(tiny):
-    readings = benchmark.load_and_use(tiny, tiny.with_suffix(".safetensors"), latents=8)
+    readings = benchmark.load_and_use(tiny, tiny.with_suffix(".safetensors"), latents=8, dtype="float32")
     assert list(readings["memory"]) == ["imports", "load", "touch", "UNet", "decoder"]
     assert 0 < readings["load"] <= readings["load and touch"]
 

@@ -15,7 +15,7 @@ import pytest
 from ldm.cache import cache_folder
 from ldm.errors import InputError
 from ldm.weights import hashes
-from ldm.weights.hashes import FileHash, file_hash, quick_hash, same_model
+from ldm.weights.hashes import FileHash, file_hash, known_hash, quick_hash, same_model
 
 CONTENT = struct.pack("<I", 7) * 500_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -231,3 +231,17 @@ def test_hashing_needs_no_torch():
     """`--like` compares hashes before anything slow is imported."""
     program = "import sys; import ldm.weights.hashes; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_progress_and_what_is_known(file, computed):
+    """A hash is known without a look at the file once it was computed, until the file changes."""
+    assert known_hash(file) is None
+    parts = []
+    assert file_hash(file, parts.append) == SHA256[:10] == known_hash(file)
+    assert sum(parts) == len(CONTENT)
+    assert file_hash(file, parts.append) == SHA256[:10]
+    assert (sum(parts), len(computed)) == (len(CONTENT), 1)
+    os.utime(file, ns=(0, 0))
+    assert known_hash(file) is None
+    with pytest.raises(InputError, match="no checkpoint at"):
+        known_hash(file.parent / "none")

@@ -25,7 +25,7 @@ from torch import nn
 
 from ldm.errors import InputError
 from ldm.pipeline.safety import load_safety_checker
-from ldm.weights import checkpoint
+from ldm.weights import header
 from ldm.weights.checkpoint import read_state_dict
 from ldm.weights.unpickle import KNOWN_GLOBALS
 
@@ -458,7 +458,7 @@ def test_declared_sizes_take_no_memory(tmp_path, form, start):
 
 def test_a_pickle_of_gigabytes_in_a_small_zip(tmp_path, monkeypatch):
     """A few kB of a zip file can stand for a thousand times as many."""
-    monkeypatch.setattr(checkpoint, "PICKLE_LIMIT", 10_000_000)
+    monkeypatch.setattr(header, "PICKLE_LIMIT", 10_000_000)
     with ZipFile(tmp_path / "w", "w", ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * 6_000_000 + state("zip") + b".")
         archive.writestr("archive/data/0", VALUES)

@@ -1,18 +1,24 @@
 """From a YAML file and a checkpoint to a model: which files, and what their markers mean."""
 
+import copy
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import omegaconf
 import pytest
 import tiny
 import torch
+from checkpoints import Tiny, save
+from commands import refused
 from safetensors.torch import save_file
 
 from ldm.errors import InputError
-from ldm.weights import loading
-from ldm.weights.description import describe
+from ldm.modules.encoders import tokenizer
+from ldm.weights import checkpoint, loading, prediction
+from ldm.weights.description import describe, prediction_of
+from ldm.weights.families import FAMILIES, family_of, supported
 from ldm.weights.loading import (
     advised_scale,
     choose_model,
@@ -100,6 +106,29 @@ def test_weights_used(load, weights, use_ema, which, used):
     model = load(averaged(weights), {"use_ema": use_ema}, which=which)
     assert model.weights_used == used
     assert (model.model.diffusion_model.out[2].weight.abs().sum() == 0) == (used == "ema")
+
+
+def test_weights_of_a_config_that_does_not_say(weights, tmp_path):
+    """RunwayML's inpainting YAML has no `use_ema`: a file without averages was refused."""
+    config = copy.deepcopy(tiny.MODEL)
+    del config["params"]["use_ema"]
+    for state, used in ((weights, "raw"), (weights | averaged(weights), "ema")):
+        save_file(state, tmp_path / "file.safetensors")
+        assert load_model(config, tmp_path / "file.safetensors").weights_used == used
+
+
+def test_a_missing_vocabulary_is_found_before_the_weights_are_loaded(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tokenizer, "ROOT", tmp_path)
+    monkeypatch.setattr(checkpoint, "load_weights", None)
+    config = copy.deepcopy(tiny.MODEL)
+    config["params"]["cond_stage_config"] = {
+        "target": "ldm.modules.encoders.modules.BERTEmbedder",
+        "params": {"n_embed": 32, "n_layer": 1},
+    }
+    save_file(weights, tmp_path / "file.safetensors")
+    with pytest.raises(InputError, match=r"models/ldm/text2img-large/vocab\.txt is missing: put "):
+        load_model(config, tmp_path / "file.safetensors")
 
 
 def test_more_weights_than_the_model_has(load, weights, caplog):
@@ -235,3 +264,411 @@ def test_advised_scale_that_is_no_number(tmp_path):
     path.write_text("sampling: {scale: high}")
     with pytest.raises(InputError, match="'high' of its sampling: section is not a number"):
         advised_scale(path, 7.5)
+
+
+# --- which model a file is, and which config it gets
+
+
+CONFIGS = Path(loading.ROOT) / "configs"
+RUN = {family.name: family for family in reversed(FAMILIES) if family.config}
+
+
+def tiny_file(path: Path, channels: int = 4, context: int = 768, form: str = "safetensors", **extra) -> Path:
+    """A file with the names and shapes that show a family, and little more."""
+    return save(Tiny(channels, context).state_dict() | extra, path, form)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """One with configs and nothing linked, and a working folder elsewhere."""
+    (tmp_path / "repository/models/ldm").mkdir(parents=True)
+    (tmp_path / "repository/configs").symlink_to(CONFIGS)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(loading, "ROOT", tmp_path / "repository")
+    return tmp_path / "repository"
+
+
+NUMBERS = {
+    "Stable Diffusion v1": (4, 768),
+    "Stable Diffusion v1 inpainting": (9, 768),
+    "Stable Diffusion v2": (4, 1024),
+    "Stable Diffusion v2 inpainting": (9, 1024),
+    "Stable Diffusion v2 depth": (5, 1024),
+    "the Stable Diffusion x4 upscaler": (7, 1024),
+    "LAION-400M text2img-large": (4, 1280),
+    "the bundled 64x64 model": (4, 64),
+    "the bundled inpainting model": (9, 64),
+    "the bundled depth model": (5, 64),
+    "the bundled x4 upscaler": (7, 64),
+}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_checkpoint_alone_gets_its_config(tmp_path, name):
+    assert NUMBERS.keys() == RUN.keys()
+    path = tiny_file(tmp_path / "some.safetensors", *NUMBERS[name])
+    files = choose_model(None, str(path), RUN[name].task)
+    assert (files.config.resolve(), files.weights) == (loading.ROOT / RUN[name].config, path)
+    assert files.notice == f"{path} is taken for {name}: its config is {RUN[name].config}"
+    assert files.undecided == (name in ("Stable Diffusion v2", "the bundled 64x64 model"))
+    assert choose_model(None, str(path), None) == files
+    described = describe(read_config(files.config))
+    assert (described.in_channels, described.context_dim) == NUMBERS[name]
+    assert described.task == RUN[name].task
+    assert choose_model(str(files.config), str(path), None).config == files.config
+
+
+def folder_of(path: Path, kind: str, **unet: int) -> Path:
+    """A diffusers folder of a miniature, whose UNet has other numbers than the rest."""
+    from diffusers import UNet2DConditionModel
+    from diffusers_pipelines import tiny_pipeline
+
+    pipeline = tiny_pipeline(kind)
+    pipeline.save_pretrained(path)
+    UNet2DConditionModel.from_config({**pipeline.unet.config, **unet}).save_pretrained(path / "unet")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "context", "name", "config"),
+    [
+        ("v1", 4, 768, "Stable Diffusion v1", "v1-inference.yaml"),
+        ("v2", 4, 1024, "Stable Diffusion v2", "v2-inference.yaml"),
+        ("v2-v", 4, 1024, "Stable Diffusion v2", "v2-inference-v.yaml"),
+        ("inpainting", 9, 1024, "Stable Diffusion v2 inpainting", "v2-inpainting-inference.yaml"),
+    ],
+)
+def test_a_diffusers_folder_alone_gets_its_config(tmp_path, kind, channels, context, name, config):
+    """Its scheduler's config says what the UNet predicts."""
+    folder = folder_of(tmp_path / "f", kind, in_channels=channels, cross_attention_dim=context)
+    files = choose_model(None, str(folder), None)
+    assert (files.config.name, files.weights, files.undecided) == (config, folder, False)
+    assert f"{folder} is taken for {name}" in files.notice
+    predicts = "v" if kind == "v2-v" else "eps"
+    assert prediction_of(read_config(files.config), folder, False).parameterization == predicts
+
+
+def test_a_diffusers_folder_of_no_known_width(tmp_path):
+    with pytest.raises(InputError, match="unlisted kind: give its config with --config"):
+        choose_model(None, str(folder_of(tmp_path / "f", "v1")))
+
+
+def test_the_v1_weights_that_are_linked_need_no_notice(repository):
+    (repository / "models/ldm/stable-diffusion-v1").mkdir()
+    path = tiny_file(repository / "models/ldm/stable-diffusion-v1/model.ckpt", form="zip")
+    for ckpt in (None, str(path), "models/ldm/stable-diffusion-v1/model.ckpt"):
+        assert choose_model(None, ckpt) == loading.ModelFiles(
+            repository / "configs/stable-diffusion/v1-inference.yaml", path
+        )
+
+
+HINTS = {
+    "v2-1_768-ema-pruned.safetensors": "v",
+    "768-v-ema.ckpt": "v",
+    "my-vpred-merge.safetensors": "v",
+    "stable-diffusion-v2-768/model.safetensors": "v",
+    "v2-1_512-ema-pruned.ckpt": "eps",
+    "512-base-ema.ckpt": "eps",
+    "sd-v2-base/model.ckpt": "eps",
+    "illuminati.safetensors": None,
+    "v768.safetensors": None,
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_names_show_eps_or_v(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    path = tiny_file(tmp_path / name, 4, 1024)
+    files = choose_model(None, str(path))
+    expected = {"v": "v2-inference-v.yaml", "eps": "v2-inference.yaml", None: "v2-inference.yaml"}
+    assert files.config.name == expected[HINTS[name]]
+    assert files.undecided == (HINTS[name] is None)
+    config = read_config(files.config)
+    assert prediction_of(config, path, files.undecided).parameterization == HINTS[name]
+    if HINTS[name]:
+        assert f"that predicts {HINTS[name]} by the name " in files.notice
+
+
+def test_a_link_is_known_by_what_it_leads_to(tmp_path):
+    path = tiny_file(tmp_path / "768-v-ema.safetensors", 4, 1024)
+    (tmp_path / "model.safetensors").symlink_to(path)
+    assert choose_model(None, str(tmp_path / "model.safetensors")).config.name == "v2-inference-v.yaml"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "found"),
+    [
+        ({"modelspec.prediction_type": "v"}, "v"),
+        ({"modelspec.prediction_type": "epsilon"}, "eps"),
+        ({"prediction_type": "v_prediction"}, "v"),
+        ({"prediction_type": "flow"}, None),
+    ],
+)
+def test_metadata_show_eps_or_v(tmp_path, metadata, found):
+    state = {name: t.contiguous() for name, t in Tiny(context=1024).state_dict().items()}
+    save_file(state, tmp_path / "w", metadata=metadata)
+    hint = prediction.file_hints(tmp_path / "w").hint
+    assert (hint and hint.parameterization) == found
+    assert hint is None or hint.why == f"its metadata ({next(iter(metadata))})"
+
+
+@pytest.mark.parametrize(("steps", "found"), [(875_000, "eps"), (110_000, None)])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_steps_of_training_show_eps(tmp_path, steps, found, legacy):
+    content = {"global_step": steps, "state_dict": Tiny(context=1024).state_dict()}
+    torch.save(content, tmp_path / "w", _use_new_zipfile_serialization=not legacy)
+    hint = prediction.file_hints(tmp_path / "w", by_name=True).hint
+    assert (hint and hint.parameterization) == found
+    assert prediction.file_hints(tmp_path / "w").hint is None
+
+
+@pytest.mark.parametrize("marker", ["v_pred", "ztsnr"])
+def test_markers_show_v(tmp_path, marker):
+    path = tiny_file(tmp_path / "512-base.safetensors", 4, 1024, **{marker: torch.tensor([])})
+    files = choose_model(None, str(path))
+    assert (files.config.name, files.undecided) == ("v2-inference-v.yaml", False)
+    found = prediction_of(read_config(files.config), path)
+    assert found == ("v", marker == "ztsnr")
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"conditioner.embedders.0.x": 1}, "looks like Stable Diffusion XL, which cannot be run: give a"),
+        ({"model.diffusion_model.joint_blocks.0.x": 1}, "looks like Stable Diffusion 3, which cannot"),
+        ({"double_blocks.0.img_attn.qkv.weight": 1}, "looks like FLUX, which cannot be run"),
+        ({"noise_augmentor.data_mean": 1}, "looks like Stable unCLIP, which cannot be run"),
+        ({"first_stage_model.quantize.embedding.weight": 1}, "with a VQ autoencoder, which cannot be run"),
+        ({"control_model.x": 1}, "looks like a ControlNet, which cannot be run"),
+        ({"lora_te_x.lora_down.weight": 1}, "looks like a LoRA, which cannot be run"),
+        ({"encoder.conv_in.weight": 1}, "looks like an autoencoder alone, which cannot be run"),
+        ({"x": 1}, "looks like an unknown model, which cannot be run"),
+        ({"model.diffusion_model.x": 1}, "of an unlisted kind: give its config with --config"),
+    ],
+)
+def test_families_that_cannot_be_run(tmp_path, state, words):
+    path = save({name: torch.zeros(n) for name, n in state.items()}, tmp_path / "w", "safetensors")
+    with pytest.raises(InputError, match=words) as caught:
+        choose_model(None, str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "unlisted" in words or supported() in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "command"),
+    [
+        ("Stable Diffusion v2 depth", "text", "depth2img.py"),
+        ("the Stable Diffusion x4 upscaler", "text", "upscale.py"),
+        ("the Stable Diffusion x4 upscaler", "inpaint", "upscale.py"),
+        ("the bundled depth model", "upscale", "depth2img.py"),
+        ("Stable Diffusion v1", "depth", "txt2img.py or img2img.py"),
+        ("Stable Diffusion v1", "upscale", "txt2img.py or img2img.py"),
+        ("Stable Diffusion v2 inpainting", "depth", "inpaint.py"),
+    ],
+)
+def test_the_wrong_command(tmp_path, name, task, command):
+    path = tiny_file(tmp_path / "w", *NUMBERS[name])
+    with pytest.raises(InputError) as caught:
+        choose_model(None, str(path), task)
+    assert str(caught.value) == f"{path} is {name}: use {command}"
+    config = str(loading.ROOT / RUN[name].config)
+    with pytest.raises(InputError, match=f"{RUN[name].config} is of .*: use {command}"):
+        choose_model(config, None, task)
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion v1 inpainting", "the bundled inpainting model"])
+def test_inpainting_models_make_images_of_text_and_others_inpaint(tmp_path, name):
+    path = tiny_file(tmp_path / "w", *NUMBERS[name])
+    assert choose_model(None, str(path), "text").config.resolve() == loading.ROOT / RUN[name].config
+    plain = tiny_file(tmp_path / "plain")
+    assert choose_model(None, str(plain), "inpaint").config.resolve() == loading.ROOT / loading.V1_CONFIG
+
+
+@pytest.mark.parametrize(
+    ("config", "channels", "context", "words"),
+    [
+        ("v1-inference.yaml", 4, 1024, "looks like Stable Diffusion v2 (its config is v2-inference.yaml or"),
+        (
+            "v1-inference.yaml",
+            9,
+            768,
+            "v1 inpainting (its config is v1-inpainting-inference.yaml), the model",
+        ),
+        ("v2-inference.yaml", 4, 768, "Stable Diffusion v1 (its config is v1-inference.yaml), the model is"),
+        ("v2-inference.yaml", 4, 768, "768 instead of 1024 numbers a word"),
+        ("v2-inpainting-inference.yaml", 4, 1024, "4 instead of 9 input channels of its UNet"),
+    ],
+)
+def test_a_config_that_does_not_fit(tmp_path, config, channels, context, words):
+    path = tiny_file(tmp_path / "w", channels, context)
+    with pytest.raises(InputError) as caught:
+        choose_model(str(CONFIGS / "stable-diffusion" / config), str(path), None)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_config_with_another_autoencoder(tmp_path):
+    levels = {f"first_stage_model.encoder.down.{i}.x": torch.zeros(1) for i in range(4)}
+    path = tiny_file(tmp_path / "w", 7, 1024, **levels)
+    with pytest.raises(InputError, match="8 instead of 4 pixels to a latent"):
+        choose_model(str(CONFIGS / "stable-diffusion/x4-upscaling.yaml"), str(path), "upscale")
+
+
+def test_refusals_of_a_command(command, tmp_path):
+    """One line and exit code 2, before torch has read a weight."""
+    for channels, context, words in (
+        (5, 1024, "is Stable Diffusion v2 depth: use depth2img.py"),
+        (7, 64, "is the bundled x4 upscaler: use upscale.py"),
+        (8, 768, "looks like InstructPix2Pix, which cannot be run"),
+        (4, 2048, "looks like Stable Diffusion XL, which cannot be run"),
+    ):
+        path = tiny_file(tmp_path / "w.safetensors", channels, context)
+        refused(command("txt2img", "--ckpt", path), str(path), words)
+    path = tiny_file(tmp_path / "w.safetensors", 4, 1024)
+    config = CONFIGS / "stable-diffusion/v1-inference.yaml"
+    words = "looks like Stable Diffusion v2 (its config is v2-inference.yaml or v2-inference-v.yaml)"
+    refused(command("txt2img", "--ckpt", path, "--config", config), str(path), words)
+
+
+# --- linked weights
+
+
+def link(repository: Path, folder: str, name: str = "model.ckpt") -> Path:
+    path = repository / "models/ldm" / folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # it is not opened before the weights are read
+    return path
+
+
+def test_linked_weights_in_their_order(repository):
+    """Each is found when those that come before it are gone."""
+    for task, folders in {
+        "text": ["v1", "v2-base", "v2-768"],
+        "inpaint": ["v1-inpainting", "v2-inpainting", "v1", "v2-base", "v2-768"],
+        "depth": ["v2-depth"],
+        "upscale": ["x4-upscaler"],
+    }.items():
+        links = {folder: link(repository, f"stable-diffusion-{folder}") for folder in folders}
+        for path in links.values():
+            files = choose_model(None, None, task)
+            assert files.weights == path
+            assert files.config.is_file()
+            assert (files.notice is None) == ("v1/" in str(path))
+            assert not files.undecided
+            path.unlink()
+    assert choose_model(None, None).weights == repository / loading.BUNDLED_WEIGHTS
+
+
+@pytest.mark.parametrize("task", ["inpaint", "depth", "upscale"])
+def test_the_bundled_model_of_a_task(repository, task):
+    files = choose_model(None, None, task)
+    family = next(family for family in FAMILIES if family.bundled and family.task == task)
+    assert files.config == repository / family.config
+    assert files.weights == repository / family.bundled
+    assert files.notice.startswith("No weights are linked at models/ldm/stable-diffusion-")
+    assert f"using {family.name} of coloured solids" in files.notice
+    assert choose_model(family.config, None, task).weights == files.weights
+
+
+def test_the_only_checkpoint_of_a_folder(repository):
+    path = link(repository, "stable-diffusion-v2-depth", "512-depth-ema.ckpt")
+    link(repository, "stable-diffusion-v2-depth", "notes.txt")
+    assert choose_model(None, None, "depth").weights == path
+    link(repository, "stable-diffusion-v2-depth", "other.safetensors")
+    assert "bundled" in str(choose_model(None, None, "depth").notice)
+    index = link(repository, "stable-diffusion-v2-depth", "model_index.json")
+    assert choose_model(None, None, "depth").weights == index.parent
+
+
+def test_a_config_alone_finds_its_familys_weights(repository):
+    config = "configs/stable-diffusion/v2-inference-v.yaml"
+    expected = repository / "models/ldm/stable-diffusion-v2-768/model.ckpt"
+    assert choose_model(config, None).weights == expected
+    single = link(repository, "stable-diffusion-v2-768", "v2-1_768.safetensors")
+    assert choose_model(config, None).weights == single
+    laion = choose_model(loading.LAION_CONFIG, None)
+    assert laion.weights == repository / "models/ldm/text2img-large/model.ckpt"
+    assert laion.config == repository / "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
+
+
+# --- eps or v, by a test
+
+
+class PredictsV(torch.nn.Module):
+    """Turns the UNet of an eps-model into one that predicts v, by the definitions of both."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.unet, self.alphas = model.model.diffusion_model, model.alphas_cumprod
+        self.in_channels = self.unet.in_channels
+
+    def forward(self, x, t, context=None, y=None):
+        eps = self.unet(x, t, context=context, y=y)
+        a = self.alphas[t.long()][:, None, None, None]
+        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        return a.sqrt() * eps - (1 - a).sqrt() * x0
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    files = choose_model(loading.BUNDLED_CONFIG, None)
+    return load_model(read_config(files.config), files.weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_on_pure_noise_shows_eps(bundled, dtype):
+    try:
+        bundled.model.to(dtype)
+        assert prediction.noise_correlation(bundled) > 0.95
+        assert prediction.measured_prediction(bundled, "f").parameterization == "eps"
+    finally:
+        bundled.model.float()
+
+
+def test_the_output_on_pure_noise_shows_v(bundled, monkeypatch):
+    monkeypatch.setattr(bundled.model, "diffusion_model", PredictsV(bundled))
+    assert prediction.noise_correlation(bundled) < 0.2
+    assert prediction.measured_prediction(bundled, "f").parameterization == "v"
+
+
+TWIN = next(f for f in FAMILIES if f.bundled and f.predicts == "v" and f.task == "text")
+
+
+@pytest.mark.parametrize("path", [loading.BUNDLED_WEIGHTS, TWIN.bundled])
+def test_the_bundled_pair_by_the_test(tmp_path, path, caplog):
+    """Copies whose names show nothing, with one config."""
+    if not (loading.ROOT / path).exists():
+        pytest.skip(f"{path} is not there yet")
+    target = tmp_path / "mine.safetensors"
+    shutil.copy(loading.ROOT / path, target)
+    files = choose_model(None, str(target))
+    assert files.undecided
+    config = read_config(files.config)
+    assert prediction_of(config, target, True) == (None, False)
+    model = load_model(config, target, undecided=True)
+    expected = "v" if path == TWIN.bundled else "eps"
+    assert model.parameterization == expected
+    (message,) = caplog.messages
+    assert f"{target} predicts {expected} by a test: its output on pure noise correlates" in message
+
+
+def test_no_test_without_need(load, monkeypatch):
+    """The user's config, or a hint, decides."""
+    monkeypatch.setattr(prediction, "noise_correlation", lambda *_: pytest.fail("the model was run"))
+    assert load().parameterization == "eps"
+    assert load({"v_pred": torch.tensor([])}, undecided=True).parameterization == "v"
+    assert load(changes={"parameterization": "v"}, undecided=True).parameterization == "v"
+
+
+def test_a_family_by_its_header_alone(tmp_path):
+    """Of a file, a tensor or an outline only the shapes count."""
+    path = tiny_file(tmp_path / "w", 9, 1024)
+    family, shapes = loading.recognise_file(path)
+    assert family.name == "Stable Diffusion v2 inpainting"
+    assert shapes[:2] == (9, 1024)
+    assert family == family_of(Tiny(9, 1024).state_dict())

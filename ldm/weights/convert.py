@@ -1,0 +1,118 @@
+"""A checkpoint in another form: read, merged, given another autoencoder, and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.log import notice
+from ldm.weights.description import prediction_of
+from ldm.weights.header import Header, read_header
+from ldm.weights.loading import choose_model, load_model, read_config
+from ldm.weights.writing import Report, check_target, size_of, write_ckpt, write_safetensors, written_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is to become of which checkpoint. None keeps what is there.
+
+    Without `weights` a file keeps the raw and the averaged ones, and a folder holds the raw ones.
+    """
+
+    source: Path
+    target: Path
+    to: str  # one of FORMATS
+    precision: str | None = None  # of PRECISIONS
+    weights: str | None = None  # "raw" or "ema"
+    vae: Path | None = None
+    other: Path | None = None  # to merge with
+    ratio: float = 0.5
+    base: Path | None = None  # what is subtracted from `other`
+    config: str | None = None  # YAML, needed only for a folder of a model that is not recognised
+    force: bool = False
+
+
+def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Report]]) -> None:
+    """Carry out a conversion; `progress(bytes)` gives what is called with the count of bytes written.
+
+    InputError for whatever cannot be read, merged, held by the target or written, before anything is written.
+    """
+    from ldm.weights.checkpoint import read_state_dict
+    from ldm.weights.diffusers_writing import not_held, with_text_model, write_folder
+    from ldm.weights.merge import merge
+    from ldm.weights.vae import with_vae
+
+    check_target(job.target, job.source, job.force)
+    header = read_header(job.source)  # all that can be said without values comes first
+    files = choose_model(job.config, str(job.source), task=None) if job.to == "diffusers" else None
+    config = read_config(files.config) if files else None
+    state = read_state_dict(job.source)
+    if job.vae:
+        with_vae(state, job.vae)
+    if job.other:
+        others = [read_state_dict(path) for path in (job.other, job.base) if path]
+        paths = tuple(path for path in (job.source, job.other, job.base) if path)
+        state = merge(state, others[0], job.ratio, *others[1:], paths=paths)
+    state = _picked(state, job, config)
+    if job.vae:
+        state = with_vae(state, job.vae)
+
+    if config is None:
+        with written_whole(job.target) as path, progress(size_of(state, job.precision)) as report:
+            if job.to == "ckpt":
+                facts = {} if header.global_step is None else {"global_step": header.global_step}
+                write_ckpt(state, path, job.precision, facts, report)
+            else:
+                write_safetensors(state, path, job.precision, _metadata(header), report)
+        return
+    state = with_text_model(state)
+    lost = not_held(state, config)
+    prediction = _prediction(config, job, files.undecided)
+    with written_whole(job.target) as path, progress(size_of(state, job.precision)) as report:
+        write_folder(state, path, config, *prediction, job.precision, report)
+    if lost:
+        what = ", ".join(f"{words} ({count})" for words, count in lost.items())
+        notice(f"A diffusers folder cannot hold {sum(lost.values())} of the tensors: {what}")
+
+
+def _picked(state: State, job: Conversion, config: Mapping[str, Any] | None) -> State:
+    """The weights that are asked for; a file keeps both kinds, a folder takes the raw ones."""
+    import torch
+
+    from ldm.util import instantiate_from_config
+    from ldm.weights.checkpoint import pick_weights
+
+    has_ema = any(name.startswith("model_ema.") for name in state)
+    which = job.weights or ("raw" if has_ema and job.to == "diffusers" else None)
+    if which is None:
+        return state
+    if job.weights is None:
+        notice(f"{job.source}: its raw weights are written; --weights ema takes the averaged ones")
+    unet = [name for name in state if name.startswith("model.")]
+    if which == "ema" and not unet:  # the names of averages have lost their dots
+        config = config or read_config(choose_model(job.config, str(job.source), task=None).config)
+        with torch.device("meta"):
+            unet = [name for name, _ in instantiate_from_config(config).named_parameters()]
+    return pick_weights(state, which, path=job.source, names=unet)
+
+
+def _metadata(header: Header) -> dict[str, str]:
+    """What a file's metadata still say of its weights: not the hashes that some trainers write there."""
+    return {name: text for name, text in header.metadata.items() if "hash" not in name and name != "format"}
+
+
+def _prediction(config: Mapping[str, Any], job: Conversion, undecided: bool) -> tuple[str, bool]:
+    """What the UNet predicts, "eps" or "v", if need be by a test on the model; and its zero terminal SNR."""
+    found = prediction_of(config, job.source, undecided)
+    if found.parameterization:
+        return found.parameterization, found.zero_snr
+    model = load_model(dict(config), job.source, job.weights, undecided=True)
+    return model.parameterization, model.zero_terminal_snr

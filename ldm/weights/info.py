@@ -1,0 +1,139 @@
+"""What a checkpoint is and what it can do, by its header: no weight is read, torch is not imported."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import InputError
+from ldm.weights.families import Family, family_of, variants
+from ldm.weights.hashes import hashed_file, known_hash, quick_hash
+from ldm.weights.header import Header, read_header
+from ldm.weights.loading import bundled_family
+from ldm.weights.prediction import prediction_hint
+
+# The parts of a checkpoint by the beginnings of its weights' names.
+PARTS = (
+    (
+        r"model_ema\.(decay|num_updates)$|low_scale_model\.|[a-z_\d]*(alphas|betas|posterior|cumprod)",
+        "schedule",
+    ),
+    (r"model_ema\.", "UNet, averaged"),
+    (r"model\.diffusion_model\.", "UNet"),
+    (r"first_stage_model\.", "autoencoder"),
+    (r"(cond_stage_model|conditioner)\.", "text encoder"),
+    (r"depth_model\.", "depth estimator"),
+    (r"control_model\.", "ControlNet"),
+)
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
+DO = {
+    "text": (
+        ("images of a text", 'txt2img.py --prompt "a cat"'),
+        ("images of a text and an image", 'img2img.py --prompt "a cat" --init-img IMAGE'),
+        ("parts of images anew", 'inpaint.py --prompt "a cat" --init-img IMAGE --mask MASK'),
+    ),
+    "inpaint": (("parts of images anew", 'inpaint.py --prompt "a cat" --init-img IMAGE --mask MASK'),),
+    "depth": (("images with the depths of an image", 'depth2img.py --prompt "a cat" --init-img IMAGE'),),
+    "upscale": (("images of four times the size", 'upscale.py --prompt "a cat" --init-img IMAGE'),),
+}
+# Files that a command takes beside a checkpoint.
+PARTNERS = {
+    "a pixel upscaler": ("larger images", "upscale.py --init-img IMAGE --model"),
+    "an autoencoder alone": ("another autoencoder for a checkpoint", 'txt2img.py --prompt "a cat" --vae'),
+}
+
+
+def model_info(path: str | Path) -> dict[str, Any]:
+    """The facts about a checkpoint, fit for JSON. InputError for what `read_header` refuses, or no tensors.
+
+    `model_hash` is None unless the cache folder has it: it takes reading the whole file.
+    """
+    path = Path(path)
+    header = read_header(path)
+    tensors = header.tensors or header.nested
+    if not tensors:
+        raise InputError(f"{path} is not a model checkpoint: it holds no tensors")
+    family = bundled_family(path) or family_of(tensors)
+    parts: Counter[str] = Counter()
+    precisions: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        part = part_of(name, family)
+        parts[part] += tensor.numel
+        if part != "schedule":
+            precisions[SHORT.get(tensor.dtype, tensor.dtype)] += tensor.numel
+    prediction, known_by = _prediction(header, family)
+    return {
+        "file": str(path),
+        "format": _format(header),
+        "size": sum(file.stat().st_size for file in _files(path)),
+        "family": family.name,
+        "supported": family.config is not None,
+        "config": " or ".join(_configs(family, prediction)) or None,
+        "parameters": sum(parts.values()),
+        "parts": dict(parts.most_common()),
+        "precision": dict(precisions.most_common()),
+        "weights": _weights(tensors),
+        "global_step": header.global_step,
+        "prediction": prediction,
+        "prediction_known_by": known_by,
+        "quick_hash": quick_hash(path),
+        "model_hash": known_hash(path),
+        "hashed_file": str(hashed_file(path)),
+        "uses": _uses(path, family, _weights(tensors)),
+    }
+
+
+def part_of(name: str, family: Family) -> str:
+    """The part of a checkpoint that a weight belongs to."""
+    known = next((part for pattern, part in PARTS if re.match(pattern, name)), None)
+    return known or ("other" if family.config else re.sub(r"^(an?|the) | alone$", "", family.name))
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
+def _format(header: Header) -> str:
+    if header.path.is_dir():
+        return "diffusers folder"
+    return ".ckpt" if header.is_pickle else ".safetensors"
+
+
+def _weights(tensors: Mapping[str, Any]) -> str | None:
+    """Which of a UNet's weights there are: "raw", "ema", "raw and ema"; None for a file without a UNet."""
+    averaged = any(name.startswith("model_ema.diffusion_model") for name in tensors)
+    plain = any(name.startswith("model.diffusion_model.") for name in tensors)
+    return " and ".join(["raw"] * plain + ["ema"] * averaged) or None
+
+
+def _prediction(header: Header, family: Family) -> tuple[str | None, str | None]:
+    """What the UNet predicts, and how that is known; (None, how it will be) where nothing in it says."""
+    if family.config is None:
+        return None, None
+    is_open = len(variants(family)) > 1 and not bundled_family(header.path)
+    if hint := prediction_hint(header, by_name=is_open):
+        return hint.parameterization, hint.why
+    return (None, "a test when it is loaded") if is_open else (family.predicts, "its family")
+
+
+def _configs(family: Family, prediction: str | None) -> list[str]:
+    rows = [row for row in variants(family) if row.config]
+    return [row.config for row in rows if len(rows) == 1 or prediction in (None, row.predicts)]
+
+
+def _uses(path: Path, family: Family, weights: str | None) -> list[dict[str, str]]:
+    """What the file is good for, with the command; empty for what cannot be used here."""
+    file = shlex.quote(str(path))
+    if family.name in PARTNERS:
+        what, command = PARTNERS[family.name]
+        return [{"makes": what, "command": f"python scripts/{command} {file}"}]
+    if family.config is None:
+        return []
+    options = f"--ckpt {file}" + (" --weights ema" if weights == "ema" else "")
+    return [
+        {"makes": what, "command": f"python scripts/{command} {options}"} for what, command in DO[family.task]
+    ]

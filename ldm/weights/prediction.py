@@ -1,0 +1,99 @@
+"""Does a UNet predict the noise (eps) or v? Its shapes do not show it; hints in the file do, or a test."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ldm.errors import InputError
+from ldm.weights.header import Header, read_header
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+# Names of the published files and of what was made from them, "v2-1_768-ema-pruned", "512-base-ema".
+NAMED_V = re.compile(r"768[-_]?v|v-?2[-_.]?[01]?[-_]768|v[-_]?pred", re.I)
+NAMED_EPS = re.compile(r"512[-_]?base|v-?2[-_.]?[01]?[-_](512|base)|eps[-_]?pred|2[-_.][01]-base", re.I)
+METADATA = ("modelspec.prediction_type", "prediction_type", "ss_prediction_type")
+BASE_STEPS = 875_000  # of the training of 512-base-ema.ckpt
+SURE = 0.5  # correlation with the noise; see `measured_prediction`
+
+
+class Hint(NamedTuple):
+    parameterization: str  # "eps" or "v"
+    why: str  # "its name", in words
+
+
+class FileHints(NamedTuple):
+    """What a checkpoint says about its UNet's output."""
+
+    hint: Hint | None
+    is_marked: bool  # with a tensor named v_pred
+    zero_snr: bool  # trained on a schedule with zero terminal SNR (Lin et al. 2023, arXiv 2305.08891)
+
+
+def file_hints(path: str | Path, by_name: bool = False) -> FileHints:
+    """The hints of a checkpoint, of which only the header is read.
+
+    `by_name` also takes the count of training steps and the names of file and folder for hints, which say
+    something only where a family has both. InputError for what `read_header` refuses.
+    """
+    header = read_header(path)
+    return FileHints(prediction_hint(header, by_name), "v_pred" in header.tensors, "ztsnr" in header.tensors)
+
+
+def prediction_hint(header: Header, by_name: bool = False) -> Hint | None:
+    """The first hint that a header gives, see `file_hints`."""
+    if "v_pred" in header.tensors:
+        return Hint("v", "its marker v_pred")
+    for name in METADATA:
+        stated = str(header.metadata.get(name, "")).lower()
+        if stated in ("v", "v_prediction", "eps", "epsilon"):
+            return Hint("v" if stated.startswith("v") else "eps", f"its metadata ({name})")
+    if not by_name:
+        return None
+    if "ztsnr" in header.tensors:  # pure noise says nothing about eps
+        return Hint("v", "its marker ztsnr")
+    if header.global_step == BASE_STEPS:
+        return Hint("eps", f"its {BASE_STEPS:,} steps of training")
+    for path in (header.path, header.path.resolve()):  # a link's name, then that of its target
+        for name in (path.name, path.parent.name):
+            if NAMED_V.search(name):
+                return Hint("v", f"the name {name}")
+            if NAMED_EPS.search(name):
+                return Hint("eps", f"the name {name}")
+    return None
+
+
+def noise_correlation(model: LatentDiffusion, size: int = 8) -> float:
+    """The correlation of the UNet's output with its input where that is nothing but noise.
+
+    One call at the last timestep on `size` x `size` latents, without a prompt. An eps-model gives the noise
+    back; of v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512) the noise
+    is the smaller part there, with a = 0.005.
+    """
+    import torch
+
+    unet = model.model.diffusion_model
+    weight = next(unet.parameters())
+    keys = (weight for name, weight in unet.named_parameters() if name.endswith("attn2.to_k.weight"))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, unet.in_channels, size, size, generator=generator)
+    context = torch.zeros(1, 77, next(keys).shape[1])
+    t = torch.full((1,), model.num_timesteps - 1, device=weight.device)
+    with torch.inference_mode():
+        output = model.apply_model(noise.to(weight), t, context.to(weight))
+    pair = torch.stack([noise[:, : output.shape[1]].flatten(), output.float().cpu().flatten()])
+    return torch.corrcoef(pair)[0, 1].item()
+
+
+def measured_prediction(model: LatentDiffusion, path: str | Path) -> Hint:
+    """What the model's UNet predicts, by a test; InputError if its output is not finite."""
+    correlation = noise_correlation(model)
+    if correlation != correlation:
+        raise InputError(
+            f"{path}: its UNet's output on pure noise is not finite; give its config with --config"
+        )
+    found = "eps" if correlation > SURE else "v"
+    return Hint(found, f"a test: its output on pure noise correlates with the noise by {correlation:.2f}")

@@ -1,0 +1,450 @@
+"""Converting checkpoints: what diffusers makes of our folders, and what comes back."""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import assert_same
+from diffusers_pipelines import KINDS, outputs, predicts_v, tiny_config, tiny_pipeline
+from golden_files import manifest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ldm.errors import InputError
+from ldm.util import instantiate_from_config
+from ldm.weights import diffusers_configs as configs
+from ldm.weights.checkpoint import COMPUTED, read_state_dict
+from ldm.weights.convert import Conversion, convert
+from ldm.weights.diffusers_writing import folder_parts, not_held
+from ldm.weights.header import read_header
+from ldm.weights.loading import ROOT, choose_model, load_model, read_config
+from ldm.weights.writing import check_target, target_format, write_ckpt, write_safetensors, written_whole
+
+PIPELINES = {
+    "v1-inpainting": "StableDiffusionInpaintPipeline",
+    "inpainting": "StableDiffusionInpaintPipeline",
+    "depth": "StableDiffusionDepth2ImgPipeline",
+    "x4": "StableDiffusionUpscalePipeline",
+}
+YAMLS = {
+    "sd-v1": "v1-inference",
+    "sd-v1-inpainting": "v1-inpainting-inference",
+    "sd-v2": "v2-inference",
+    "sd-v2-inpainting": "v2-inpainting-inference",
+    "sd-v2-depth": "v2-midas-inference",
+    "x4-upscaler": "x4-upscaling",
+}
+
+
+@functools.cache
+def checkpoint(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A whole state dict of the original's layout, random, with schedules and unused weights."""
+    with torch.device("meta"):
+        model = instantiate_from_config(tiny_config(kind))
+    model.register_schedule()
+    generator = torch.Generator().manual_seed(2)
+    return {
+        name: t if COMPUTED.fullmatch(name) else torch.randn(t.shape, generator=generator).mul_(0.1).to(dtype)
+        for name, t in model.state_dict().items()
+    }
+
+
+def write_yaml(path: Path, kind: str) -> str:
+    """The config of a kind as a file (JSON is YAML)."""
+    path.write_text(json.dumps({"model": tiny_config(kind)}))
+    return str(path)
+
+
+@contextmanager
+def no_progress(size: int) -> Iterator[Callable[[int], None]]:
+    yield lambda count: None
+
+
+def run(source: Path, target: Path, **options: object) -> Path:
+    convert(Conversion(source, target, target_format(target, None), **options), no_progress)
+    return target
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_loads_our_folders(tmp_path: Path, kind: str) -> None:
+    import diffusers
+
+    source = tmp_path / "model.ckpt"
+    torch.save({"state_dict": checkpoint(kind)}, source)
+    folder = run(source, tmp_path / "folder", config=write_yaml(tmp_path / "tiny.yaml", kind))
+    name = PIPELINES.get(kind, "StableDiffusionPipeline")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert type(pipeline).__name__ == name
+    expected = outputs(load_model(tiny_config(kind), source), kind)
+    found = outputs(pipeline, kind)
+    assert found.keys() == expected.keys()
+    for part, tensor in expected.items():
+        torch.testing.assert_close(found[part], tensor, rtol=1e-4, atol=1e-4, msg=f"the {part} differs")
+
+    made = tiny_pipeline(kind)  # by diffusers alone
+    for part in ("scheduler", "low_res_scheduler"):
+        if part in made.components:
+            assert torch.equal(getattr(pipeline, part).alphas_cumprod, getattr(made, part).alphas_cumprod)
+    assert pipeline.scheduler.config.prediction_type == ("v_prediction" if predicts_v(kind) else "epsilon")
+    assert pipeline.vae.config.scaling_factor == made.vae.config.scaling_factor
+    texts = ["a red cube", ""]
+    assert (
+        pipeline.tokenizer(texts, padding="max_length")["input_ids"]
+        == (made.tokenizer(texts, padding="max_length")["input_ids"])
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", ["v1", "v2", "depth", "x4"])
+def test_there_and_back_again(
+    tmp_path: Path, kind: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """.ckpt -> folder -> .ckpt -> .safetensors keeps every tensor's bits, but for those that are named."""
+    state = checkpoint(kind, dtype)
+    source = tmp_path / "model.ckpt"
+    torch.save({"state_dict": state}, source)
+    folder = run(source, tmp_path / "folder", config=write_yaml(tmp_path / "tiny.yaml", kind))
+    notice = caplog.messages[-1]
+    back = run(run(folder, tmp_path / "back.ckpt"), tmp_path / "back.safetensors")
+    found = read_state_dict(back)
+    assert_same(found, {name: state[name] for name in found})
+
+    lost = state.keys() - found.keys()
+    unused = {name for name in lost if not COMPUTED.fullmatch(name)}
+    if kind == "v1":
+        assert not unused
+    else:  # OpenCLIP's twelve of the last block, its projection and its scale
+        assert len(unused) == 14
+        assert all(re.search(r"resblocks\.2\.|text_projection|logit_scale", name) for name in unused)
+        assert "the text encoder's unused last block (12)" in notice
+    assert f"cannot hold {len(lost)} of the tensors" in notice
+    assert "buffers of the schedule" in notice
+    assert "others" not in notice
+
+
+@pytest.mark.parametrize("family", YAMLS)
+def test_the_networks_of_full_size(tmp_path: Path, family: str) -> None:
+    """Without values: every name and shape is diffusers' own, comes back, and is recognised in a folder."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, DPTConfig, DPTForDepthEstimation
+
+    yaml = f"configs/stable-diffusion/{YAMLS[family]}.yaml"
+    config = read_config(ROOT / yaml)
+    state = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        for name, (dtype, shape) in manifest(family).items()
+    }
+    parts, depth = folder_parts(state, config)
+    is_open_clip = "v1" not in family
+    params = config["params"]
+    made = {
+        "unet": configs.unet_config(params, parts["unet"]),
+        "vae": configs.vae_config(params, parts["vae"], params["scale_factor"]),
+        "text_encoder": configs.text_config(params, parts["text_encoder"], is_open_clip),
+    }
+    with torch.device("meta"):
+        networks = {
+            "unet": UNet2DConditionModel.from_config(made["unet"]),
+            "vae": AutoencoderKL.from_config(made["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**made["text_encoder"])),
+        }
+        if depth:
+            networks["depth_estimator"] = DPTForDepthEstimation(DPTConfig(**depth))
+    assert parts.keys() == networks.keys()
+    for part, network in networks.items():
+        found = {name.removeprefix("text_model."): t.shape for name, t in parts[part].items()}
+        expected = {name.removeprefix("text_model."): t.shape for name, t in network.state_dict().items()}
+        assert found == expected, part
+    lost = not_held(state, config)
+    assert "others" not in lost
+    assert lost.get("EMA weights") is None
+
+    pipeline = configs.pipeline_of(parts["unet"], parts)
+    configs.write_json(tmp_path / "model_index.json", configs.model_index(pipeline))
+    scheduler = configs.scheduler_config(params, "eps", False)
+    configs.write_json(tmp_path / "scheduler/scheduler_config.json", scheduler)
+    for part, weights in parts.items():
+        configs.write_json(tmp_path / part / "config.json", made.get(part, depth))
+        header_alone(tmp_path / part / "model.safetensors", weights)
+    header = read_header(tmp_path)
+    assert {name: tuple(t.shape) for name, t in header.tensors.items()} == {
+        name: tuple(t.shape) for name, t in state.items() if name in header.tensors
+    }
+    assert len(header.tensors) == len(state) - sum(lost.values())
+    assert choose_model(None, str(tmp_path), task=None).config.resolve() == ROOT / yaml
+
+
+def header_alone(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """A .safetensors of full length whose values take no room on the disk."""
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        start, end = end, end + tensor.numel() * 4
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with path.open("r+b") as file:
+        file.truncate(8 + len(text) + end)
+
+
+# Files
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_ckpt])
+def test_precision(tmp_path: Path, write: Callable) -> None:
+    """Weights are rounded; integers and schedules, which no one may round, are not."""
+    state = {
+        "model.diffusion_model.a": torch.randn(3, 5)[:, 1:3],  # a part of its storage
+        "model.diffusion_model.b": torch.randn(4, dtype=torch.float64),
+        "model.diffusion_model.empty": torch.empty(0, 4),
+        "betas": torch.linspace(0, 1, 1000),
+        "position_ids": torch.arange(77)[None],
+        "scale": torch.tensor(0.5, dtype=torch.float16),
+    }
+    for precision, dtype in (
+        (None, None),
+        ("fp32", torch.float32),
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+    ):
+        path, counts = tmp_path / f"{precision}", []
+        write(state, path, precision, report=counts.append)
+        expected = {
+            name: t if dtype is None or name in ("betas", "position_ids") else t.to(dtype)
+            for name, t in state.items()
+        }
+        assert_same(read_state_dict(path), expected)
+        assert sum(counts) >= sum(t.nbytes for t in expected.values())
+        if write is write_safetensors:
+            assert_same(load_file(path), expected)  # by the library itself
+        else:
+            assert path.stat().st_size < 20_000  # and not more than the part
+
+
+def test_a_files_metadata_stay_without_its_hashes(tmp_path: Path) -> None:
+    source = tmp_path / "a.safetensors"
+    save_file(checkpoint("v1"), source, {"prediction_type": "v", "sshs_model_hash": "12", "format": "pt"})
+    with safe_open(run(source, tmp_path / "b.safetensors"), "pt") as file:
+        assert file.metadata() == {"prediction_type": "v", "format": "pt"}
+
+
+def test_the_count_of_steps_stays_in_a_ckpt(tmp_path: Path) -> None:
+    source = tmp_path / "a.ckpt"
+    torch.save({"state_dict": checkpoint("v1"), "global_step": 875000}, source)
+    assert read_header(run(source, tmp_path / "b.ckpt")).global_step == 875000
+
+
+def with_averages(state: dict[str, torch.Tensor], keep_raw: bool = True) -> dict[str, torch.Tensor]:
+    """The state dict of a training checkpoint, whose averages are the raw weights and 1."""
+    unet = [name for name in state if name.startswith("model.")]
+    averages = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": state[name] + 1 for name in unet}
+    raw = state if keep_raw else {name: t for name, t in state.items() if name not in unet}
+    return raw | averages | {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
+
+
+@pytest.mark.parametrize("keep_raw", [True, False])
+def test_raw_and_averaged_weights(tmp_path: Path, keep_raw: bool, caplog: pytest.LogCaptureFixture) -> None:
+    state = checkpoint("v1")
+    averaged = {name: t + 1 if name.startswith("model.") else t for name, t in state.items()}
+    both, config = with_averages(state, keep_raw), write_yaml(tmp_path / "tiny.yaml", "v1")
+    source = tmp_path / "training.ckpt"
+    torch.save({"state_dict": both}, source)
+    assert_same(read_state_dict(run(source, tmp_path / "both.safetensors")), both)
+    ema = run(source, tmp_path / "ema.safetensors", weights="ema", config=config)
+    assert_same(read_state_dict(ema), averaged)
+    folder = run(source, tmp_path / "ema", weights="ema", config=config)
+    assert_same(read_state_dict(folder), {k: t for k, t in averaged.items() if not COMPUTED.fullmatch(k)})
+    if keep_raw:
+        assert_same(read_state_dict(run(source, tmp_path / "raw.ckpt", weights="raw")), state)
+        caplog.clear()
+        folder = run(source, tmp_path / "raw", config=config)
+        assert_same(read_state_dict(folder), {k: t for k, t in state.items() if not COMPUTED.fullmatch(k)})
+        assert "its raw weights are written; --weights ema" in caplog.messages[0]
+    else:
+        with pytest.raises(InputError, match="only EMA weights"):
+            run(source, tmp_path / "raw.ckpt", weights="raw")
+
+
+def test_a_model_that_was_trained_with_its_own_scale(tmp_path: Path) -> None:
+    """The bundled model's latents have a scale that no config states."""
+    bundled = ROOT / "models/scenes-64/model.safetensors"
+    state = read_state_dict(bundled)
+    assert "scale_factor" in state
+    folder = run(bundled, tmp_path / "folder")
+    back = read_state_dict(folder)
+    assert_same(back, {name: state[name] for name in back} | {"scale_factor": state["scale_factor"].float()})
+    assert (
+        json.loads((folder / "vae/config.json").read_text())["scaling_factor"] == state["scale_factor"].item()
+    )
+
+
+def test_zero_terminal_snr_is_in_the_schedulers_config(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    source = tmp_path / "a.safetensors"
+    markers = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    save_file(checkpoint("v2-v") | markers, source)
+    folder = run(source, tmp_path / "folder", config=write_yaml(tmp_path / "tiny.yaml", "v2-v"))
+    scheduler = StableDiffusionPipeline.from_pretrained(folder).scheduler
+    assert scheduler.config.rescale_betas_zero_snr
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+    assert "ztsnr" in read_state_dict(folder)
+
+
+# Targets
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "expected"),
+    [
+        ("a.safetensors", None, "safetensors"),
+        ("a.ckpt", None, "ckpt"),
+        ("a.PTH", None, "ckpt"),
+        ("a", None, "diffusers"),
+        ("a", "ckpt", "ckpt"),
+        ("sd-v1.5", "diffusers", "diffusers"),
+    ],
+)
+def test_formats(name: str, to: str | None, expected: str) -> None:
+    assert target_format(Path(name), to) == expected
+
+
+def test_names_that_say_no_format_or_another() -> None:
+    with pytest.raises(InputError, match=r"the suffix \.5 is no format; choose one with --to"):
+        target_format(Path("sd-v1.5"), None)
+    with pytest.raises(InputError, match="named like a ckpt file, at odds with --to diffusers"):
+        target_format(Path("a.ckpt"), "diffusers")
+
+
+def test_nothing_is_overwritten_by_accident(tmp_path: Path) -> None:
+    source, config = tmp_path / "a.safetensors", write_yaml(tmp_path / "tiny.yaml", "v1")
+    save_file(checkpoint("v1"), source)
+    with pytest.raises(InputError, match=r"a\.safetensors is there already"):
+        run(source, source)
+    before = source.read_bytes()
+    assert read_header(run(source, source, precision="fp16", force=True)).tensors["betas"].dtype == "float32"
+    assert source.stat().st_size < 0.6 * len(before)
+
+    folder = run(source, tmp_path / "folder", config=config)
+    with pytest.raises(InputError, match="folder is there already"):
+        run(source, folder, config=config)
+    run(source, folder, config=config, force=True)
+    with pytest.raises(InputError, match="cannot be replaced while it is read"):
+        check_target(folder, folder, force=True)
+    other = tmp_path / "photographs"
+    other.mkdir()
+    with pytest.raises(InputError, match="a folder of other things"):
+        run(source, other, config=config, force=True)
+    with pytest.raises(InputError, match="there is no folder"):
+        run(source, tmp_path / "nowhere/a.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a.safetensors",
+        "tiny.yaml",
+        "folder",
+        "photographs",
+    }
+
+
+@pytest.mark.parametrize("target", ["new", "old"])
+def test_what_fails_leaves_nothing(tmp_path: Path, target: str) -> None:
+    """A killed or failing conversion leaves what was there, or nothing."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/file").write_text("kept")
+
+    def fail(path: Path) -> None:
+        path.mkdir()
+        (path / "half").write_text("of it")
+        raise OSError(28, "No space left on device")
+
+    with (
+        pytest.raises(InputError, match="cannot be written: No space left"),
+        written_whole(tmp_path / target) as path,
+    ):
+        fail(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old/file").read_text() == "kept"
+
+
+def test_names_without_text_model(tmp_path: Path) -> None:
+    state = checkpoint("v1")
+    save_file(
+        {name.replace("text_model.", ""): t for name, t in state.items()}, source := tmp_path / "a.ckpt"
+    )
+    folder = run(source, tmp_path / "folder", config=write_yaml(tmp_path / "tiny.yaml", "v1"))
+    assert_same(read_state_dict(folder), {k: t for k, t in state.items() if not COMPUTED.fullmatch(k)})
+
+
+def test_a_family_without_a_pipeline(tmp_path: Path) -> None:
+    source = tmp_path / "a.safetensors"
+    state = {name: t for name, t in checkpoint("v1").items() if not name.startswith("cond_stage_model.")}
+    save_file(state, source)
+    with pytest.raises(InputError, match="diffusers has no pipeline for"):
+        run(source, tmp_path / "folder", config=write_yaml(tmp_path / "tiny.yaml", "v1"))
+    assert not (tmp_path / "folder").exists()
+
+
+# Autoencoders
+
+
+def autoencoder(kind: str, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    state = checkpoint(kind).items()
+    return {
+        name: torch.randn(t.shape, generator=generator)
+        for name, t in state
+        if name.startswith("first_stage_model.")
+    }
+
+
+@pytest.mark.parametrize("form", ["bare", "prefixed", "whole", "vae folder", "diffusers file", "pipeline"])
+def test_another_autoencoder(tmp_path: Path, form: str) -> None:
+    from ldm.weights.vae import check_vae, vae_file
+
+    vae, state, source = autoencoder("v1", 5), checkpoint("v1"), tmp_path / "model.safetensors"
+    save_file(state, source)
+    path = tmp_path / "vae.safetensors"
+    bare = {name.removeprefix("first_stage_model."): t for name, t in vae.items()}
+    if form == "bare":  # with what training leaves
+        torch.save({"state_dict": bare | {"loss.logvar": torch.zeros(())}}, path)
+    elif form == "prefixed":
+        save_file(vae, path)
+    else:
+        save_file(state | vae, path)
+    if form in ("vae folder", "diffusers file", "pipeline"):
+        folder = run(path, tmp_path / "folder", config=write_yaml(tmp_path / "tiny.yaml", "v1"))
+        weights = folder / "vae/diffusion_pytorch_model.safetensors"
+        path = {"vae folder": folder / "vae", "diffusers file": weights, "pipeline": folder}[form]
+        assert vae_file(path) == weights
+    else:
+        assert vae_file(path) == path
+    check_vae(path, tiny_config("v1"))
+    found = read_state_dict(run(source, tmp_path / "out.safetensors", vae=path))
+    assert_same(found, state | vae)
+
+
+def test_autoencoders_that_do_not_fit(tmp_path: Path) -> None:
+    from ldm.weights.vae import check_vae
+
+    save_file(checkpoint("v1"), source := tmp_path / "model.safetensors")
+    save_file(autoencoder("x4", 5), factor := tmp_path / "f4.safetensors")
+    wide = autoencoder("v1", 5)
+    for name in ("first_stage_model.decoder.conv_in.weight", "first_stage_model.encoder.conv_out.weight"):
+        axis = 1 if "decoder" in name else 0
+        wide[name] = torch.cat([wide[name]] * 4, dim=axis)
+    save_file(wide, channels := tmp_path / "sixteen.safetensors")
+    for path in (factor, channels):
+        with pytest.raises(InputError, match=f"the autoencoder {path} does not fit the model") as caught:
+            check_vae(path, tiny_config("v1"))
+        assert "\n" not in str(caught.value)
+        with pytest.raises(InputError, match=f"the autoencoder {path} does not fit the model"):
+            run(source, tmp_path / "out.ckpt", vae=path)
+    save_file({"a": torch.zeros(1)}, none := tmp_path / "none.safetensors")
+    with pytest.raises(InputError, match="holds no autoencoder"):
+        check_vae(none, tiny_config("v1"))
+    with pytest.raises(InputError, match="no checkpoint at"):
+        check_vae(tmp_path / "missing.pt", tiny_config("v1"))
+    assert not (tmp_path / "out.ckpt").exists()
