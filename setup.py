@@ -23,6 +23,7 @@ setup(
         "pytorch-lightning",
         "regex",
         "safetensors",
+        "spandrel",  # pixel upscalers
         "tokenizers",
         "torch>=2.11",
         "tqdm",

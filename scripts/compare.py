@@ -17,7 +17,7 @@ from ldm.cli import arguments, entry, parser
 from ldm.errors import InputError
 from ldm.fields import listed_by_name
 from ldm.log import notice
-from ldm.pipeline.request import INIT, ImageRequest
+from ldm.pipeline.request import ImageRequest
 from ldm.weights.description import describe
 
 ONE = {"n_samples": 1, "n_iter": 1, "n_rows": 0}  # what these may say: each cell holds one image
@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> tuple[arguments.Arguments, Axis, Axis, list[list[I
             raise InputError(f"--{name} is not for compare.py: each cell of its sheet holds one image")
     command = arguments.gather(options, given)
     arguments.warn_of_ignored_eta(command.values)
-    x, y = (_axis(flag, given[flag[2:]], with_init) for flag in ("--x", "--y"))
+    x, y = (_axis(flag, given[flag[2:]], options) for flag in ("--x", "--y"))
     if x[0] == y[0]:
         raise InputError(f"--x and --y both vary {given['x'][0]}; give two different options")
     seed = command.run.seed
@@ -62,12 +62,13 @@ def parse(argv: list[str]) -> tuple[arguments.Arguments, Axis, Axis, list[list[I
     return command, x, y, cells
 
 
-def _axis(flag: str, words: list[str], with_init: bool) -> Axis:
+def _axis(flag: str, words: list[str], options: parser.Parser) -> Axis:
     name, values = words[0].lstrip("-"), words[1:]
     known = {
         spelling: each.name
         for spelling, each in listed_by_name(ImageRequest).items()
-        if each.name not in NOT_COMPARED and (each.group != INIT or (with_init and each.name == "strength"))
+        if each.name not in NOT_COMPARED
+        and (each.group not in parser.EXTRA_GROUPS or (options.groups and each.name == "strength"))
     } | {"ddim_eta": "ddim_eta"}
     if name not in known:
         raise InputError(f"{flag} {words[0]}: no option to compare; choose from {', '.join(known)}")

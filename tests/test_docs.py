@@ -8,12 +8,11 @@ import pytest
 from commands import script
 
 from ldm.cli.arguments import parse
-from ldm.cli.parser import img2img_parser, txt2img_parser
-from ldm.cli.tables import options_page
+from ldm.cli.tables import COMMANDS, options_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PARSERS = {"txt2img.py": txt2img_parser, "img2img.py": img2img_parser}
+PARSERS = {f"{name}.py": parser for name, parser in COMMANDS.items()}
 
 
 def commands(page: Path) -> list[str]:

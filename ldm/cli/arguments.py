@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.parser import DDIM_ETA, PROMPT, WEIGHTS, Parser, flag_of, in_flags
+from ldm.cli.parser import DDIM_ETA, EXTRA_GROUPS, PROMPT, WEIGHTS, Parser, flag_of, in_flags
 from ldm.cli.prompts import Line, read_prompts
 from ldm.errors import InputError, ValueFieldError
 from ldm.fields import Setting, listed_by_name, settings_of
 from ldm.log import notice
 from ldm.pipeline.options import RuntimeOptions
-from ldm.pipeline.request import INIT, ImageRequest, image_seed
+from ldm.pipeline.request import ImageRequest, image_seed
 from ldm.runs.options import RunOptions
 from ldm.runs.processes import is_follower
 from ldm.weights.description import describe
-from ldm.weights.loading import BUNDLED_WEIGHTS, ModelFiles, choose_model, find, read_config
+from ldm.weights.loading import (
+    BUNDLED_WEIGHTS,
+    LAION_CONFIG,
+    ModelFiles,
+    choose_model,
+    find,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from ldm.pipeline.pipeline import Pipeline
+    from ldm.pipeline.pixel_upscaler import PixelUpscaler
 
 FLAGS_OF_THE_ORIGINAL = ("plms", "dpm_solver", "ddim_eta")
+LAION_OUTDIR = {"outdir": "outputs/txt2img-samples-laion400m"}  # the original's
 WHOLE_RUN = ("rng", "fixed_code", "start_seed")  # settings that no single line can have of its own
 
 
@@ -33,12 +44,16 @@ class Arguments:
 
     given: Mapping[str, Any]
     values: Mapping[str, Any]
-    with_init: bool
+    parser: Parser
     run: RunOptions
     runtime: RuntimeOptions
     like: Mapping[str, Any]  # what the image of --like records; empty without one
     weights: str | None = None  # "raw" or "ema"; None is the config's choice
-    owner: type[ImageRequest] = ImageRequest
+    sources: tuple[str, ...] = ()  # files and folders of init images, where a command takes several
+
+    @property
+    def owner(self) -> type[ImageRequest]:
+        return self.parser.owner
 
     @cached_property
     def request(self) -> ImageRequest:
@@ -49,13 +64,32 @@ class Arguments:
     def lines(self) -> list[Line]:
         """One round of prompts: the file's, or the command's for each of `n_samples`."""
         if not self.given.get("from_file"):
-            return [Line(self.request.prompt)] * self.run.n_samples
+            lines = [Line(self.request.prompt)]
+            if self.sources:
+                files, _ = self._images
+                lines = [Line(self.request.prompt, (("init_img", file),)) for file in files]
+            return [line for line in lines for _ in range(self.run.n_samples)]
+        if len(self.sources) > 1 or any(map(os.path.isdir, self.sources)):
+            raise InputError("--from-file with several images: give one, or an init_img in each line")
         lines = read_prompts(self.given["from_file"], self.owner)
         return [line for line in lines for _ in range(self.given.get("repeat", 1))]
 
     @cached_property
+    def _images(self) -> tuple[list[str], list[str]]:
+        """The files of the `sources`, and notices about them."""
+        from ldm.cli.sources import image_files
+
+        return image_files(self.sources, self.max_pixels)
+
+    @property
+    def max_pixels(self) -> int:
+        return self.given.get("max_pixels", 64_000_000)
+
+    @cached_property
     def files(self) -> ModelFiles:
         """The chosen model's files. Without a choice they are the bundled one's if the image of --like is."""
+        if self.given.get("model"):
+            return ModelFiles(Path(self.given["model"]), Path(self.given["model"]))
         config, ckpt, recorded = self.given.get("config"), self.given.get("ckpt"), self.like.get("model_hash")
         if recorded and config is None and ckpt is None:
             from ldm.weights.hashes import same_model
@@ -63,7 +97,7 @@ class Arguments:
             bundled = find(BUNDLED_WEIGHTS)
             if bundled.exists() and same_model(str(recorded), bundled):
                 ckpt = BUNDLED_WEIGHTS
-        return choose_model(config, ckpt)
+        return choose_model(config, ckpt, self.parser.task)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -72,10 +106,21 @@ class Arguments:
 
     def variant(self, own: Mapping[str, Any]) -> ImageRequest:
         """The request with other values for some settings, as users write them. FieldError."""
-        return self.owner(**without_original_flags({"prompt": PROMPT, **self.values, **own}))
+        values = {"prompt": PROMPT, **self.values, **own}
+        if values.get("init_img") is None:  # the command's defaults for init images, which lines may bring
+            given = own if self.given.get("from_file") else {**self.given, **own}
+            for name in {"strength", "noise_level"}.difference(given):
+                values.pop(name, None)
+        return self.owner(**without_original_flags(values))
 
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> Pipeline | PixelUpscaler:
         """The pipeline of the chosen model; its weights are read when they are first needed."""
+        if self.given.get("model"):
+            from ldm.pipeline.pixel_upscaler import PixelUpscaler
+
+            return PixelUpscaler(
+                self.given["model"], self.runtime, safety=self.run.safety, max_pixels=self.max_pixels
+            )
         from ldm.pipeline.pipeline import Pipeline
 
         return Pipeline(
@@ -83,9 +128,10 @@ class Arguments:
             self.config,
             self.runtime,
             weights=self.weights,
+            vae=self.given.get("vae"),
             allow_target=self.given.get("allow_target", ()),
             safety=self.run.safety,
-            max_pixels=self.given.get("max_pixels", 64_000_000),
+            max_pixels=self.max_pixels,
             expected={flag: self.given.get(flag) for flag in ("C", "f")},
         )
 
@@ -94,7 +140,8 @@ class Arguments:
 
         InputError that names the line. A notice if the image of --like is by another model.
         """
-        for line in ignored_options(self.given):
+        found = self._images[1] if self.sources and not self.given.get("from_file") else []
+        for line in [*ignored_options(self.given), *found]:
             notice(line)
         self.warn_of_another_model(pipeline)
         variants = self._variants(pipeline)
@@ -123,8 +170,16 @@ class Arguments:
         return {
             spelling: each
             for spelling, each in listed_by_name(self.owner).items()
-            if each.name not in (*WHOLE_RUN, "prompt") and (self.with_init or each.group != INIT)
+            if each.name not in (*WHOLE_RUN, "prompt")
+            and (each.group not in EXTRA_GROUPS or each.group in self.parser.groups)
         }
+
+    def check_one_of(self, line: Line) -> None:
+        """InputError if neither the command nor a line gives one of the parser's `one_of`."""
+        given = {*self.given, *self.values}
+        given |= {self._line_options[name].name for name, _ in line.options if name in self._line_options}
+        if self.parser.one_of and given.isdisjoint(self.parser.one_of):
+            raise InputError(f"give {' or '.join(map(flag_of, self.parser.one_of))}")
 
     def _with_options(self, line: Line) -> ImageRequest:
         if not line.options:
@@ -168,7 +223,7 @@ def _naming(line: Line, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except InputError as error:
-        if not line.options:
+        if not line.options or not line.place:
             raise
         raise InputError(f"--from-file {line.place}: {in_flags(error)}") from error
 
@@ -182,21 +237,28 @@ def parse(parser: Parser, argv: Sequence[str]) -> Arguments:
     arguments = gather(parser, given)
     with _naming_like(given):
         _check_run(arguments)
-    factor = describe(arguments.config).factor or 8
+    factor = 1 if given.get("model") else describe(arguments.config).factor or 8
     with _naming_like(given):
         arguments.request.check_size(factor)
     if not is_follower():  # which get their requests from the leader
-        arguments.lines  # noqa: B018
+        for line in arguments.lines:
+            _naming(line, arguments.check_one_of, line)
     return arguments
 
 
 def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
     """The `Arguments` of given options, of which the request is not checked yet. InputError."""
     if given.get("laion400m"):
-        raise InputError(
-            "--laion400m: its text encoder (BERT) is not available yet; use a Stable Diffusion v1 model"
-        )
-    with_init = parser.with_init
+        if "config" in given:
+            raise InputError(f"--laion400m and --config {given['config']} name different models; give one")
+        given = LAION_OUTDIR | given | {"config": LAION_CONFIG}
+    sources: tuple[str, ...] = ()
+    if isinstance(given.get("init_img"), list):
+        sources = tuple(given["init_img"])
+        given = {**given, "init_img": sources[0]}
+    for name in ("ckpt", "config"):
+        if given.get("model") and given.get(name):
+            raise InputError(f"--model {given['model']} and --{name} are different models; give one of them")
     like: dict[str, Any] = {}
     found: dict[str, Any] = {}
     if given.get("like"):
@@ -204,31 +266,30 @@ def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
 
         like = read_image(given["like"], parser.owner)
         try:
-            found = settings_like(like, given, with_init, parser.owner)
+            found = settings_like(like, given, parser.groups, parser.owner)
         except InputError as error:
             raise InputError(f"--like {given['like']}: {error}") from error
-    needed = ("prompt", "outdir", *(("init_img",) if with_init else ()))
-    for name in needed:
-        if given.get(name, None if name == "init_img" else "") is None:
+    for name in ("prompt", "outdir", *parser.needed):
+        if given.get(name, None if name in parser.needed else "") is None:
             raise InputError(f"--{name.replace('_', '-')} is missing, or has no value")
     with _naming_like(given):
         defaults = dict(parser.command_defaults)
-        strength = {"strength": defaults.pop("strength")} if with_init else {}
         one = {"n_samples": 1, "n_iter": 1} if given.get("like") else {}
         if "seed" in found:
             one["seed"] = found.pop("seed")
         known = {*settings_of(parser.owner), *FLAGS_OF_THE_ORIGINAL}
-        values = {name: value for name, value in {**strength, **found, **given}.items() if name in known}
+        values = {**parser.request_defaults, **found, **given}
+        values = {name: value for name, value in values.items() if name in known}
         values.pop("seed", None)  # the run's
         return Arguments(
             given,
             values,
-            with_init,
+            parser,
             _options(RunOptions, {**defaults, **one, **given}),
             _options(RuntimeOptions, {**found, **given}),
             like,
             _checked(WEIGHTS, {**found, **given}.get("weights")),
-            parser.owner,
+            sources,
         )
 
 
@@ -254,6 +315,10 @@ def _checked(each: Setting, value: Any) -> Any:
 def ignored_options(given: Mapping[str, Any]) -> list[str]:
     """What a command says without any effect beside its other options, a line each."""
     lines = []
+    unread = {*settings_of(ImageRequest), *FLAGS_OF_THE_ORIGINAL}
+    unread -= {"init_img", "height", "width", "resize", "background", "tile", "watermark"}
+    if given.get("model") and (vain := [flag_of(name) for name in given if name in unread]):
+        lines.append(f"{', '.join(vain)}: a pixel upscaler (--model) has no prompt and no sampling")
     for name, vain, why in (
         ("dpm_solver", given.get("plms"), "--plms has no effect beside --dpm_solver, as in the original"),
         ("repeat", not given.get("from_file"), "--repeat is for the prompts of --from-file"),

@@ -9,7 +9,7 @@ from ldm.errors import InputError
 from ldm.fields import settings_of
 from ldm.pipeline.infotext import read_settings
 from ldm.pipeline.options import RuntimeOptions
-from ldm.pipeline.request import INIT, SAMPLER_OPTIONS, ImageRequest
+from ldm.pipeline.request import DEPTH, IMAGE_SETTINGS, INIT, MASK, SAMPLER_OPTIONS, UPSCALE, ImageRequest
 
 LEVELS = ("schedule", "rho", "timesteps", "sigmas")
 # where the user gives the first, the image's second have no say
@@ -26,33 +26,54 @@ OVERRIDES = {
 RUNTIME = ("precision", "vae_tiling", "deepcache", "tome")  # of RuntimeOptions, what an image records
 
 
+# How images were made that have a setting of a group, and the command that makes them, first match first.
+MADE_BY = {
+    "noise_level": (UPSCALE, "upscaling", "upscale.py"),
+    "upscaler": (UPSCALE, "a pixel upscaler", "upscale.py"),
+    "mask": (MASK, "inpainting", "inpaint.py"),
+    "outpaint": (MASK, "inpainting", "inpaint.py"),
+    "depth": (DEPTH, "depth to image", "depth2img.py"),
+    "init_img": (INIT, "image to image", "img2img.py"),
+    "strength": (INIT, "image to image", "img2img.py"),
+}
+
+
 def settings_like(
     recorded: dict[str, Any],
     given: Collection[str],
-    with_init: bool,
+    groups: Collection[str] = (),
     owner: type[ImageRequest] = ImageRequest,
 ) -> dict[str, Any]:
     """Settings by name that make one image with what another one records.
 
-    `given` are the options that the user chose, over which it has no say; `with_init` says whether the
-    command starts from an image. InputError for an image that it cannot make again.
+    `given` are the options that the user chose, over which it has no say; `groups` are the groups of settings
+    that the command has besides text to image's. InputError for an image that it cannot make again.
     """
-    if ("init_img" in recorded or "strength" in recorded) and not with_init:
-        source = recorded.get("init_img", "another image")
-        raise InputError(f"it was made from {source} by image to image; use img2img.py with --init-img")
-    if "init_img" in recorded and "init_img" not in given:
-        raise InputError(f"it was made from {recorded['init_img']}; give that as --init-img")
+    for name, (group, how, command) in MADE_BY.items():
+        if recorded.get(name) is not None and group not in groups:
+            source = recorded.get("init_img", "another image")
+            raise InputError(f"it was made from {source} by {how}; use {command} with --init-img")
+    for name in IMAGE_SETTINGS:
+        if name in recorded and name not in given:
+            raise InputError(f"it was made from {recorded[name]}; give that as {spelling(owner, name)}")
+    if recorded.get("vae") and "vae" not in given:
+        raise InputError(f"its autoencoder was {recorded['vae']}; give that as --vae")
     alone = recorded.get("image", 0) == 0 and recorded.get("batch_size", recorded.get("n_samples", 1)) == 1
     if recorded.get("rng") == "compvis" and "rng" not in given and not alone:
         raise InputError(
             f"it is image {recorded.get('image')} of a run in the original's one stream (--rng compvis), "
             "where no image can be made alone; repeat that run"
         )
-    left_alone = {name for option in given for name in OVERRIDES.get(option, ())} | {*given, "init_img"}
-    names = [name for name, each in settings_of(owner).items() if with_init or each.group != INIT]
+    left_alone = {name for option in given for name in OVERRIDES.get(option, ())} | {*given, *IMAGE_SETTINGS}
+    absent = {group for group, *_ in MADE_BY.values()}.difference(groups)
+    names = [name for name, each in settings_of(owner).items() if each.group not in absent]
     names += [*(name for name in settings_of(RuntimeOptions) if name in RUNTIME), "weights"]
     found = {name: recorded.get(name) for name in names if name not in left_alone}
     return {name: value for name, value in found.items() if value is not None and value is not False}
+
+
+def spelling(owner: type[ImageRequest], name: str) -> str:
+    return settings_of(owner)[name].spellings[0]
 
 
 def read_image(path: str, owner: type[ImageRequest] = ImageRequest) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 from ldm.errors import FieldError, InputError, ValueFieldError
 from ldm.fields import Setting, settings_of
 from ldm.pipeline.options import RuntimeOptions
-from ldm.pipeline.request import INIT, ImageRequest
+from ldm.pipeline.request import DEPTH, INIT, MASK, UPSCALE, ImageRequest
 from ldm.runs.options import RunOptions
 
 PROMPT = "a painting of a virus monster playing guitar"  # the original's
+UPSCALE_PROMPT = "a high quality professional photograph"  # of Stability's demo
 
 
 # options that are no field of a dataclass
@@ -44,13 +45,19 @@ def in_flags(error: InputError) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line.
 
-    `command_defaults` are the original's numbers for a command, `owner` is the class of its requests;
-    `with_init` says that it starts from an image.
+    `command_defaults` are the original's numbers for a command, `owner` is the class of its requests.
+    `request_defaults` are values of the request's own settings, and `groups` those groups of its settings
+    that the command has besides text to image's. `needed` must be given, and for each image one of `one_of`.
+    `task` is what its model is for.
     """
 
     command_defaults: dict[str, Any]
+    request_defaults: dict[str, Any]
     owner: type[ImageRequest] = ImageRequest
-    with_init = False
+    groups: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+    one_of: tuple[str, ...] = ()
+    task = "text"
 
     def error(self, message: str) -> None:
         raise InputError(message)
@@ -135,37 +142,76 @@ class ListSamplers(argparse.Action):
 
 # What a command draws by default: the original's numbers.
 TXT2IMG = {"n_iter": 2, "n_samples": 3, "outdir": "outputs/txt2img-samples"}
-IMG2IMG = {"n_iter": 1, "n_samples": 2, "outdir": "outputs/img2img-samples", "strength": 0.75}
+IMG2IMG = {"n_iter": 1, "n_samples": 2, "outdir": "outputs/img2img-samples"}
+ONE_IMAGE = {"n_iter": 1, "n_samples": 1}
+EXTRA_GROUPS = (INIT, MASK, DEPTH, UPSCALE)
 
 
 def txt2img_parser(prog: str = "txt2img.py", description: str = "Text to image.") -> Parser:
     parser = _image_parser(prog, description, TXT2IMG)
-    init_settings = [name for name, each in settings_of(ImageRequest).items() if each.group == INIT]
-    add_options(parser, ImageRequest, leave_out=("prompt", "seed", *init_settings))
-    parser.add_argument("--laion400m", action="store_true", help="use the LAION-400M model")
+    text = "use the LAION-400M model in models/ldm/text2img-large, of 256x256 pixels"
+    group_of(parser, "model").add_argument("--laion400m", action="store_true", help=text)
     return parser
 
 
 def img2img_parser(prog: str = "img2img.py", description: str = "Image to image.") -> Parser:
-    parser = _image_parser(prog, description, IMG2IMG)
-    parser.with_init = True
-    add_options(parser, ImageRequest, leave_out=("prompt", "seed", "init_img"), defaults=IMG2IMG)
-    group = group_of(parser, INIT)
-    each = settings_of(ImageRequest)["init_img"]
-    group.add_argument("--init-img", nargs="?", metavar="FILE", help=each.help)
-    group.add_argument(
-        "--max_pixels",
-        type=number(int, 1),
-        metavar="N",
-        help="refuse larger images before they are decoded (64 million)",
+    return _image_parser(
+        prog, description, IMG2IMG, (INIT,), needed=("init_img",), request_defaults={"strength": 0.75}
     )
+
+
+def inpaint_parser(prog: str = "inpaint.py", description: str = "Paint a part of an image anew.") -> Parser:
+    defaults = ONE_IMAGE | {"outdir": "outputs/inpaint-samples"}
+    parser = _image_parser(
+        prog,
+        description,
+        defaults,
+        (INIT, MASK),
+        needed=("init_img",),
+        request_defaults={"strength": 1.0},
+        task="inpaint",
+    )
+    parser.one_of = ("mask", "outpaint")
     return parser
 
 
-def _image_parser(prog: str, description: str, defaults: dict[str, Any]) -> Parser:
-    """What text to image and image to image have in common, but for the request's options."""
+def depth2img_parser(
+    prog: str = "depth2img.py", description: str = "Paint over the depth of an image."
+) -> Parser:
+    defaults = ONE_IMAGE | {"outdir": "outputs/depth2img-samples"}
+    parser = _image_parser(
+        prog, description, defaults, (INIT, DEPTH), request_defaults={"strength": 0.9}, task="depth"
+    )
+    parser.one_of = ("init_img", "depth")
+    return parser
+
+
+def upscale_parser(prog: str = "upscale.py", description: str = "Enlarge images four times.") -> Parser:
+    defaults = ONE_IMAGE | {"outdir": "outputs/upscale-samples", "skip_grid": True}  # of large images
+    request_defaults = {"noise_level": 20, "prompt": UPSCALE_PROMPT}
+    parser = _image_parser(
+        prog, description, defaults, (INIT, UPSCALE), request_defaults=request_defaults, task="upscale"
+    )
+    parser.one_of = ("init_img",)
+    text = "a pixel upscaler, such as ESRGAN, in place of a diffusion model: no prompt, one pass"
+    group_of(parser, "model").add_argument("--model", metavar="FILE", help=text)
+    return parser
+
+
+def _image_parser(
+    prog: str,
+    description: str,
+    defaults: dict[str, Any],
+    groups: tuple[str, ...] = (),
+    *,
+    needed: tuple[str, ...] = (),
+    request_defaults: dict[str, Any] | None = None,
+    task: str = "text",
+) -> Parser:
+    """The parser of a command that makes images; see `Parser` for the arguments."""
     parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
-    parser.command_defaults = defaults
+    parser.command_defaults, parser.request_defaults = defaults, request_defaults or {}
+    parser.groups, parser.needed, parser.task = groups, needed, task
     add = group_of(parser, "prompt").add_argument
     add("--prompt", nargs="?", help="the text to render")
     add(
@@ -186,7 +232,27 @@ def _image_parser(prog: str, description: str, defaults: dict[str, Any]) -> Pars
     add("--dpm_solver", "--dpm", action="store_true", help="use the DPM-Solver++ (2M) sampler")
     add("--list_samplers", action=ListSamplers, nargs=0, help="show all samplers and schedules, and end")
     add("--ddim_eta", type=option_type(DDIM_ETA), metavar=DDIM_ETA.metavar, help=f"{DDIM_ETA.help} (0)")
-    add_options(parser, RunOptions, leave_out=("outdir",), defaults=defaults)
+    settings = settings_of(ImageRequest)
+    others = set(EXTRA_GROUPS).difference(groups)
+    absent = [name for name, each in settings.items() if each.group in others]
+    if task == "upscale":
+        absent.append("strength")  # an image is enlarged from pure noise
+    leave_out = ("prompt", "seed", "init_img", *absent)
+    add_options(parser, ImageRequest, leave_out=leave_out, defaults=parser.request_defaults)
+    if INIT in groups:
+        add = group_of(parser, INIT).add_argument
+        if task == "upscale":
+            add("--init-img", nargs="+", metavar="FILE", help="images to enlarge, or folders of them")
+        else:
+            add("--init-img", nargs="?", metavar="FILE", help=settings["init_img"].help)
+        add(
+            "--max_pixels",
+            type=number(int, 1),
+            metavar="N",
+            help="refuse larger images before they are decoded (64 million)",
+        )
+    absent = ("outdir",) if DEPTH in groups else ("outdir", "save_depth")
+    add_options(parser, RunOptions, leave_out=absent, defaults=defaults)
     add_model_options(parser)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser
@@ -202,6 +268,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=WEIGHTS.choices,
         help=f"{WEIGHTS.help} (default: the config's use_ema)",
     )
+    add("--vae", metavar="FILE", help="another autoencoder: a file of it, or a diffusers folder")
     add("--C", type=number(int, 1), help="latent channels (default: the model's)")
     add("--f", type=number(int, 1), help="downsampling factor (default: the model's)")
     add(

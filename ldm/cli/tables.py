@@ -6,22 +6,36 @@ import argparse
 import re
 
 from ldm.cli.arguments import WHOLE_RUN
-from ldm.cli.parser import img2img_parser, txt2img_parser
+from ldm.cli.parser import (
+    depth2img_parser,
+    img2img_parser,
+    inpaint_parser,
+    txt2img_parser,
+    upscale_parser,
+)
 from ldm.fields import settings_of
 from ldm.pipeline.request import ImageRequest
 
 HEADING = """# Options
 
-Every option of `txt2img.py` and `img2img.py`; `compare.py` takes those of both. This page is made from the
-code by `python -m ldm.cli.tables > docs/options.md`, and a test holds it equal. A line of a JSON prompt file
-may have, under their names without the dashes: {line_options}.
+Every option of `txt2img.py`, `img2img.py`, `inpaint.py`, `depth2img.py` and `upscale.py`; `compare.py` takes
+those of the first two. Where an option is not for all of them, the commands that have it stand behind its
+meaning. This page is made from the code by `python -m ldm.cli.tables > docs/options.md`, and a test holds it
+equal. A line of a JSON prompt file may have, under their names without the dashes: {line_options}.
 """
-ORDER = ("prompt", "size", "sampling", "init image", "model", "output")
+ORDER = ("prompt", "size", "sampling", "init image", "inpainting", "depth", "upscaling", "model", "output")
+COMMANDS = {
+    "txt2img": txt2img_parser,
+    "img2img": img2img_parser,
+    "inpaint": inpaint_parser,
+    "depth2img": depth2img_parser,
+    "upscale": upscale_parser,
+}
 
 
 def options_page() -> str:
     """docs/options.md: a table for each group of options."""
-    parsers = {"txt2img": txt2img_parser(), "img2img": img2img_parser()}
+    parsers = {command: parser() for command, parser in COMMANDS.items()}
     groups: dict[str, dict[str, dict[str, argparse.Action]]] = {title: {} for title in ORDER}
     for command, parser in parsers.items():
         for group in parser._action_groups:
@@ -46,12 +60,15 @@ def _row(actions: dict[str, argparse.Action], commands: int) -> str:
     texts = {command: _split(action.help) for command, action in actions.items()}
     meaning = next(iter(texts.values()))[0]
     if len(actions) < commands:
-        meaning += f" (`{next(iter(actions))}.py`)"
+        meaning += f" ({', '.join(f'`{command}.py`' for command in actions)})"
     defaults = {command: default for command, (_, default) in texts.items()}
     if len(set(defaults.values())) == 1:
         default = next(iter(defaults.values()))
     else:
-        default = ", ".join(f"{value} in `{command}.py`" for command, value in defaults.items())
+        commands_of: dict[str, list[str]] = {}
+        for command, value in defaults.items():
+            commands_of.setdefault(value, []).append(f"`{command}.py`")
+        default = "; ".join(f"{value} in {', '.join(names)}" for value, names in commands_of.items())
     action = next(iter(actions.values()))
     return f"| {_spelling(action)} | {default} | {meaning} |".replace("<", "&lt;")
 

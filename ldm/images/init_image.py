@@ -37,7 +37,7 @@ def read_init_image(
     `max_pixels` pixels.
     """
     image = open_init_image(source, background, max_pixels)
-    height, width = _allowed_size(source, image.size, height, width, max_pixels)
+    height, width = allowed_size(source, image.size, height, width, max_pixels)
     return np.asarray(fit(image, height, width, resize, background))
 
 
@@ -65,6 +65,38 @@ def open_init_image(
     if frames > 1 and kind != "MPO" and not isinstance(source, Image.Image):
         notice(f"{source} holds {frames} images; the first one is used")
     return rgb
+
+
+def read_grey(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A mask or depth map: the brightness of an image, upright, float32 [H, W] in 0 … 1, 16 bits kept.
+
+    Transparent parts are black. InputError as for `open_init_image`.
+    """
+    with _opened(source, max_pixels) as image:
+        image.load()
+        if image.mode.startswith(("I", "F")) and "transparency" not in image.info:
+            with suppress(Exception):
+                image = ImageOps.exif_transpose(image)
+            values, top = np.asarray(image, dtype=np.float32), 1 if image.mode == "F" else 65535
+            if not ((values >= 0) & (values <= top)).all():
+                raise ValueError(f"its greys run from {values.min():g} to {values.max():g}, not 0 … {top}")
+            return values / top
+        if image is source:
+            image = image.copy()
+        with suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        grey = _to_rgb(image, (0, 0, 0)).convert("L")
+    return np.asarray(grey, dtype=np.float32) / 255
+
+
+def is_readable(path: ImageSource, max_pixels: int = MAX_PIXELS) -> bool:
+    """Whether a file is an image that `open_init_image` reads; it is decoded to find that out."""
+    try:
+        with _opened(path, max_pixels) as image:
+            image.load()
+    except InputError:
+        return False
+    return True
 
 
 @contextmanager
@@ -104,7 +136,7 @@ def _name(source: ImageSource) -> str:
     return str(source)
 
 
-def _allowed_size(
+def allowed_size(
     source: ImageSource,
     size: tuple[int, int],
     height: int | None,

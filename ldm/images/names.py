@@ -26,6 +26,7 @@ FIELDS = (
     "width",
     "height",
     "strength",
+    "init_img",  # the init image's file name without its suffix
     "model",  # the checkpoint's file name without its suffix
     "model_hash",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import uuid
@@ -12,6 +13,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ldm.errors import InputError
 from ldm.images.metadata import FORMATS, encode_image
@@ -85,6 +87,19 @@ class OutputFolder:
         """
         data = encode_image(image, texts, self.format, self.quality)
         return self._samples.save(data, self.format, self.owner, name, again)
+
+    def save_depth(self, depth: np.ndarray, image: Path) -> Path:
+        """Writes a depth map, uint16 [H, W], as depth/<name of the image>.png, in place of an older one."""
+        path = (self.path / "depth" / image.relative_to(self.path / "samples")).with_suffix(".png")
+        file = io.BytesIO()
+        Image.fromarray(depth).save(file, format="PNG")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _temporary_file(path.parent, file.getvalue(), self.owner) as temporary:
+                temporary.replace(path)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        return path
 
     def save_grid(self, grid: np.ndarray, texts: tuple[str, str] | None) -> Path:
         """Writes a grid, uint8 [H, W, 3], with its texts, as the next grid; returns its path.

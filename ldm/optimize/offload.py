@@ -18,6 +18,7 @@ PARTS = {
     "cond_stage_model": ("get_learned_conditioning",),
     "model": ("apply_model",),
     "first_stage_model": ("encode_first_stage", "decode_first_stage"),
+    "depth_model": ("estimate_depth",),
 }
 
 
@@ -190,12 +191,12 @@ def offload(
 ) -> None:
     """Keep `model`'s weights in host memory, and on `device` only while they are used.
 
-    Of the text encoder, the UNet and the first stage the one in use is on `device`, until another is called.
-    With `by_layer` two blocks of the UNet at a time are, the second being copied while the first computes.
-    `model.device` becomes `device`, where inputs are expected and outputs come. Call the parts through
-    `model`'s methods, change the first stage's precision with `model.first_stage_to` (a cast of the module
-    itself would last only until it leaves the device), and record no graphs, which know weights by address.
-    `transfer` is for tests.
+    Of the text encoder, the UNet, the first stage and a depth estimator the one in use is on `device`, until
+    another is called. With `by_layer` two blocks of the UNet at a time are, the second being copied while the
+    first computes. `model.device` becomes `device`, where inputs are expected and outputs come. Call the
+    parts through `model`'s methods, change the first stage's precision with `model.first_stage_to` (a cast of
+    the module itself would last only until it leaves the device), and record no graphs, which know weights by
+    address. `transfer` is for tests.
     """
     transfer = transfer or (StreamTransfer(device) if device.type == "cuda" else PlainTransfer())
     stage = Stage()
@@ -210,7 +211,9 @@ def offload(
     parts = {}
     with torch.inference_mode(False):
         for name, methods in PARTS.items():
-            module = getattr(model, name)
+            module = getattr(model, name, None)
+            if module is None:
+                continue
             if name == "model" and by_layer:
                 part = Layered(unet_units(module.diffusion_model), device, transfer)
             else:
@@ -218,7 +221,8 @@ def offload(
             parts[name] = part
             for method in methods:
                 setattr(model, method, staged(getattr(model, method), part))
-        for buffer in model.buffers(recurse=False):  # the schedule, a few kilobytes
+        noise_schedule = getattr(model, "low_scale_model", nn.Module()).buffers()  # an upscaler's second one
+        for buffer in (*model.buffers(recurse=False), *noise_schedule):  # a few kilobytes
             buffer.data = buffer.data.to(device)
 
     @torch.inference_mode(False)

@@ -7,12 +7,27 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.errors import InputError
+from ldm.errors import FieldError, InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline.request import ImageRequest
 from ldm.sampling.denoiser import Conditioning, same_length
 
 Embed = Callable[[str], Tensor]  # a prompt -> its embedding [1, n, d], n a multiple of 77
+
+
+def check_task(task: str, request: ImageRequest) -> None:
+    """FieldError if a model of this task ("text", "inpaint", "depth", "upscale") cannot make the request.
+
+    An inpainting model makes any image: without a mask it paints all of it. Any model paints inside a mask.
+    """
+    if request.depth is not None and task != "depth":
+        raise FieldError("{depth}: this model reads no depth map; take a Stable Diffusion 2 depth checkpoint")
+    if request.noise_level is not None and task != "upscale":
+        raise FieldError("{noise_level}: this model enlarges nothing; take a checkpoint of the x4 upscaler")
+    if task == "upscale" and request.noise_level is None:
+        raise InputError("this model enlarges images: use upscale.py with --init-img")
+    if task == "depth" and request.init_img is None and request.depth is None:
+        raise InputError("this model paints over a depth map: use depth2img.py with --init-img or --depth")
 
 
 def conditions(
@@ -38,7 +53,7 @@ def conditions(
     if expected != given:
         lacking = ", ".join(sorted(expected ^ given))
         raise InputError(
-            f"this model is conditioned by {model.conditioning_key}: no command gives it that yet ({lacking})"
+            f"this model is conditioned by {model.conditioning_key}: nothing here gives it that ({lacking})"
         )
 
     def together(prompts: list[str]) -> Conditioning:

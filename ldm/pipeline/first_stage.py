@@ -12,6 +12,7 @@ from ldm.images.pixels import to_float
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.optimize.tiling import overlap_of, with_common_statistics
 
 
 class FirstStage:
@@ -24,17 +25,29 @@ class FirstStage:
         self.model = model
         self.in_float32 = False
 
-    def encode(self, images: Sequence[np.ndarray]) -> DiagonalGaussianDistribution:
-        """The posterior over latents of images uint8 [H, W, 3]; an image that comes again is encoded once."""
+    def encode(self, images: Sequence[np.ndarray | Tensor]) -> DiagonalGaussianDistribution:
+        """The posterior over latents of images, uint8 [H, W, 3] or tensors [3, H, W] in [-1, 1].
+
+        An object that comes again is encoded once.
+        """
         moments: dict[int, Tensor] = {}
         for pixels in images:
             if id(pixels) not in moments:
-                moments[id(pixels)] = self._safely(self._moments, to_float([pixels]).to(self.model.device))
+                x = pixels[None] if isinstance(pixels, Tensor) else to_float([pixels])
+                moments[id(pixels)] = self._safely(self._moments, x.to(self.model.device))
         return DiagonalGaussianDistribution(torch.cat([moments[id(pixels)] for pixels in images]))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images [b, 3, h, w], about [-1, 1], of latents [b, c, h, w]."""
-        return self._safely(self.model.decode_first_stage, latents)
+    def decode(self, latents: Tensor, tile: int = 0) -> Tensor:
+        """Images [b, 3, h, w], about [-1, 1], of latents [b, c, h, w]; in blended tiles of `tile` latents."""
+        if not tile:
+            return self._safely(self.model.decode_first_stage, latents)
+        stage, overlap = self.model.first_stage_model, overlap_of(tile)
+        return self._safely(
+            lambda z: with_common_statistics(
+                stage, self.model.decode_first_stage, z, tile, overlap, 1, stage.factor
+            ),
+            latents,
+        )
 
     def _moments(self, x: Tensor) -> Tensor:
         posterior = self.model.encode_first_stage(x)

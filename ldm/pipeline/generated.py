@@ -27,6 +27,8 @@ class GeneratedImage:
     nsfw: bool | None  # None: nobody looked
     seconds: float
     pipeline: Pipeline = field(repr=False, compare=False)
+    # the depth map that it was painted over, uint16 [H, W]
+    depth: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def seed(self) -> int:

@@ -18,10 +18,10 @@ from typing import Any
 
 from ldm.errors import InputError
 from ldm.fields import Setting, settings_of
-from ldm.pipeline.request import ImageRequest
+from ldm.pipeline.request import IMAGE_SETTINGS, ImageRequest
 from ldm.sampling import catalogue
 
-FILE_SETTINGS = ("config", "checkpoint", "init_img")  # recorded by file name: folders are nobody's business
+FILE_SETTINGS = ("config", "checkpoint", "vae", *IMAGE_SETTINGS)  # by name: folders are private
 
 # The web UI's order. Other names follow in the order of their fields, and the version is the last.
 ORDER = (
@@ -31,6 +31,8 @@ ORDER = (
 NOT_REQUESTED = {
     "Model hash": "model_hash",
     "Model": "checkpoint",
+    "VAE": "vae",
+    "VAE hash": "vae_hash",
     "Version": "version",
 }  # texts, as they are
 SIZE = "Size"  # stands for width and height

@@ -68,6 +68,15 @@ def taken(device: torch.device) -> int:
     return int(status.read_text().split()[1]) * resource.getpagesize()
 
 
+def all_memory(device: torch.device) -> float:
+    """Bytes of the device's memory, or of this machine's, whoever uses them at the moment."""
+    if device.type != "cuda":
+        return host_memory()[0]
+    import torch
+
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def left(device: torch.device) -> float:
     """Bytes that this process could take beyond what it holds, or, on CUDA, beyond its peak."""
     if device.type != "cuda":

@@ -14,24 +14,27 @@ import torch
 from torch import Tensor
 
 from ldm.errors import FieldError, InputError
+from ldm.fields import settings_of
 from ldm.images.pixels import finite_images, to_uint8
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.pipeline import inpainting, upscaling
 from ldm.pipeline.batches import check_one_stream, plan_batches, with_start_seeds
-from ldm.pipeline.conditioning import conditions
+from ldm.pipeline.conditioning import check_task, conditions
+from ldm.pipeline.depth import DepthMaps, has_estimator
 from ldm.pipeline.device import choose_device, precision_of, precision_on, weights_dtype
 from ldm.pipeline.first_stage import FirstStage
 from ldm.pipeline.generated import GeneratedImage
 from ldm.pipeline.init_images import InitImages
-from ldm.pipeline.memory import is_out_of_memory, largest_batch
+from ldm.pipeline.memory import all_memory, is_out_of_memory, largest_batch
 from ldm.pipeline.options import RuntimeOptions
-from ldm.pipeline.request import ImageRequest, image_seed
+from ldm.pipeline.request import DEPTH, INIT, MASK, UPSCALE, ImageRequest, image_seed
 from ldm.pipeline.safety import Safety, safety_for
 from ldm.sampling import Denoiser, Discretization, Trajectory, catalogue, sample
 from ldm.sampling.noise import CompvisStream, ImageNoise, ImageSeeds
 from ldm.sampling.schedule import zero_terminal_snr
 from ldm.sampling.trajectory import guidance_interval, plan_trajectory
-from ldm.weights.description import Description, Prediction, describe, prediction_of
+from ldm.weights.description import TASKS, Description, Prediction, describe, prediction_of
 from ldm.weights.hashes import FileHash
 from ldm.weights.loading import (
     BUNDLED_CONFIG,
@@ -41,9 +44,12 @@ from ldm.weights.loading import (
     load_model,
     read_config,
 )
+from ldm.weights.vae import check_vae, vae_file
 
 SCALE, INIT_SCALE = 7.5, 5.0  # the original's, for text to image and image to image
+TASK_SCALE = {"depth": 9.0, "upscale": 9.0}  # of Stability's demos
 DEFAULT_SEED = 42
+INPUTS = (INIT, MASK, DEPTH, UPSCALE)  # groups of settings that decide what the UNet is given
 KEPT_EMBEDDINGS = 2048  # 0.2 MB each for v1
 LARGEST_BATCH = 64  # beyond 16 a GPU gains nothing, and what is lost to an interrupt only grows
 
@@ -62,6 +68,7 @@ class Pipeline:
         options: RuntimeOptions,
         *,
         weights: str | None = None,
+        vae: str | None = None,
         allow_target: Iterable[str] = (),
         safety: str = "auto",
         max_pixels: int = 64_000_000,
@@ -69,11 +76,16 @@ class Pipeline:
     ):
         self.files, self.config, self.options = files, config, options
         self.recorded_files: ModelFiles | None = files  # in the settings of images
-        self.weights, self.allow_target = weights, tuple(allow_target)
+        self.weights, self.vae, self.allow_target = weights, vae, tuple(allow_target)
         self.safety_mode = safety_for(safety)
         self.init_pixels = InitImages(max_pixels)
+        self.canvases = inpainting.Canvases(self.init_pixels)
+        self.depth_maps = DepthMaps(self.init_pixels)
         self.expected = dict(expected or {})
         self.hash = FileHash(files.weights)
+        if vae:
+            check_vae(vae, config)
+            self.vae_hash = FileHash(vae_file(vae))
         self.described = describe(config)
         self._check_expected({"C": self.described.channels, "f": self.described.factor})
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
@@ -89,10 +101,11 @@ class Pipeline:
     ) -> Pipeline:
         """The pipeline of a checkpoint and a model YAML, or of the linked or bundled model without either.
 
-        `choices` are the constructor's: weights ("raw" or "ema"), allow_target (prefixes of classes that the
-        YAML may name besides ours), safety ("auto", "on", "off", "flag"). InputError for what cannot be used.
+        `choices` are the constructor's: weights ("raw" or "ema"), vae (a file or folder with another
+        autoencoder), allow_target (prefixes of classes that the YAML may name besides ours), safety ("auto",
+        "on", "off", "flag"). InputError for what cannot be used.
         """
-        files = choose_model(config, ckpt)
+        files = choose_model(config, ckpt, None)
         return cls(files, read_config(files.config), options or RuntimeOptions(), **choices)
 
     @classmethod
@@ -110,12 +123,15 @@ class Pipeline:
         )
         pipeline.recorded_files = files
         factor = model.first_stage_model.factor
-        pipeline.described = Description(model.channels, factor, getattr(model, "image_size", 64) * factor)
+        size = getattr(model, "image_size", 64) * factor
+        task = TASKS.get(type(model).__name__, "text")
+        pipeline.described = Description(model.channels, factor, size, task)
         zero_snr = getattr(model, "zero_terminal_snr", False)
         pipeline.__dict__ |= {
             "model": model,
             "_prediction": Prediction(model.parameterization, zero_snr),
             "_scales": (SCALE, INIT_SCALE),
+            "_estimates_depth": getattr(model, "depth_model", None) is not None,
             "device": model.device,
             "precision": precision_of(model),
         }
@@ -144,7 +160,13 @@ class Pipeline:
         if self.files.notice:
             notice(self.files.notice)
         model = load_model(
-            self.config, self.files.weights, self.weights, self.allow_target, weights_dtype(self.precision)
+            self.config,
+            self.files.weights,
+            self.weights,
+            self.allow_target,
+            weights_dtype(self.precision),
+            self.files.undecided,
+            self.vae,
         )
         self._check_expected({"C": model.channels, "f": model.first_stage_model.factor})
         apply(model, self.options, self.device)
@@ -167,6 +189,8 @@ class Pipeline:
         if self.recorded_files:
             files = {"config": str(self.files.config), "checkpoint": str(self.files.weights)}
             files["model_hash"] = self.hash.result()
+        if self.vae:
+            files |= {"vae": self.vae, "vae_hash": self.vae_hash.result()}
         return {
             **files,
             "weights": getattr(self.model, "weights_used", None),
@@ -186,12 +210,17 @@ class Pipeline:
 
     @cached_property
     def _prediction(self) -> Prediction:
-        return prediction_of(self.config, self.files.weights)
+        return prediction_of(self.config, self.files.weights, self.files.undecided)
+
+    @cached_property
+    def _estimates_depth(self) -> bool:
+        return has_estimator(self.config, self.files.weights)
 
     @cached_property
     def _scales(self) -> tuple[float, float]:
         """The guidance scales for text to image and for image to image."""
-        return advised_scale(self.files.config, SCALE), advised_scale(self.files.config, INIT_SCALE)
+        task = TASK_SCALE.get(self.described.task)
+        return tuple(advised_scale(self.files.config, task or default) for default in (SCALE, INIT_SCALE))
 
     def check_size(self, request: ImageRequest) -> None:
         """FieldError for a size that the model cannot make, by its config alone."""
@@ -200,23 +229,62 @@ class Pipeline:
     def resolve(self, request: ImageRequest) -> ImageRequest:
         """The request with all that the model decides: size, scale and zero terminal SNR. FieldError."""
         self.check_size(request)
-        if request.zero_snr and self._prediction.parameterization == "eps":
+        # where the file does not say what its UNet predicts, the loaded model does
+        if request.zero_snr and (self._prediction.parameterization or self.model.parameterization) == "eps":
             raise FieldError(
                 "{zero_snr}: this model predicts the noise (eps), which says nothing about the image where "
                 "there is only noise; rescaling to zero terminal SNR is for v-prediction models"
             )
+        check_task(self.described.task, request)
         found: dict[str, Any] = {}
-        if request.init_img is not None:
-            found["height"], found["width"] = self.init_pixels(request).shape[:2]
-        elif None in (request.height, request.width):
-            side = self.described.native_size
-            found |= {"height": request.height or side, "width": request.width or side}
+        found["height"], found["width"] = self._size(request)
         if request.scale is None:
-            found["scale"] = self._scales[request.init_img is not None]
+            # what is painted anew is made of the text, as a rule from pure noise
+            found["scale"] = self._scales[request.init_img is not None and not request.repaints]
+        if self.described.task == "upscale":
+            found["tile"] = self._tile(request.twin(**found))
+        if self.described.task == "depth":
+            self._check_depth(request.twin(**found))
         if request.zero_snr is None:
             found["zero_snr"] = self._prediction.zero_snr
         found = {name: value for name, value in found.items() if getattr(request, name) != value}
         return replace(request, **found) if found else request
+
+    def _size(self, request: ImageRequest) -> tuple[int, int]:
+        """Height and width that are sampled: of the request, or of what it starts from. InputError."""
+        if request.repaints:
+            return self.canvases.size(request, self.described)
+        if request.noise_level is not None:
+            return upscaling.enlarged_size(request, self.init_pixels, self.described.factor or 4)
+        if request.init_img is not None:
+            return self.init_pixels(request).shape[:2]
+        if request.depth is not None:
+            return self.depth_maps.size(request)
+        side = self.described.native_size
+        return request.height or side, request.width or side
+
+    def _tile(self, request: ImageRequest) -> int:
+        """The side of an upscaler's tiles; 0 for none. FieldError for what this model cannot make."""
+        upscaling.check_level(request, self.config)
+        width = 2 if weights_dtype(self.precision) else 4
+        memory = all_memory(self.device)
+        return upscaling.tile_size(request, self.config, self.described, self.options, memory, width)
+
+    def _check_depth(self, request: ImageRequest) -> None:
+        """InputError for a depth map that cannot be had; notices about one that is given."""
+        if request.depth is not None:
+            self.depth_maps.given(request)
+        elif not self._estimates_depth:
+            raise FieldError(
+                "{checkpoint} has no weights that estimate depth (depth_model.*): give a map with {depth}",
+                checkpoint=self.files.weights,
+            )
+
+    def image_size(self, request: ImageRequest) -> tuple[int, int]:
+        """Height and width of a resolved request's image: with a mask it is pasted into the init image."""
+        if request.repaints:
+            return self.canvases(request, self.described).whole.shape[:2]
+        return request.height, request.width
 
     def embed(self, prompt: str) -> Tensor:
         """The embedding of a prompt, [1, n, d]; those used last are kept."""
@@ -226,6 +294,12 @@ class Pipeline:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(prompt)
         return self._embeddings[prompt]
+
+    def forget_files(self) -> None:
+        """Read init images, masks and depth maps anew from now on, as they may have changed."""
+        self.init_pixels.forget()
+        self.canvases.forget()
+        self.depth_maps.forget()
 
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that the text encoder does not read; "" if it reads all of it."""
@@ -242,7 +316,7 @@ class Pipeline:
         Requests that agree in what a batch must share are sampled together, `batch_size` at a time. `on_step`
         is called after every step with the number of images that took it.
         """
-        self.init_pixels.forget()  # files may have changed since the last call
+        self.forget_files()
         requests = [self.resolve(request) for request in requests]
         if not requests:
             return
@@ -269,8 +343,7 @@ class Pipeline:
     def fitting_batch(self, requests: Sequence[ImageRequest], most: int) -> int:
         """As many of these images at once as fit into memory, at most `most`, found by making some."""
         largest = max(requests, key=lambda request: (request.height * request.width, request.scale != 1.0))
-        probe = ImageRequest(height=largest.height, width=largest.width, scale=largest.scale, steps=1, seed=0)
-        probe = self.resolve(probe)
+        probe = self.resolve(_probe(largest))
         size = largest_batch(
             lambda images: list(self.batches([[probe] * images])), self.model.device, min(LARGEST_BATCH, most)
         )
@@ -298,9 +371,10 @@ class Pipeline:
                 steps = _Steps(on_step)
                 try:
                     with torch.inference_mode(), self._autocast():
-                        decoded = self.first_stage.decode(
-                            self._latents(parts[0], stream, len(images), steps.count)
-                        )
+                        latents = self._latents(parts[0], stream, len(images), steps.count)
+                        # with --vae_tiling it has tiles of its own
+                        tile = 0 if self.options.vae_tiling else batch[0].tile or 0
+                        decoded = self.first_stage.decode(latents, tile)
                         made = list(to_uint8(decoded)), finite_images(decoded)
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
@@ -318,7 +392,9 @@ class Pipeline:
                 parts = parts[1:]
             seconds = (time.perf_counter() - start) / len(batch)
             yield [
-                GeneratedImage(request, pixels, nsfw, seconds, self)
+                GeneratedImage(
+                    request, self._finished(request, pixels), nsfw, seconds, self, self._depth(request)
+                )
                 for request, (pixels, nsfw) in zip(batch, self.safety(images), strict=True)
             ]
 
@@ -334,9 +410,10 @@ class Pipeline:
         An adaptive sampler chooses its steps by the error of all that it samples, so it samples each image by
         itself: an image alone is then the image of a batch.
         """
-        size = 1 if catalogue.SAMPLERS[batch[0].sampler].adaptive else len(batch)
-        parts = enumerate(_parts(batch, size))
-        return torch.cat([sample(**self._sampling(part, stream, place + k, on_step)) for k, part in parts])
+        if not catalogue.SAMPLERS[batch[0].sampler].adaptive:
+            return sample(**self._sampling(batch, stream, place, on_step))
+        latents = [sample(**self._sampling([r], stream, place + k, on_step)) for k, r in enumerate(batch)]
+        return torch.cat(latents)
 
     def _sampling(
         self,
@@ -351,10 +428,11 @@ class Pipeline:
         """
         first = batch[0]
         discretization, run = self.trajectory(first)
-        cond, uncond = conditions(self.model, batch, self.embed)
+        noise = stream.batch(len(batch), place) if stream else self._image_noise(batch)
+        cond, uncond = conditions(self.model, batch, self.embed, **self._inputs(batch, noise))
         scales = [request.scale for request in batch]
         denoiser = Denoiser(
-            self.model,
+            upscaling.tiled(self.model, batch) if self.described.task == "upscale" else self.model,
             cond,
             uncond,
             scales[0] if len(set(scales)) == 1 else scales,
@@ -362,20 +440,54 @@ class Pipeline:
             interval=guidance_interval(run, first.guidance_start, first.guidance_end),
             discretization=discretization,
         )
-        noise = stream.batch(len(batch), place) if stream else self._image_noise(batch)
-        init = None
-        if _starts_from_image(first):
-            posterior = self.first_stage.encode([self.init_pixels(request) for request in batch])
+        init, known = None, None
+        keeps_known = first.repaints and (self.described.task != "inpaint" or any(r.soft for r in batch))
+        if _starts_from_image(first) or keeps_known:
+            posterior = self.first_stage.encode([self._start_pixels(request) for request in batch])
             init = self.model.get_first_stage_encoding(posterior, noise.posterior())
+        if keeps_known:
+            canvases = [self.canvases(request, self.described) for request in batch]
+            known = inpainting.known_region(run, batch, canvases, init, noise, task=self.described.task)
         return {
             "denoiser": denoiser,
             "sampler": first.sampler,
             "run": run,
             "noise": noise,
-            "init": init,
+            "init": init if _starts_from_image(first) else None,
+            "known": known,
             "options": first.options,
             "callback": lambda step, x0: on_step(len(batch)),
         }
+
+    def _inputs(self, batch: Sequence[ImageRequest], noise: ImageNoise) -> dict[str, Tensor]:
+        """What the UNet is given besides latents, timestep and text, as `conditions` takes it."""
+        match self.described.task:
+            case "inpaint":
+                canvases = [
+                    self.canvases(request, self.described) if request.repaints else None for request in batch
+                ]
+                return inpainting.inputs(self.model, self.first_stage, canvases, self._shape(batch[0]), noise)
+            case "depth":
+                return self.depth_maps.inputs(self.model, batch, self._shape(batch[0])[1:])
+            case "upscale":
+                return upscaling.inputs(self.model, batch, self.init_pixels, noise)
+        return {}
+
+    def _start_pixels(self, request: ImageRequest) -> np.ndarray:
+        """The image that sampling starts from, uint8 [H, W, 3]."""
+        if request.repaints:
+            return self.canvases(request, self.described).image
+        return self.init_pixels(request)
+
+    def _finished(self, request: ImageRequest, pixels: np.ndarray | None) -> np.ndarray | None:
+        """The image as the user gets it: what was painted anew is pasted into the rest."""
+        if pixels is None or not request.repaints:
+            return pixels
+        return self.canvases(request, self.described).paste(pixels)
+
+    def _depth(self, request: ImageRequest) -> np.ndarray | None:
+        """The depth map that an image was painted over, uint16 [H, W]."""
+        return self.depth_maps.greys(self.model, request) if self.described.task == "depth" else None
 
     def trajectory(self, request: ImageRequest) -> tuple[Discretization, Trajectory]:
         """The noise levels of a request's steps. InputError if they are too near to each other."""
@@ -439,9 +551,18 @@ class _Steps:
             self.on_step(-self.taken)
 
 
+def _probe(request: ImageRequest) -> ImageRequest:
+    """One step of a request: the same size, guidance and inputs of the UNet."""
+    names = [name for name, each in settings_of(ImageRequest).items() if each.group in (*INPUTS, "size")]
+    inputs = {name: getattr(request, name) for name in names}
+    if request.strength is not None:
+        inputs["strength"] = 1.0
+    return ImageRequest(scale=request.scale, steps=1, seed=0, **inputs)
+
+
 def _starts_from_image(request: ImageRequest) -> bool:
     """Whether the init image has a say: at full strength it has none."""
-    return request.init_img is not None and request.strength < 1
+    return request.init_img is not None and request.strength is not None and request.strength < 1
 
 
 def _default_seed(request: ImageRequest, k: int) -> int:

@@ -13,7 +13,9 @@ from ldm.fields import check_fields, setting, settings_of
 
 MAX_SEED = 2**63 - 1
 SAMPLER_OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
-INIT = "init image"  # the group of settings that image to image adds
+# Groups of settings that some commands add to those of text to image.
+INIT, MASK, DEPTH, UPSCALE = "init image", "inpainting", "depth", "upscaling"
+IMAGE_SETTINGS = ("init_img", "mask", "depth")  # whose values are files, or PIL images
 DEFAULT_STEPS = 50
 
 
@@ -208,6 +210,77 @@ class ImageRequest:
         group=INIT,
         per_image=True,
     )
+    mask: Any = setting(
+        None,
+        "an image that is white where the init image is to be painted anew",
+        metavar="FILE",
+        group=MASK,
+        per_image=True,
+        takes_objects=True,
+    )
+    mask_blur: float = setting(
+        4.0,
+        "standard deviation in pixels of the blur that softens the mask's edge where the result is pasted",
+        low=0,
+        high=256,
+        group=MASK,
+        metavar="PIXELS",
+        a1111="Mask blur",
+        per_image=True,
+    )
+    invert_mask: bool = setting(False, "paint anew what is black", group=MASK, per_image=True)
+    crop_to_mask: int | None = setting(
+        None,
+        "work on the mask and this many pixels around it alone, at full resolution, and paste them back",
+        low=0,
+        high=4096,
+        group=MASK,
+        metavar="PADDING",
+        a1111="Masked area padding",
+        per_image=True,
+    )
+    outpaint: tuple[float, ...] | None = setting(
+        None,
+        "add this many pixels on each side and paint them: LEFT,TOP,RIGHT,BOTTOM",
+        low=0,
+        high=8192,
+        group=MASK,
+        metavar="LIST",
+        per_image=True,
+    )
+    soft: bool = setting(
+        False,
+        "greys of the mask are strengths: each pixel joins the denoising at a step of its own",
+        group=MASK,
+        per_image=True,
+    )
+    depth: Any = setting(
+        None,
+        "a depth map, brighter is nearer",
+        metavar="MAP",
+        group=DEPTH,
+        default_text="estimated from the init image",
+        per_image=True,
+        takes_objects=True,
+    )
+    noise_level: int | None = setting(
+        None,
+        "noise on the image that is enlarged: more of it leaves more to the model",
+        low=0,
+        high=999,
+        group=UPSCALE,
+        default_text="20",
+        per_image=True,
+    )
+    tile: int | None = setting(
+        None,
+        "side in pixels of the overlapping parts of the image that are enlarged at a time; 0 is no tiles",
+        low=0,
+        high=8192,
+        group=UPSCALE,
+        metavar="PIXELS",
+        default_text="by the memory that is free",
+    )
     watermark: str = setting(
         "StableDiffusionV1",
         "invisible watermark on images of at least 256x256 pixels, or none",
@@ -223,6 +296,7 @@ class ImageRequest:
         self._check_guidance()
         self._check_seeds()
         self._check_init_image()
+        self._check_mask()
         self._check_colours()
 
     def _check_sampler(self) -> None:
@@ -317,10 +391,46 @@ class ImageRequest:
             raise FieldError("{start_seed} {seed} is for {fixed_code} with {rng} image", seed=self.start_seed)
 
     def _check_init_image(self) -> None:
-        if self.init_img is None and self.strength is not None:
-            raise FieldError("{strength} {value:g} without {init_img}", value=self.strength)
-        if self.init_img is not None and self.strength is None:
+        if self.init_img is None:
+            for name in ("strength", "mask", "outpaint", "noise_level"):
+                if (value := getattr(self, name)) is not None:
+                    shown = f" {value:g}" if isinstance(value, int | float) else ""
+                    raise FieldError("{" + name + "}" + shown + " without {init_img}")
+        elif self.noise_level is not None:
+            if self.strength is not None:
+                raise FieldError("{strength} with {noise_level}: an image is enlarged from pure noise")
+        elif self.strength is None:
             raise FieldError("{init_img} without {strength}, the share of the steps to run, 0 … 1")
+        conditions = [name for name in ("mask", "outpaint", "depth", "noise_level") if self._has(name)]
+        if conditions and self.rng == "compvis":
+            raise FieldError("{" + conditions[0] + "} is for {rng} image: the original had no stream for it")
+        if len(conditions) > 1 and conditions != ["mask", "outpaint"]:
+            raise FieldError("{" + conditions[0] + "} and {" + conditions[-1] + "} are for different models")
+
+    def _check_mask(self) -> None:
+        if not self.repaints:
+            for name in ("invert_mask", "crop_to_mask", "soft"):
+                if self._has(name):
+                    raise FieldError("{" + name + "} without {mask}")
+        if self.outpaint is not None:
+            sides = tuple(int(side) for side in self.outpaint)
+            if len(sides) != 4 or sides != self.outpaint or not any(sides):
+                given = ",".join(f"{side:g}" for side in self.outpaint)
+                raise FieldError(
+                    "{outpaint} {given}: give four whole numbers LEFT,TOP,RIGHT,BOTTOM, one above 0",
+                    given=given,
+                )
+        if self.invert_mask and self.mask is None:
+            raise FieldError("{invert_mask} without {mask}")
+
+    def _has(self, name: str) -> bool:
+        """Whether a setting is given that is off by default."""
+        return getattr(self, name) not in (None, False)
+
+    @property
+    def repaints(self) -> bool:
+        """Whether a part of the init image is to be painted anew, and the rest to be kept."""
+        return self.mask is not None or self.outpaint is not None
 
     def _check_colours(self) -> None:
         """Values that only the image code understands, so that they do not wait for an image."""
@@ -370,7 +480,8 @@ class ImageRequest:
     def batch_key(self) -> tuple:
         """What images that are sampled together must agree in: guidance too, which doubles the batch."""
         shared = [getattr(self, name) for name, each in settings_of(type(self)).items() if not each.per_image]
-        return (*shared, self.scale == 1.0, self.init_img is None)
+        conditions = [getattr(self, name) is None for name in IMAGE_SETTINGS]
+        return (*shared, self.scale == 1.0, *conditions, self.repaints, self.noise_level is None)
 
     def in_vain(self) -> list[str]:
         """What the request says without any effect, a line each; `scale` has to be known."""
@@ -402,13 +513,15 @@ class ImageRequest:
             value = getattr(self, name)
             if value is None or (each.group == INIT and self.init_img is None):
                 continue
-            found[name] = value if name != "init_img" else image_name(value)
+            if each.group == MASK and not self.repaints:
+                continue
+            found[name] = image_name(value) if name in IMAGE_SETTINGS else value
         return found
 
 
-def image_name(init_img: Any) -> str:
-    """The name by which an init image is recorded."""
-    return init_img if isinstance(init_img, str) else str(getattr(init_img, "filename", "") or "image")
+def image_name(image: Any) -> str:
+    """The name by which an init image, a mask or a depth map is recorded."""
+    return image if isinstance(image, str) else str(getattr(image, "filename", "") or "image")
 
 
 def image_seed(seed: int, k: int) -> int:

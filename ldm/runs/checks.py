@@ -38,7 +38,7 @@ def check_run(
     check_one_stream(requests)
     check_team(pipeline, requests[0], options, team)
     check_options(pipeline.options, pipeline.device)
-    check_watermarks(requests, sheet)
+    check_watermarks(pipeline, requests, sheet)
 
 
 def check_team(pipeline: Pipeline, first: ImageRequest, options: RunOptions, team: Team) -> None:
@@ -61,10 +61,12 @@ def check_team(pipeline: Pipeline, first: ImageRequest, options: RunOptions, tea
             raise InputError(f"--devices {team.place.devices}: this machine has {torch.cuda.device_count()}")
 
 
-def check_watermarks(requests: Sequence[ImageRequest], sheet: Sheet | None = None) -> None:
+def check_watermarks(
+    pipeline: Pipeline, requests: Sequence[ImageRequest], sheet: Sheet | None = None
+) -> None:
     """InputError if a watermark cannot be written that is to be; a notice where images are too small."""
     small = set()
-    for height, width, message in {(one.height, one.width, one.watermark) for one in requests}:
+    for height, width, message in {(*pipeline.image_size(one), one.watermark) for one in requests}:
         mark = Watermarker.of(message)
         if message == NO_WATERMARK:
             continue
@@ -88,8 +90,12 @@ def report_prompts(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> None
 
 
 def report_steps(requests: Sequence[ImageRequest]) -> None:
-    """How many steps image to image runs."""
-    strengths = [(one.steps_to_run, one.steps) for one in requests if one.init_img is not None]
-    for steps, whole in dict.fromkeys(strengths):
+    """How many steps image to image runs; of inpainting, whose strength is usually 1, where it is less."""
+    strengths = [
+        ("inpainting" if one.repaints else "img2img", one.steps_to_run, one.steps)
+        for one in requests
+        if one.strength is not None and not (one.repaints and one.strength == 1)
+    ]
+    for what, steps, whole in dict.fromkeys(strengths):
         trip = "" if steps else ": the images are the autoencoder's round trip"
-        notice(f"img2img runs {steps} of {whole} steps{trip}")
+        notice(f"{what} runs {steps} of {whole} steps{trip}")

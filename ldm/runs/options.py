@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ldm.errors import FieldError
 from ldm.fields import check_fields, setting
 from ldm.images.names import FIELDS, check_template
-from ldm.pipeline.request import MAX_SEED
+from ldm.pipeline.request import DEPTH, MAX_SEED
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class RunOptions:
         choices=("auto", "on", "off", "flag"),
         group="output",
     )
+    save_depth: bool = setting(
+        False, "save the depth map of each image in depth/, as a grey image of 16 bits", group=DEPTH
+    )
     no_metadata: bool = setting(False, "do not write the settings into the images", group="output")
     json: bool = setting(False, "print one JSON line per image", group="output")
     quiet: bool = setting(False, "no progress and no notices, only results and errors", group="output")
@@ -69,3 +72,5 @@ class RunOptions:
         check_template(self.filename)
         if self.resume and self.skip_save:
             raise FieldError("{resume} with {skip_save}: a run that saves no images cannot be taken up again")
+        if self.save_depth and self.skip_save:
+            raise FieldError("{save_depth} with {skip_save}: a depth map has the name of its image's file")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.images.names import file_name, unique_names
 from ldm.pipeline.batches import plan_batches, with_start_seeds
-from ldm.pipeline.request import ImageRequest, image_seed
+from ldm.pipeline.request import ImageRequest, image_name, image_seed
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,14 @@ def file_names(template: str, plan: Plan, first: int, model: Mapping[str, Any]) 
     `model` are the model's facts that a name may show: checkpoint and model_hash.
     """
     facts = {"model": PurePath(model["checkpoint"]).stem, "model_hash": model.get("model_hash")}
+
+    def own(request: ImageRequest) -> dict[str, Any]:
+        source = {} if request.init_img is None else {"init_img": PurePath(image_name(request.init_img)).stem}
+        return {**request.settings(), **source, **facts}
+
     return list(
         unique_names(
-            file_name(template, {**request.settings(), **facts, "image": k, "number": first + k})
+            file_name(template, {**own(request), "image": k, "number": first + k})
             for k, request in enumerate(plan.requests)
         )
     )

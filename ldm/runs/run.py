@@ -35,7 +35,7 @@ def run(
     log_to(options.log_file, options.quiet or not team.leads)
     if not team.leads:
         return follow(pipeline, options, team)
-    pipeline.init_pixels.forget()  # files may have changed since the last run
+    pipeline.forget_files()
     requests = [pipeline.resolve(request) for request in requests]
     check_run(pipeline, requests, options, team, sheet)
     # the output folder is tried, and a run to resume is found, before anything slow
@@ -161,6 +161,7 @@ def image_writer(
         images=not options.skip_save,
         grids=not options.skip_grid,
         metadata=not options.no_metadata,
+        depths=options.save_depth,
         columns=options.n_rows or options.n_samples,
         sheet=sheet,
     )

@@ -12,6 +12,7 @@ from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.runs.options import RunOptions
 from ldm.weights.hashes import quick_hash
+from ldm.weights.vae import vae_file
 
 
 def recorded_settings(
@@ -24,6 +25,7 @@ def recorded_settings(
     names = ("n_iter", "no_metadata", "format", "quality", "filename")
     return {
         **{name: getattr(options, name) for name in names},
+        **({"save_depth": True} if options.save_depth else {}),
         **line_settings(first, pipeline),
         **facts,
         "config": str(pipeline.files.config),
@@ -32,6 +34,8 @@ def recorded_settings(
         "model_hash": quick_hash(pipeline.files.weights),
         "checkpoint size": pipeline.files.weights.stat().st_size,
         "weights": pipeline.weights,
+        "vae": pipeline.vae,
+        "vae_hash": pipeline.vae and quick_hash(vae_file(pipeline.vae)),
         "precision": pipeline.precision,
         "safety": pipeline.safety_mode,
         **pipeline.options.recorded(),
@@ -44,11 +48,8 @@ def content_hash(config: Mapping[str, Any]) -> str:
 
 
 def line_settings(request: ImageRequest, pipeline: Pipeline) -> dict[str, Any]:
-    """What an image depends on, the content of its init image among it."""
-    settings = request.settings()
-    if request.init_img is not None:
-        settings["init image"] = pipeline.init_pixels.digest(request)
-    return settings
+    """What an image depends on, the content of its init image, mask and depth map among it."""
+    return request.settings() | pipeline.init_pixels.digests(request)
 
 
 def recorded_lines(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> list[dict[str, Any]]:

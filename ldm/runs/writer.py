@@ -41,21 +41,30 @@ class ImageWriter:
         images: bool = True,
         grids: bool = True,
         metadata: bool = True,
+        depths: bool = False,
         columns: int = 1,
         sheet: Sheet | None = None,
     ):
         self.folder, self.record, self.sheet = folder, record, sheet
         self.save_images, self.save_grids, self.metadata, self.columns = images, grids, metadata, columns
+        self.save_depths = depths
         self.grid_settings: Callable[[], dict[str, Any]] = dict
         self.page: list[np.ndarray] = []  # of images that are not saved
         self.kept: dict[int, np.ndarray] = {}  # for the sheet
 
     def add(
-        self, k: int, image: np.ndarray, settings: dict[str, Any], line: dict[str, Any], name: str | None
+        self,
+        k: int,
+        image: np.ndarray,
+        settings: dict[str, Any],
+        line: dict[str, Any],
+        name: str | None,
+        depth: np.ndarray | None = None,
     ) -> dict[str, Any]:
         """Save image k, uint8 [H, W, 3], with its settings; returns its line of the manifest.
 
         `line` is what the manifest says about it besides its file. See `OutputFolder.save_image` for `name`.
+        `depth`, uint16 [H, W], is the depth map that the image was painted over.
         """
         file = None
         if self.sheet:
@@ -64,6 +73,9 @@ class ImageWriter:
             marked = Watermarker.of(settings["watermark"])(image)
             path = self.folder.save_image(marked, self.texts(settings), name, self.record.resumed)
             file = path.relative_to(self.folder.path).as_posix()
+            if self.save_depths and depth is not None:
+                saved = self.folder.save_depth(depth, path)
+                line = line | {"depth_file": saved.relative_to(self.folder.path).as_posix()}
         elif self.save_grids and not self.sheet:
             self.page.append(image)
             if len(self.page) == PAGE:

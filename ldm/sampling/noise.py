@@ -111,6 +111,9 @@ class SeedStream:
     def posterior(self) -> Tensor:
         return self._draw(place_generator(self.seed, b"posterior"))
 
+    def at(self, place: bytes, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=place_generator(self.seed, place))
+
     def step(self, sigma: float, sigma_next: float) -> Tensor:
         return self._draw(self.generator) if self.path is None else self.path.increment(sigma, sigma_next)
 
@@ -139,13 +142,21 @@ class ImageNoise:
             None if i.variation_seed is None else SeedStream(i.variation_seed, tuple(shape), brownian)
             for i in images
         ]
+        self._start: Tensor | None = None
 
     def start(self) -> Tensor:
-        return self._batch(SeedStream.start)
+        """What the images start from, drawn once."""
+        if self._start is None:
+            self._start = self._batch(SeedStream.start)
+        return self._start
 
     def posterior(self) -> Tensor:
         """For the latents of an init image; text and image to image start from equal noise."""
         return self._batch(SeedStream.posterior)
+
+    def at(self, place: bytes, shape: tuple[int, ...]) -> Tensor:
+        """For something else about each image, [b, *shape], which other draws do not move."""
+        return self._batch(lambda stream: stream.at(place, shape))
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         return self._batch(lambda stream: stream.step(sigma, sigma_next))

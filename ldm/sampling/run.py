@@ -15,6 +15,7 @@ from ldm.sampling.schedule import SCHEDULES
 from ldm.sampling.trajectory import Trajectory, own_steps
 
 if TYPE_CHECKING:
+    from ldm.sampling.known import KnownRegion
     from ldm.sampling.steps import Callback
 
 
@@ -30,12 +31,14 @@ def sample(
     noise: NoiseSource,
     *,
     init: Tensor | None = None,
+    known: KnownRegion | None = None,
     options: Mapping[str, float] | None = None,
     callback: Callback = None,
 ) -> Tensor:
     """Latents [b, c, h, w] at the model's scale, from pure noise or from `init` noised to the run's start.
 
-    `init` is alike [b, c, h, w]; without steps it comes back as it is. `options` are the sampler's own.
+    `init` is alike [b, c, h, w]; without steps it comes back as it is. `known` is kept. `options` are the
+    sampler's own.
     """
     if run.steps == 0:
         return init
@@ -47,6 +50,10 @@ def sample(
     if init is not None:
         x = (init + run.start * x) * (1.0 + run.start**2) ** -0.5
     x = x * (1.0 + first**2) ** 0.5
-    x = SAMPLERS[sampler](denoiser, x, run.sigmas, noise=noise, callback=callback, **options)
+    denoise = denoiser
+    if known is not None:
+        x, denoise = known.put(x, first), known.denoiser(denoiser)
+    x = SAMPLERS[sampler](denoise, x, run.sigmas, noise=noise, callback=callback, **options)
     noise.finish(facts.unused_draws(run.steps, options.get("eta", 0.0)))
-    return x * (1.0 + last**2) ** -0.5
+    x = x * (1.0 + last**2) ** -0.5
+    return x if known is None else known.restore(x)

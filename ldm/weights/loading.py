@@ -95,6 +95,8 @@ def choose_model(config: str | None, ckpt: str | None, task: str | None = "text"
     if config is None and family:
         _check_task(weights, family, task)
         return ModelFiles(find(family.config), weights)
+    if config is not None and not exists(weights):
+        return ModelFiles(find(config), weights)  # loading it will say so, after all that costs less
     family, shapes = recognise_file(weights)
     if config is not None:
         if exists(find(config)):
@@ -253,9 +255,10 @@ def load_model(
 ) -> LatentDiffusion:
     """A LatentDiffusion in eval mode on the CPU, built without values and filled from the mapped checkpoint.
 
-    `config` is a `model:` section; `which` is "raw" or "ema", by default what the section's `use_ema` says
-    or, where it says nothing, "ema" if the file has averaged weights. The model's `weights_used` is the one that was taken. Floating-point weights become `dtype`, by default
-    float32; those of that type in the file are not copied, and of the others the file's pages are let go.
+    `config` is a `model:` section. `which` is "raw" or "ema", by default what its `use_ema` says or,
+    where it says nothing, "ema" if the file has averaged weights; the model's `weights_used` is the one that
+    was taken. Floating-point weights become `dtype`, by default float32; those of that type in the file are
+    not copied, and of the others the file's pages are let go.
 
     Unless the config sets the parameterization, a file that is marked as v-prediction, or says so in its
     metadata, makes a model that predicts v, with a notice. `undecided` is that of ModelFiles: without a hint

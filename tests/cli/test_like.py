@@ -123,7 +123,7 @@ def test_other_flags_override(txt2img: Command) -> None:
 @pytest.mark.parametrize("option", ["timesteps", "sigmas"])
 def test_a_list_overrides_the_number_of_steps(option: str) -> None:
     """The image's steps were refused beside a list of the user's, unless they were 50."""
-    found = settings_like({"prompt": "a cat", "steps": 20, "schedule": "karras"}, {option}, with_init=False)
+    found = settings_like({"prompt": "a cat", "steps": 20, "schedule": "karras"}, {option})
     assert found == {"prompt": "a cat"}
 
 

@@ -59,7 +59,7 @@ def test_digests_tell_contents_apart(tmp_path: Path) -> None:
     images, path = InitImages(10**6), tmp_path / "a.png"
 
     def digest(source: object, **own: object) -> str:
-        return images.digest(ImageRequest(init_img=source, strength=0.5, **own))
+        return images.digests(ImageRequest(init_img=source, strength=0.5, **own))["init image"]
 
     colour(9).save(path)
     assert digest(str(path)) == digest(colour(9)) != digest(colour(8))

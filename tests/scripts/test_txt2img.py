@@ -18,7 +18,7 @@ from golden_files import case, golden_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldm.cli.arguments import parse
+from ldm.cli.arguments import gather, parse
 from ldm.cli.parser import txt2img_parser
 from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -143,7 +143,7 @@ def test_every_flag_of_the_original_is_taken(txt2img, tmp_path):
         (["--help"], 0),
         (["--ddim_steps", "0"], 2),
         (["--plms", "--ddim_eta", "0.5"], 2),
-        (["--laion400m"], 2),
+        (["--laion400m", "--config", "other.yaml"], 2),
         (["--config", "nowhere.yaml"], 2),
         (["--H", "510"], 2),
         (["--from-file", "nowhere.txt"], 2),
@@ -204,7 +204,7 @@ def test_help_and_argument_errors_do_not_wait_for_torch(tmp_path, argv, code):
         ("--prompt", "--prompt is missing, or has no value"),
         ("--outdir", "--outdir is missing, or has no value"),
         ("--schedule=", "--schedule  is not known"),
-        ("--laion400m", "--laion400m: its text encoder (BERT) is not available yet"),
+        ("--laion400m", "name different models; give one"),
         ("--no_such_flag", "--no_such_flag"),
         ("--seed 1\n2", "1 2"),
     ],
@@ -214,6 +214,50 @@ def test_arguments_out_of_range(txt2img, argv, words):
     result = txt2img(*argv.split(" "))
     refused(result, words)
     assert not result.folder.exists()
+
+
+def test_another_autoencoder(
+    txt2img: Callable[..., Result], model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """It decodes, its name and hash are recorded, and --like and --resume ask for it."""
+    state = load_file(model[1])
+    vae = {
+        name.removeprefix("first_stage_model."): t + 0.1 * (name == "first_stage_model.decoder.conv_out.bias")
+        for name, t in state.items()
+        if name.startswith("first_stage_model.")
+    }
+    save_file(vae, tmp_path / "vae.safetensors")
+    whole = state | {f"first_stage_model.{name}": t for name, t in vae.items()}
+    save_file(whole, tmp_path / "whole.safetensors")
+    words = ("--n_samples", 1, "--n_iter", 1, "--steps", 1)
+    plain = txt2img(*words, folder="plain")
+    other = txt2img(*words, "--vae", tmp_path / "vae.safetensors")
+    same = txt2img(*words, "--ckpt", tmp_path / "whole.safetensors", folder="whole")
+    assert np.array_equal(other.images, same.images)
+    assert not np.array_equal(other.images, plain.images)
+    digest = hashlib.sha256((tmp_path / "vae.safetensors").read_bytes()).hexdigest()[:10]
+    assert (other.settings[0]["vae"], other.settings[0]["vae_hash"]) == ("vae.safetensors", digest)
+    again = txt2img("--like", other.paths[0], folder="again")
+    refused(again, "its autoencoder was vae.safetensors; give that as --vae")
+    assert "vae" in txt2img(*words, "--resume").err[-1]
+    narrow = {name: t[:, :, :1] if t.ndim == 4 else t for name, t in vae.items()}
+    save_file({k: t.contiguous() for k, t in narrow.items()}, tmp_path / "narrow.safetensors")
+    refused(
+        txt2img(*words, "--vae", tmp_path / "narrow.safetensors", folder="narrow"), "does not fit the model"
+    )
+
+
+def test_laion400m_finds_its_own_files(
+    command: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model of 256x256 pixels, where the original looked for it; another --outdir was ignored."""
+    monkeypatch.chdir(tmp_path)
+    refused(command("txt2img", "--laion400m"), "no checkpoint at", "models/ldm/text2img-large/model.ckpt")
+    given = vars(txt2img_parser().parse_args(["--laion400m"]))
+    found = gather(txt2img_parser(), given)
+    assert describe(found.config).native_size == 256
+    assert found.run.outdir == "outputs/txt2img-samples-laion400m"
+    assert gather(txt2img_parser(), given | {"outdir": "mine"}).run.outdir == "mine"
 
 
 @pytest.mark.parametrize(
@@ -763,7 +807,8 @@ def test_linked_weights_are_the_default(repository, model, link):
     v1 = loading.ModelFiles(repository / loading.V1_CONFIG, repository / link)
     assert loading.choose_model(None, None) == v1
     assert loading.choose_model(loading.V1_CONFIG, None) == v1
-    assert loading.choose_model(None, str(model[1])).weights == model[1]
+    with pytest.raises(InputError, match="of an unlisted kind: give its config with --config"):
+        loading.choose_model(None, str(model[1]))
     assert loading.choose_model(loading.BUNDLED_CONFIG, None).weights == repository / loading.BUNDLED_WEIGHTS
 
 
