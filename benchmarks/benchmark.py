@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -262,18 +262,16 @@ def measure_load_v2(options: argparse.Namespace) -> list[Row]:
 # one guided UNet step, ours and diffusers'
 
 
-def time_unets(
-    config: Path, weights: Path, latents: int, theirs: dict | None, repeats: int
-) -> dict[str, Any]:
-    """Seconds of UNet calls at batch 2, ours and diffusers' in turn, on the same weights; largest difference.
-
-    `theirs` is the configuration for diffusers; without one only ours is timed.
+def time_unets(config: Path, weights: Path, latents: int, theirs: bool, repeats: int) -> dict[str, Any]:
+    """Seconds of UNet calls at batch 2, of ours and, if asked for, diffusers' in turn, on the same weights;
+    largest difference.
     """
     import torch
 
     from ldm.weights.loading import load_model, read_config
 
-    model = load_model(read_config(config), weights)
+    section = read_config(config)
+    model = load_model(section, weights)
     unet = model.model.diffusion_model
     torch.manual_seed(0)
     x, t = torch.randn(2, model.channels, latents, latents), torch.tensor([500.0, 500.0])
@@ -281,7 +279,7 @@ def time_unets(
         context = model.get_learned_conditioning(["", PROMPT])
         calls = {"ours": lambda: unet(x, t, context)}
         if theirs:
-            other = diffusers_twin(unet, theirs)
+            other = diffusers_twin(unet, section["params"])
             calls["diffusers"] = lambda: other(x, t, context).sample
         outputs = {name: call() for name, call in calls.items()}  # the warm-up
         readings = {name: [] for name in calls}
@@ -295,26 +293,26 @@ def time_unets(
     return readings | {"threads": torch.get_num_threads()}
 
 
-def diffusers_twin(unet: Any, config: dict) -> Any:
-    """diffusers' UNet with the very tensors of ours."""
+def diffusers_twin(unet: Any, params: dict) -> Any:
+    """diffusers' UNet with the very tensors of ours; `params` are those of the model's YAML."""
     import torch
     from diffusers import UNet2DConditionModel
-    from diffusers_names import diffusers_name
 
+    from ldm.weights.diffusers_configs import unet_config
+    from ldm.weights.diffusers_names import unet_to_theirs
+
+    theirs = unet_to_theirs(unet.state_dict())
     with torch.device("meta"):
-        twin = UNet2DConditionModel(**config)
-    state = {diffusers_name(name): tensor for name, tensor in unet.state_dict().items()}
-    twin.load_state_dict(state, assign=True)
+        twin = UNet2DConditionModel.from_config(unet_config(params, theirs))
+    twin.load_state_dict(theirs, assign=True)
     return twin.eval().requires_grad_(False)
 
 
 def measure_unet(options: argparse.Namespace) -> list[Row]:
-    from diffusers_names import V1_UNET
-
     size = f"{options.latents}x{options.latents}"
     has_diffusers = find_spec("diffusers") is not None
-    config = V1_UNET if has_diffusers else None
-    readings = in_fresh_process(time_unets, ROOT / V1_CONFIG, v1_weights(options), options.latents, config, 5)
+    weights = v1_weights(options)
+    readings = in_fresh_process(time_unets, ROOT / V1_CONFIG, weights, options.latents, has_diffusers, 5)
     ours = median(readings["ours"])
     what = f"a plain v1 UNet step (`--eager`), {size} latents, float32, {readings['threads']} threads"
     rows = [Row(what, "", f"{ours:.2f} s", values=readings)]
@@ -373,11 +371,10 @@ def measure_peers(options: argparse.Namespace) -> list[Row]:
 
 
 def write_for_diffusers(files: dict[str, Path]) -> None:
-    from diffusers_names import save_for_diffusers
+    from ldm.weights.convert import Conversion, convert
 
-    from ldm.weights.loading import load_model, read_config
-
-    save_for_diffusers(load_model(read_config(files["config"]), files["weights"]), files["diffusers"])
+    job = Conversion(files["weights"], files["diffusers"], "diffusers", config=str(files["config"]))
+    convert(job, lambda size: nullcontext(lambda count: None))
 
 
 def peer_rows(precision: str, contenders: dict[str, dict], steps: int, cpu: bool) -> list[Row]:
