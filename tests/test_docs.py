@@ -9,6 +9,8 @@ from commands import script
 
 from ldm.cli.arguments import parse
 from ldm.cli.tables import COMMANDS, options_page
+from ldm.fields import listed_by_name
+from ldm.pipeline.request import ImageRequest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,6 +53,13 @@ def test_the_table_of_options_is_the_codes() -> None:
     assert (ROOT / "docs/options.md").read_text() == options_page(), (
         "python -m ldm.cli.tables > docs/options.md"
     )
+
+
+def test_the_options_of_lines_are_taken() -> None:
+    """`init-img` was among them, which is no name in a line."""
+    text = options_page().partition("without the dashes: ")[2].partition("\n")[0]
+    names = re.findall("`([^`]+)`", text)
+    assert {"init_img", "H", "ddim_steps"} <= set(names) <= set(listed_by_name(ImageRequest))
 
 
 def test_every_option_has_a_row() -> None:

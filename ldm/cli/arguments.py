@@ -16,12 +16,13 @@ from ldm.errors import InputError, ValueFieldError
 from ldm.fields import Setting, listed_by_name, settings_of
 from ldm.log import notice
 from ldm.pipeline.options import RuntimeOptions
-from ldm.pipeline.request import ImageRequest, image_seed
+from ldm.pipeline.request import MASK, ImageRequest, image_seed
 from ldm.runs.options import RunOptions
 from ldm.runs.processes import is_follower
 from ldm.weights.description import describe
+from ldm.weights.families import FAMILIES
 from ldm.weights.loading import (
-    BUNDLED_WEIGHTS,
+    ABLE,
     LAION_CONFIG,
     ModelFiles,
     choose_model,
@@ -87,16 +88,18 @@ class Arguments:
 
     @cached_property
     def files(self) -> ModelFiles:
-        """The chosen model's files. Without a choice they are the bundled one's if the image of --like is."""
+        """The chosen model's files. Without a choice they are those of the bundled model that made the image
+        of --like, if it does what the command is for.
+        """
         if self.given.get("model"):
             return ModelFiles(Path(self.given["model"]), Path(self.given["model"]))
         config, ckpt, recorded = self.given.get("config"), self.given.get("ckpt"), self.like.get("model_hash")
         if recorded and config is None and ckpt is None:
             from ldm.weights.hashes import same_model
 
-            bundled = find(BUNDLED_WEIGHTS)
-            if bundled.exists() and same_model(str(recorded), bundled):
-                ckpt = BUNDLED_WEIGHTS
+            able = [one.bundled for one in FAMILIES if one.bundled and one.task in ABLE[self.parser.task]]
+            there = [name for name in able if find(name).exists()]
+            ckpt = next((name for name in there if same_model(str(recorded), find(name))), None)
         return choose_model(config, ckpt, self.parser.task)
 
     @cached_property
@@ -109,7 +112,8 @@ class Arguments:
         values = {"prompt": PROMPT, **self.values, **own}
         if values.get("init_img") is None:  # the command's defaults for init images, which lines may bring
             given = own if self.given.get("from_file") else {**self.given, **own}
-            for name in {"strength", "noise_level"}.difference(given):
+            masks = [name for name, each in settings_of(self.owner).items() if each.group == MASK]
+            for name in {"strength", "noise_level", *masks}.difference(given):
                 values.pop(name, None)
         return self.owner(**without_original_flags(values))
 
@@ -174,10 +178,13 @@ class Arguments:
             and (each.group not in EXTRA_GROUPS or each.group in self.parser.groups)
         }
 
-    def check_one_of(self, line: Line) -> None:
-        """InputError if neither the command nor a line gives one of the parser's `one_of`."""
+    def check_inputs(self, line: Line) -> None:
+        """InputError if neither the command nor a line gives what is `needed`, or one of `one_of`."""
         given = {*self.given, *self.values}
         given |= {self._line_options[name].name for name, _ in line.options if name in self._line_options}
+        for name in self.parser.needed:
+            if name not in given:
+                raise InputError(f"{flag_of(name)} is missing, or has no value")
         if self.parser.one_of and given.isdisjoint(self.parser.one_of):
             raise InputError(f"give {' or '.join(map(flag_of, self.parser.one_of))}")
 
@@ -242,7 +249,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> Arguments:
         arguments.request.check_size(factor)
     if not is_follower():  # which get their requests from the leader
         for line in arguments.lines:
-            _naming(line, arguments.check_one_of, line)
+            _naming(line, arguments.check_inputs, line)
     return arguments
 
 
@@ -254,6 +261,8 @@ def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
         given = LAION_OUTDIR | given | {"config": LAION_CONFIG}
     sources: tuple[str, ...] = ()
     if isinstance(given.get("init_img"), list):
+        if "" in given["init_img"]:  # as an empty shell variable leaves it; as a path it is this folder
+            raise InputError("--init-img is missing, or has no value")
         sources = tuple(given["init_img"])
         given = {**given, "init_img": sources[0]}
     for name in ("ckpt", "config"):
@@ -269,8 +278,9 @@ def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
             found = settings_like(like, given, parser.groups, parser.owner)
         except InputError as error:
             raise InputError(f"--like {given['like']}: {error}") from error
+    needed = [name for name in parser.needed if not given.get("from_file")]  # whose lines may bring it
     for name in ("prompt", "outdir", *parser.needed):
-        if given.get(name, None if name in parser.needed else "") is None:
+        if given.get(name, None if name in needed else "") is None:
             raise InputError(f"--{name.replace('_', '-')} is missing, or has no value")
     with _naming_like(given):
         defaults = dict(parser.command_defaults)
@@ -317,6 +327,7 @@ def ignored_options(given: Mapping[str, Any]) -> list[str]:
     lines = []
     unread = {*settings_of(ImageRequest), *FLAGS_OF_THE_ORIGINAL}
     unread -= {"init_img", "height", "width", "resize", "background", "tile", "watermark"}
+    unread |= {"vae", "weights", "C", "f", "allow_target"}
     if given.get("model") and (vain := [flag_of(name) for name in given if name in unread]):
         lines.append(f"{', '.join(vain)}: a pixel upscaler (--model) has no prompt and no sampling")
     for name, vain, why in (

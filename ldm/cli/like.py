@@ -65,6 +65,8 @@ def settings_like(
             "where no image can be made alone; repeat that run"
         )
     left_alone = {name for option in given for name in OVERRIDES.get(option, ())} | {*given, *IMAGE_SETTINGS}
+    if UPSCALE in groups and recorded.get("noise_level") is None and recorded.get("upscaler") is None:
+        left_alone |= {"height", "width", "strength"}  # of the small image
     absent = {group for group, *_ in MADE_BY.values()}.difference(groups)
     names = [name for name, each in settings_of(owner).items() if each.group not in absent]
     names += [*(name for name in settings_of(RuntimeOptions) if name in RUNTIME), "weights"]

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     `command_defaults` are the original's numbers for a command, `owner` is the class of its requests.
     `request_defaults` are values of the request's own settings, and `groups` those groups of its settings
-    that the command has besides text to image's. `needed` must be given, and for each image one of `one_of`.
+    that the command has besides text to image's. For each image `needed` must be given, and one of `one_of`.
     `task` is what its model is for.
     """
 

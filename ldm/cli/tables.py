@@ -44,7 +44,7 @@ def options_page() -> str:
                     title = group.title if group.title in ORDER else "output"
                     groups[title].setdefault(action.option_strings[0], {})[command] = action
     own = [
-        each.spellings[0].lstrip("-")
+        each.spellings[0].lstrip("-").replace("-", "_")
         for each in settings_of(ImageRequest).values()
         if each.name not in WHOLE_RUN
     ]

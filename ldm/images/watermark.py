@@ -73,15 +73,16 @@ class Watermarker:
         if self.message != NO_WATERMARK:
             _ = self._encoder
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
+    def __call__(self, image: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
         """Image uint8 [H, W, 3], RGB -> a copy with the watermark, or the image itself if it is too small.
 
-        InputError as by `check`.
+        With `where`, bool [H, W], only those pixels have it. InputError as by `check`.
         """
         if self.message == NO_WATERMARK or not self.fits(*image.shape[:2]):
             return image
         bgr = self._encoder.encode(image[..., ::-1], "dwtDct")
-        return np.ascontiguousarray(bgr[..., ::-1])
+        marked = np.ascontiguousarray(bgr[..., ::-1])
+        return marked if where is None else np.where(where[..., None], marked, image)
 
     @cached_property
     def _encoder(self) -> Any:

@@ -29,6 +29,8 @@ class GeneratedImage:
     pipeline: Pipeline = field(repr=False, compare=False)
     # the depth map that it was painted over, uint16 [H, W]
     depth: np.ndarray | None = field(default=None, repr=False, compare=False)
+    # bool [H, W]: the pixels that are not the init image's own, where that was painted anew in part
+    painted: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def seed(self) -> int:
@@ -49,7 +51,7 @@ class GeneratedImage:
             raise InputError(f"{path}: the image came out as NaN, and there is nothing to save")
         if format not in FORMATS:
             raise InputError(f"{path}: its suffix is none of {', '.join(FORMATS)}")
-        marked = Watermarker.of(self.request.watermark)(self.pixels)
+        marked = Watermarker.of(self.request.watermark)(self.pixels, self.painted)
         data = encode_image(marked, image_texts(self.settings), format, quality)
         try:
             path.write_bytes(data)

@@ -13,6 +13,7 @@ from ldm.images.init_image import open_init_image, read_grey, read_init_image
 from ldm.pipeline.request import ImageRequest
 
 MOST = 16  # images that are kept
+KEPT_BYTES = 2**30  # of what is kept, as far as that is more than one: photographs are large
 
 
 class InitImages:
@@ -77,8 +78,7 @@ class InitImages:
     def _keep(self, key: tuple, source: Any, read: Callable[[], np.ndarray]) -> np.ndarray:
         if key not in self._kept:
             self._kept[key] = source, read()  # an object that is kept shares its id with no other
-            while len(self._kept) > 2 * MOST:
-                self._kept.popitem(last=False)
+            evict(self._kept, 2 * MOST, lambda kept: kept[1].nbytes)
         self._kept.move_to_end(key)
         return self._kept[key][1]
 
@@ -89,6 +89,12 @@ class InitImages:
         if key not in self._digests:
             self._digests[key] = _sha(read())
         return self._digests[key]
+
+
+def evict(kept: OrderedDict[Any, Any], most: int, size: Callable[[Any], int]) -> None:
+    """Leave out the oldest of what is kept while they are more than `most`, or KEPT_BYTES by `size`."""
+    while len(kept) > 1 and (len(kept) > most or sum(map(size, kept.values())) > KEPT_BYTES):
+        kept.popitem(last=False)
 
 
 def _name(source: Any) -> Any:

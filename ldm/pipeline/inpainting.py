@@ -30,7 +30,7 @@ from ldm.images.pixels import to_float
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
 from ldm.pipeline.first_stage import FirstStage
-from ldm.pipeline.init_images import InitImages
+from ldm.pipeline.init_images import InitImages, evict
 from ldm.pipeline.request import ImageRequest, image_name
 from ldm.sampling.known import KnownRegion, joining_levels
 from ldm.sampling.noise import NoiseSource
@@ -56,6 +56,10 @@ class Canvas:
     whole: np.ndarray
     box: Box
     alpha: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in (self.image, self.mask, self.whole, self.alpha))
 
     def paste(self, pixels: np.ndarray) -> np.ndarray:
         """The whole image, uint8 [h, w, 3], with the result, uint8 [H, W, 3], where the mask is."""
@@ -109,8 +113,7 @@ class Canvases:
         if key not in self._kept:
             # the request keeps image objects, so that no other has the same id
             self._kept[key] = request, self._make(request, described.factor or 8)
-            while len(self._kept) > MOST:
-                self._kept.popitem(last=False)
+            evict(self._kept, MOST, lambda kept: kept[1].nbytes)
         self._kept.move_to_end(key)
         return self._kept[key][1]
 

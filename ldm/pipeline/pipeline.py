@@ -393,7 +393,13 @@ class Pipeline:
             seconds = (time.perf_counter() - start) / len(batch)
             yield [
                 GeneratedImage(
-                    request, self._finished(request, pixels), nsfw, seconds, self, self._depth(request)
+                    request,
+                    self._finished(request, pixels),
+                    nsfw,
+                    seconds,
+                    self,
+                    self._depth(request),
+                    self._painted(request),
                 )
                 for request, (pixels, nsfw) in zip(batch, self.safety(images), strict=True)
             ]
@@ -484,6 +490,10 @@ class Pipeline:
         if pixels is None or not request.repaints:
             return pixels
         return self.canvases(request, self.described).paste(pixels)
+
+    def _painted(self, request: ImageRequest) -> np.ndarray | None:
+        """Where a result shows that is pasted into its init image, bool [H, W]."""
+        return self.canvases(request, self.described).alpha > 0 if request.repaints else None
 
     def _depth(self, request: ImageRequest) -> np.ndarray | None:
         """The depth map that an image was painted over, uint16 [H, W]."""

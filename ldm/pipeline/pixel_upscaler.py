@@ -30,7 +30,7 @@ from ldm.pipeline.safety import Safety, safety_for
 from ldm.pipeline.upscaling import check_tile, enlarged_size, small_image
 from ldm.weights.checkpoint import read_state_dict
 from ldm.weights.families import identify
-from ldm.weights.files import check_file
+from ldm.weights.files import check_file, exists
 from ldm.weights.hashes import FileHash
 from ldm.weights.header import read_header
 from ldm.weights.loading import ModelFiles
@@ -70,6 +70,8 @@ class PixelUpscaler:
         max_pixels: int = 64_000_000,
     ):
         path = Path(path)
+        if not exists(path):
+            raise InputError(f"--model {path}: there is no such file")
         check_file(path)
         self.files = ModelFiles(path, path)
         self.options = options or RuntimeOptions()

@@ -67,7 +67,8 @@ class ImageRequest:
         "classifier-free guidance; 1 is none",
         low=-1e4,
         high=1e4,
-        default_text="7.5, with an init image 5; the config's sampling: section may say otherwise",
+        default_text="7.5; 5 with an init image and no mask; 9 for depth and x4 models; the config's "
+        "sampling: section may say otherwise",
         a1111="CFG scale",
         per_image=True,
     )
@@ -291,6 +292,7 @@ class ImageRequest:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_images()
         self._check_sampler()
         self._check_levels()
         self._check_guidance()
@@ -298,6 +300,16 @@ class ImageRequest:
         self._check_init_image()
         self._check_mask()
         self._check_colours()
+
+    def _check_images(self) -> None:
+        """Files by name, or PIL images, which all have this method; an array has no modes, nor a name."""
+        for name in IMAGE_SETTINGS:
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or hasattr(value, "getexif")):
+                raise FieldError(
+                    "{" + name + "} is an object of type {type}: give a file's name or a PIL image",
+                    type=type(value).__name__,
+                )
 
     def _check_sampler(self) -> None:
         from ldm.sampling import catalogue

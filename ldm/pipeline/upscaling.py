@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.errors import FieldError
+from ldm.errors import FieldError, InputError
+from ldm.fields import settings_of
 from ldm.images.init_image import allowed_size
 from ldm.images.pixels import to_float
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentUpscaleDiffusion
@@ -37,12 +38,16 @@ SHARE = 0.6  # of all memory; the rest is for the weights and for others
 def enlarged_size(request: ImageRequest, images: InitImages, factor: int) -> tuple[int, int]:
     """Height and width of the result: `factor` times the init image's own, or those of the request.
 
-    InputError if it would have more pixels than allowed.
+    InputError if it would have more pixels than allowed, or sides that no request can have.
     """
     height, width = (factor * side for side in images.whole(request).shape[:2])
     asked = request.height, request.width
     size = (height, width) if asked == (None, None) else asked
-    return allowed_size(image_name(request.init_img), (width, height), *size, images.max_pixels)
+    name, each = image_name(request.init_img), settings_of(ImageRequest)["height"]
+    height, width = allowed_size(name, (width, height), *size, images.max_pixels)
+    if not each.low <= min(height, width) <= max(height, width) <= each.high:
+        raise InputError(f"{name} would become {width}x{height}: sides of {each.bounds} pixels can be made")
+    return height, width
 
 
 def small_image(request: ImageRequest, images: InitImages, factor: int) -> np.ndarray:

@@ -100,7 +100,7 @@ def save(
         notice(f"image {k} ({image.request.prompt!r}) came out as NaN and is skipped")
         return writer.record.add(k, None, line, failed=True)
     try:
-        line = writer.add(k, image.pixels, settings, line, name, image.depth)
+        line = writer.add(k, image.pixels, settings, line, name, image.depth, image.painted)
     except InputError as error:
         if isinstance(error, CannotWrite) and error.full:
             raise

@@ -60,17 +60,19 @@ class ImageWriter:
         line: dict[str, Any],
         name: str | None,
         depth: np.ndarray | None = None,
+        painted: np.ndarray | None = None,
     ) -> dict[str, Any]:
         """Save image k, uint8 [H, W, 3], with its settings; returns its line of the manifest.
 
         `line` is what the manifest says about it besides its file. See `OutputFolder.save_image` for `name`.
-        `depth`, uint16 [H, W], is the depth map that the image was painted over.
+        `depth`, uint16 [H, W], is the depth map that the image was painted over. `painted`, bool [H, W], are
+        the pixels that may have the watermark.
         """
         file = None
         if self.sheet:
             self.kept[k] = image
         if self.save_images:
-            marked = Watermarker.of(settings["watermark"])(image)
+            marked = Watermarker.of(settings["watermark"])(image, painted)
             path = self.folder.save_image(marked, self.texts(settings), name, self.record.resumed)
             file = path.relative_to(self.folder.path).as_posix()
             if self.save_depths and depth is not None:

@@ -98,17 +98,23 @@ def unused_weights(model: nn.Module) -> set[str]:
     }
 
 
-def load_weights(
-    model: nn.Module, state: Mapping[str, Tensor], *, path: str | Path, dtype: torch.dtype | None = None
-) -> None:
-    """Assign every weight of `model`, built on the meta device: none is initialised or held twice.
+PARTS = {
+    "model": "UNet",
+    "first_stage_model": "autoencoder",
+    "cond_stage_model": "text encoder",
+    "depth_model": "depth estimator",
+}
 
-    Floating-point weights become `dtype` (None: stay as stored); those that are already stay mapped.
-    `requires_grad` stays as the model was built. CLIP's names fit with `text_model.` and without it
-    (transformers >= 5.6, NovelAI). Schedule buffers are never taken from the file.
 
-    Weights that the model does not have (merges carry `embedding_manager.*` and the like) are left out, with
-    a notice. Raises InputError for missing or misshapen ones, naming the model that the file looks like.
+def check_weights(
+    model: nn.Module, state: Mapping[str, Tensor], *, path: str | Path
+) -> tuple[State, list[str]]:
+    """The weights of a state dict by the names of `model`, and the names of those that it does not have.
+
+    CLIP's names fit with `text_model.` and without it (transformers >= 5.6, NovelAI). Schedule buffers are
+    never taken from the file.
+
+    Raises InputError for missing or misshapen ones, naming the model that the file looks like.
     """
     wanted = {name: t for name, t in model.state_dict().items() if not COMPUTED.fullmatch(name)}
     given = {_respell(name, wanted): t for name, t in state.items() if not COMPUTED.fullmatch(name)}
@@ -123,7 +129,14 @@ def load_weights(
     ]
     faults = []
     if missing:
-        faults.append(f"{len(missing)} of {len(wanted)} weights are missing (first {missing[0]})")
+        absent = [
+            words
+            for part, words in PARTS.items()
+            if any(name.startswith(f"{part}.") for name in missing)
+            and not any(name.startswith(f"{part}.") for name in wanted.keys() & given.keys())
+        ]
+        parts = f"; all of its {' and '.join(absent)}" if absent else ""
+        faults.append(f"{len(missing)} of {len(wanted)} weights are missing (first {missing[0]}{parts})")
     if misshapen:
         first = misshapen[0]
         shapes = f"{list(given[first].shape)} instead of {list(wanted[first].shape)}"
@@ -143,6 +156,21 @@ def load_weights(
             f"{path} looks like {in_words(family_of(given))}, the model is {identify(wanted)}: "
             f"{', '.join(faults)}"
         )
+    return given, unknown
+
+
+def load_weights(
+    model: nn.Module, state: Mapping[str, Tensor], *, path: str | Path, dtype: torch.dtype | None = None
+) -> None:
+    """Assign every weight of `model`, built on the meta device: none is initialised or held twice.
+
+    Floating-point weights become `dtype` (None: stay as stored); those that are already stay mapped.
+    `requires_grad` stays as the model was built.
+
+    Weights that the model does not have (merges carry `embedding_manager.*` and the like) are left out, with
+    a notice. Raises InputError as `check_weights`.
+    """
+    given, unknown = check_weights(model, state, path=path)
     if unknown:
         first = ", ".join(repr(name[:80]) for name in unknown[:3]) + (", …" if len(unknown) > 3 else "")
         notice(f"{path}: {len(unknown)} of its weights are not of this model and are left out ({first})")
@@ -154,6 +182,7 @@ def load_weights(
         let_go(tensor)
         return converted
 
+    wanted = {name: t for name, t in model.state_dict().items() if not COMPUTED.fullmatch(name)}
     zero = torch.zeros((), dtype=dtype)  # expanded it takes no memory
     filled = {name: given[name] if name in given else zero.expand(t.shape) for name, t in wanted.items()}
     model.load_state_dict({name: convert(t) for name, t in filled.items()}, strict=False, assign=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.log import notice
 from ldm.weights.description import prediction_of
 from ldm.weights.header import Header, read_header
-from ldm.weights.loading import choose_model, load_model, read_config
+from ldm.weights.loading import choose_model, load_model, model_without_values, read_config
 from ldm.weights.writing import Report, check_target, size_of, write_ckpt, write_safetensors, written_whole
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
 
     InputError for whatever cannot be read, merged, held by the target or written, before anything is written.
     """
-    from ldm.weights.checkpoint import read_state_dict
+    from ldm.weights.checkpoint import check_weights, read_state_dict
     from ldm.weights.diffusers_writing import not_held, with_text_model, write_folder
     from ldm.weights.merge import merge
     from ldm.weights.vae import with_vae
@@ -74,6 +74,8 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
                 write_safetensors(state, path, job.precision, _metadata(header), report)
         return
     state = with_text_model(state)
+    # a folder's configs are made for the whole model
+    check_weights(model_without_values(config, state), state, path=job.source)
     lost = not_held(state, config)
     prediction = _prediction(config, job, files.undecided)
     with written_whole(job.target) as path, progress(size_of(state, job.precision)) as report:

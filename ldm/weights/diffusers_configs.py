@@ -192,7 +192,10 @@ def write_tokenizer(folder: Path, pads_with_zero: bool) -> None:
     """CLIP's vocabulary for transformers' CLIPTokenizer; v2 pads with token 0, v1 with the end token."""
     from ldm.modules.encoders import tokenizer as clip
 
-    clip.CLIPTokenizer().bpe.model.save(str(folder))  # vocab.json and merges.txt
+    try:
+        clip.CLIPTokenizer().bpe.model.save(str(folder))  # vocab.json and merges.txt
+    except Exception as error:  # the library has no other for what the system refuses
+        raise OSError(str(error)) from error
     path = folder / "vocab.json"
     names = {clip.START: START, clip.END: END}
     ids = json.loads(path.read_text("utf-8"))

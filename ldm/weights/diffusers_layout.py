@@ -46,6 +46,8 @@ WEIGHT_FILE = re.compile(
     r"(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
 )
 
+SHARD = re.compile(r"-\d+-of-\d+(\.\w+)?\.(safetensors|bin)$")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -110,6 +112,11 @@ def _parts(folder: Path) -> list[Part]:
             "download or copy the whole folder"
         )
     text = _config(folder / "text_encoder")
+    if not text:
+        raise InputError(
+            f"{folder} lacks text_encoder/config.json, which says whose text encoder it is: "
+            "download or copy the whole folder"
+        )
     # SD 2's text encoder is OpenCLIP's, which has the exact GELU
     is_open_clip = text.get("hidden_act", "quick_gelu") == "gelu"
     parts = [UNET_PART, VAE_PART, OPEN_CLIP_PART if is_open_clip else CLIP_PART]
@@ -138,6 +145,12 @@ def weight_files(part: Path) -> list[Path]:
             found.append(((variant != "", variant != "fp16", variant, is_bin, is_index), name))
     if not found:
         stem = "diffusion_pytorch_model" if part.name in ("unet", "vae") else "model"
+        if shards := [name for name in entries if SHARD.search(name)]:
+            index = f"{SHARD.sub('', shards[0])}{Path(shards[0]).suffix}.index.json"
+            raise InputError(
+                f"{part} has shards of weights without their index ({index}): "
+                "download or copy the whole folder"
+            )
         raise InputError(f"{part} has no weights ({stem}.safetensors): download or copy the whole folder")
     path = part / min(found)[1]
     files = _shards(path) if path.suffix == ".json" else [path]
@@ -187,7 +200,7 @@ def folder_hints(folder: str | Path) -> FolderHints:
     if scheduler is not None:
         prediction = scheduler.get("prediction_type", "epsilon")  # schedulers older than v-models lack it
         known = {"epsilon": "eps", "v_prediction": "v"}
-        if prediction not in known:
+        if not isinstance(prediction, str) or prediction not in known:
             raise InputError(
                 f"{path} has prediction_type {prediction!r}, which is not one of {', '.join(known)}"
             )

@@ -91,13 +91,16 @@ FAMILIES = (
     Family("InstructPix2Pix", r"^unet 8 \d"),
     # what may also lie beside the weights of one of the models above
     Family("a ControlNet", r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\."),
-    Family("a LoRA", r"\blora_|\.lora\.|\.lora_|\.hada_w\d|\.lokr_w\d"),
+    Family("a LoRA", r"\blora_|_lora\.|\.lora\.|\.lora_|\.hada_w\d|\.lokr_w\d"),
     Family("a textual inversion", r"^emb_params$|^clip_[gl]$|^string_to_param\b"),
     Family("a diffusers UNet", r"^(unet\.)?down_blocks\."),
     Family("a pixel upscaler", r"\bRRDB_trunk\.|\bbody\.\d+\.rdb1\.|^(params(_ema)?\.)?model\.1\.sub\."),
     Family("a latent diffusion model of an unlisted kind", r"^model(_ema)?\.diffusion_model"),
     Family("an autoencoder alone", r"^(first_stage_model\.|vae\.)?(en|de)coder\.(conv_in|mid)"),
-    Family("a text encoder alone", r"^(cond_stage_model\.transformer\.)?text_model\.|\bresblocks\."),
+    Family(
+        "a text encoder alone",
+        r"^(cond_stage_model\.transformer\.)?(text_model|embeddings)\.|\bresblocks\.",
+    ),
     Family("an unknown model", r""),
 )  # fmt: skip
 

@@ -39,7 +39,7 @@ def check_file(path: Path) -> None:
         except ABSENT as error:
             where = f" (a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
             raise InputError(
-                f"no checkpoint at {path}{where}: put or link one there, or name one with --ckpt"
+                f"no checkpoint at {path}{where}: put or link one there, or name another file"
             ) from error
         if stat.S_ISDIR(status.st_mode):
             from ldm.weights import diffusers_layout  # which uses this module

@@ -209,15 +209,17 @@ def _read_yaml(path: Path, _mtime_ns: int, _size: int) -> Any:
     """The content of a YAML file, parsed anew only when the file has changed."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    return OmegaConf.load(path)
 
 
 def read_section(path: Path, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """A top-level section of a YAML file, as the caller's own copy; InputError if the file is missing,
     malformed or without it.
 
-    With a default the section may be missing.
+    With a default the section may be missing. What the other sections refer to need not exist: training
+    files name the paths and variables of another machine.
     """
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
@@ -226,14 +228,18 @@ def read_section(path: Path, name: str, default: dict[str, Any] | None = None) -
     try:
         status = path.stat()
         content = _read_yaml(path.absolute(), status.st_mtime_ns, status.st_size)
+        section = content.get(name) if isinstance(content, DictConfig) else None
+        if OmegaConf.is_config(section):
+            section = OmegaConf.to_container(section, resolve=True)
+        elif isinstance(content, DictConfig) and name not in content:
+            section = copy.deepcopy(default)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    section = content.get(name, default) if isinstance(content, dict) else None
     if not isinstance(section, dict):
         raise InputError(f"{path} has no {name}: section")
-    return copy.deepcopy(section)
+    return section
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -268,15 +274,11 @@ def load_model(
     """
     import torch
 
-    from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.modules.encoders.modules import BERTEmbedder
     from ldm.modules.encoders.tokenizer import bert_vocabulary_file
-    from ldm.util import instantiate_from_config
     from ldm.weights.checkpoint import load_weights, pick_weights, read_state_dict
 
     params = config.get("params") or {}
-    # the weights are chosen when they are read; a second set of averages would only take memory
-    section = {"target": config["target"], "params": {**params, "use_ema": False}}
     state = read_state_dict(weights)
     averaged = any(name.startswith("model_ema.diffusion_model") for name in state)
     which = which or ("ema" if params.get("use_ema", averaged) else "raw")
@@ -284,7 +286,34 @@ def load_model(
         from ldm.weights.vae import with_vae
 
         state = with_vae(state, vae)
-    if not any(name.startswith("depth_model.") for name in state):
+    model = model_without_values(config, state, allow_target)
+    if isinstance(model.cond_stage_model, BERTEmbedder) and model.cond_stage_model.use_tokenizer:
+        bert_vocabulary_file()  # a missing one need not wait for gigabytes of weights
+    model.register_schedule()  # now with values
+    names = [name for name, _ in model.named_parameters()]
+    picked = pick_weights(state, which, path=weights, names=names)
+    load_weights(model, picked, path=weights, dtype=dtype or torch.float32)
+    model.weights_used = which
+    model.eval().requires_grad_(False)
+    _set_prediction(model, weights, params.get("parameterization"), undecided)
+    return model
+
+
+def model_without_values(
+    config: dict[str, Any], names: Iterable[str], allow_target: Iterable[str] = ()
+) -> LatentDiffusion:
+    """The model of a `model:` section on the meta device, for a checkpoint with weights of these names.
+
+    InputError for a section that describes none.
+    """
+    import torch
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.util import instantiate_from_config
+
+    # the weights are chosen when they are read; a second set of averages would only take memory
+    section = {"target": config["target"], "params": {**(config.get("params") or {}), "use_ema": False}}
+    if not any(name.startswith("depth_model.") for name in names):
         # a file without the estimator works on depth maps that are given
         section["params"].pop("depth_stage_config", None)
     try:
@@ -296,15 +325,6 @@ def load_model(
         raise InputError(f"the config's model cannot be built ({type(error).__name__}: {error})") from error
     if not isinstance(model, LatentDiffusion):
         raise InputError(f"the config's model is {type(model).__name__}, not a LatentDiffusion")
-    if isinstance(model.cond_stage_model, BERTEmbedder) and model.cond_stage_model.use_tokenizer:
-        bert_vocabulary_file()  # a missing one need not wait for gigabytes of weights
-    model.register_schedule()  # now with values
-    names = [name for name, _ in model.named_parameters()]
-    picked = pick_weights(state, which, path=weights, names=names)
-    load_weights(model, picked, path=weights, dtype=dtype or torch.float32)
-    model.weights_used = which
-    model.eval().requires_grad_(False)
-    _set_prediction(model, weights, params.get("parameterization"), undecided)
     return model
 
 

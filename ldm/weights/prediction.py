@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 # Names of the published files and of what was made from them, "v2-1_768-ema-pruned", "512-base-ema".
-NAMED_V = re.compile(r"768[-_]?v|v-?2[-_.]?[01]?[-_]768|v[-_]?pred", re.I)
-NAMED_EPS = re.compile(r"512[-_]?base|v-?2[-_.]?[01]?[-_](512|base)|eps[-_]?pred|2[-_.][01]-base", re.I)
+# A "v" with a number behind it, as in "512x768_v3", is a version.
+NAMED_V = re.compile(r"(?<!x)768[-_]?v(?!\d)|v-?2[-_.]?[01]?[-_]768(?!\d)|v[-_]?pred", re.I)
+NAMED_EPS = re.compile(r"512[-_]?base|v-?2[-_.]?[01]?[-_](512(?!\d)|base)|eps[-_]?pred|2[-_.][01]-base", re.I)
 METADATA = ("modelspec.prediction_type", "prediction_type", "ss_prediction_type")
 BASE_STEPS = 875_000  # of the training of 512-base-ema.ckpt
 SURE = 0.5  # correlation with the noise; see `measured_prediction`

@@ -58,6 +58,8 @@ def check_target(target: Path, source: Path, force: bool) -> None:
             raise InputError(f"{target} cannot be written: {parent} is not writable")
         if not (exists(target) or target.is_symlink()):
             return
+        if exists(target) and not (target.is_file() or target.is_dir()):  # a device could be replaced, too
+            raise InputError(f"{target} is neither a file nor a folder: choose another name")
         if not force:
             raise InputError(f"{target} is there already: choose another name, or --force replaces it")
         if target.is_dir() and not is_diffusers_folder(target):
@@ -72,14 +74,18 @@ def written_whole(target: Path) -> Iterator[Path]:
 
     Otherwise it is removed. InputError where the system refuses.
     """
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    stem = f".{target.name[:50]}.{os.getpid()}"  # a name may be as long as the system allows
+    unfinished = target.with_name(f"{stem}.tmp")
     try:
         yield unfinished
         if target.is_dir():  # which cannot be replaced at once
-            replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+            replaced = target.with_name(f"{stem}.old")
             target.rename(replaced)
             unfinished.rename(target)
-            shutil.rmtree(replaced)
+            if replaced.is_symlink():  # of a link the folder that it leads to stays
+                replaced.unlink()
+            else:
+                shutil.rmtree(replaced)
         else:
             unfinished.replace(target)
     except OSError as error:

@@ -16,13 +16,14 @@ from PIL import Image
 from ldm.cli import like
 from ldm.cli.arguments import gather
 from ldm.cli.like import RUNTIME, settings_like
-from ldm.cli.parser import txt2img_parser
+from ldm.cli.parser import inpaint_parser, txt2img_parser, upscale_parser
 from ldm.errors import InputError
 from ldm.fields import changed, settings_of
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import ImageRequest
 from ldm.runs.options import RunOptions
 from ldm.weights.hashes import file_hash, quick_hash
+from ldm.weights.loading import BUNDLED_WEIGHTS, find
 
 Command = Callable[..., Result]
 
@@ -167,6 +168,15 @@ def test_the_bundled_model_is_found_by_its_hash(command: Command) -> None:
     again = command("txt2img", "--like", first.paths[0], folder="b")
     assert np.array_equal(first.images[0], again.images[0])
     assert not any("will differ" in line for line in again.err)
+
+
+def test_the_bundled_model_enlarges_nothing(tmp_path: Path) -> None:
+    """It was chosen for upscale.py, too, which then refused it, if it had made the small image of --like."""
+    recorded = {"prompt": "a red cube", "model_hash": file_hash(find(BUNDLED_WEIGHTS))}
+    image = str(image_file(tmp_path / "small.png", recorded))
+    files = gather(upscale_parser(), {"like": image, "init_img": [image]}).files
+    assert files.weights != find(BUNDLED_WEIGHTS)
+    assert gather(inpaint_parser(), {"like": image, "init_img": image}).files.weights == find(BUNDLED_WEIGHTS)
 
 
 def image_file(path: Path, recorded: object) -> Path:

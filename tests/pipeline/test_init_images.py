@@ -9,7 +9,7 @@ from commands import Result
 from PIL import Image
 
 from ldm.errors import InputError
-from ldm.pipeline import ImageRequest, Pipeline
+from ldm.pipeline import ImageRequest, Pipeline, init_images
 from ldm.pipeline.init_images import MOST, InitImages
 
 Command = Callable[..., Result]
@@ -53,6 +53,19 @@ def test_an_image_that_is_kept_is_one_object(tmp_path: Path) -> None:
         images(ImageRequest(init_img=colour(red), strength=0.5))
     assert images(request) is not found
     assert np.array_equal(images(request), found)
+
+
+def test_what_is_kept_has_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty-two photographs of 24 megapixels and their masks took 5 GB. The last one is always kept."""
+    monkeypatch.setattr(init_images, "KEPT_BYTES", 3 * 16 * 16 * 2)
+    images = InitImages(max_pixels=1000)
+    requests = [ImageRequest(init_img=Image.new("RGB", (16, 16)), strength=1.0) for _ in range(3)]
+    first, second, third = (images.whole(request) for request in requests)
+    assert images.whole(requests[2]) is third
+    assert images.whole(requests[1]) is second
+    assert images.whole(requests[0]) is not first
+    monkeypatch.setattr(init_images, "KEPT_BYTES", 1)
+    assert images.whole(requests[2]) is images.whole(requests[2])
 
 
 def test_digests_tell_contents_apart(tmp_path: Path) -> None:

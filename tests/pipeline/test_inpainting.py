@@ -16,7 +16,7 @@ from ldm.images.masks import Box
 from ldm.images.pixels import to_float
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.pipeline import ImageRequest, Pipeline
+from ldm.pipeline import ImageRequest, Pipeline, init_images
 from ldm.sampling import catalogue
 
 Load = Callable[..., Pipeline]
@@ -128,6 +128,17 @@ def test_a_mask_that_its_blur_wipes_out(load: Load, caplog: pytest.LogCaptureFix
     (result,) = pixels(load(), painted(point, mask_blur=60, crop_to_mask=4))
     assert np.array_equal(result, np.asarray(IMAGE))
     assert caplog.messages == ["a blur of 60 leaves nothing of the mask image: the image comes back as it is"]
+
+
+def test_canvases_that_are_kept_have_a_size(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen of photographs took gigabytes."""
+    pipeline = load()
+    requests = [pipeline.resolve(painted(seed=1)), pipeline.resolve(painted(seed=1, mask_blur=1))]
+    first, _ = (pipeline.canvases(request, pipeline.described) for request in requests)
+    assert pipeline.canvases(requests[0], pipeline.described) is first
+    monkeypatch.setattr(init_images, "KEPT_BYTES", first.nbytes)
+    assert pipeline.canvases(pipeline.resolve(painted(mask_blur=2)), pipeline.described) is not first
+    assert pipeline.canvases(requests[0], pipeline.described) is not first
 
 
 def test_a_mask_of_another_size_is_resized(load: Load, caplog: pytest.LogCaptureFixture) -> None:
@@ -247,11 +258,11 @@ def test_every_sampler_paints(load: Load, sampler: str) -> None:
 
 
 def test_a_white_mask_is_text_to_image(load: Load) -> None:
-    """At strength 1, soft or not: nothing is known."""
+    """At strength 1, soft or not: nothing is known. The default scale is text to image's, too."""
     pipeline = load()
     white = Image.new("L", (50, 37), "white")
     hard, soft = pixels(pipeline, painted(white), painted(white, soft=True))
-    (text,) = pixels(pipeline, ImageRequest("a cat", steps=4, seed=3, height=40, width=56, scale=5))
+    (text,) = pixels(pipeline, ImageRequest("a cat", steps=4, seed=3, height=40, width=56))
     assert np.array_equal(hard, text[:37, :50])
     assert np.array_equal(soft, text[:37, :50])
 
@@ -260,7 +271,7 @@ def test_a_soft_mask_of_one_grey_is_image_to_image_by_that_strength(load: Load) 
     """Where the run starts at the level of the first step: all pixels join it together."""
     pipeline = load()
     init = Image.fromarray(noise(64, 64))
-    settings = {"init_img": init, "steps": 10, "sampler": "euler", "seed": 3}
+    settings = {"init_img": init, "steps": 10, "sampler": "euler", "seed": 3, "scale": 5}
     grey = Image.new("L", (64, 64), 128)  # 0.502, at least 1 - 5 / 10
     (soft,) = pixels(pipeline, ImageRequest("a cat", mask=grey, soft=True, strength=1.0, **settings))
     (half,) = pixels(pipeline, ImageRequest("a cat", strength=0.5, **settings))

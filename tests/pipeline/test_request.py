@@ -4,12 +4,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.errors import FieldError
 from ldm.fields import settings_of
-from ldm.pipeline.request import MAX_SEED, ImageRequest, image_name, image_seed
+from ldm.pipeline.request import IMAGE_SETTINGS, MAX_SEED, ImageRequest, image_name, image_seed
 
 INIT = Image.new("RGB", (8, 8))
 
@@ -158,3 +159,11 @@ def test_requests_are_checked_without_torch() -> None:
         "RuntimeOptions(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", IMAGE_SETTINGS)
+def test_images_are_files_or_of_pillow(name: str) -> None:
+    """An array as a mask was a traceback, and as an init image a message with all of its pixels."""
+    values = {"init_img": "a.png", "strength": 0.5, name: np.zeros((3, 3))}
+    with pytest.raises(FieldError, match=f"{name} is an object of type ndarray: give a file's name or a PIL"):
+        ImageRequest("a cat", **values)

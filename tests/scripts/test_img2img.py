@@ -277,6 +277,22 @@ def test_the_watermark_is_on_by_default(img2img) -> None:
     assert 0 < np.abs(marked.images[0] - plain.images[0]).mean() < 8
 
 
+def test_lines_bring_their_own_images(command, model, init, tmp_path):
+    """The command asked for an --init-img, although each line named one."""
+    argv = ["--config", model[0], "--ckpt", model[1], "--steps", 2, "--skip_grid", "--strength", 0.5]
+    path = tmp_path / "lines.jsonl"
+    path.write_text(json.dumps({"prompt": "a cat", "init_img": str(init)}))
+    result = command("img2img", *argv, "--from-file", path)
+    assert result.code == 0
+    assert [(s["init_img"], s["strength"]) for s in result.settings] == [(init.name, 0.5)] * len(result.paths)
+    path.write_text(path.read_text() + "\n" + json.dumps({"prompt": "a cat", "seed": 1}))
+    refused(command("img2img", *argv, "--from-file", path, folder="no"), "line 2: --init-img is missing")
+    (tmp_path / "plain.txt").write_text("a cat")
+    refused(
+        command("img2img", *argv, "--from-file", tmp_path / "plain.txt", folder="no"), "--init-img is missing"
+    )
+
+
 # --- bad input, before any model is loaded
 
 

@@ -117,6 +117,41 @@ def test_lines_with_masks_of_their_own(plain: Command, mask: Path, tmp_path: Pat
     assert (run.images[1][:20] == noise(30, 44)[:20]).all()
 
 
+def test_the_watermark_is_where_it_was_painted(plain: Command, tmp_path: Path) -> None:
+    """It was written over the whole image: by default no pixel of a photograph came back as it was."""
+    before = noise(256, 264)
+    Image.fromarray(before).save(tmp_path / "photo.png")
+    mask = np.zeros((256, 264), np.uint8)
+    mask[20:100, 30:120] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    argv = ["--init-img", tmp_path / "photo.png", "--mask", tmp_path / "mask.png", "--mask_blur", 0]
+    argv += ["--steps", 1, "--skip_grid"]
+    (marked,) = plain(*argv, "--watermark", "StableDiffusionV1").images
+    (unmarked,) = plain(*argv, folder="unmarked").images
+    assert (marked[mask == 0] == before[mask == 0]).all()
+    assert (marked[mask > 0] != unmarked[mask > 0]).any()
+    Image.new("L", (264, 256)).save(tmp_path / "black.png")
+    (same,) = plain(*argv, "--mask", tmp_path / "black.png", "--watermark", "mine", folder="black").images
+    assert (same == before).all()
+
+
+def test_lines_bring_their_own_images(
+    command: Command, model: tuple[Path, Path], init: Path, mask: Path, tmp_path: Path
+) -> None:
+    """The command asked for an --init-img, although each line named one."""
+    argv = [*base(model, init)[:-2], "--skip_grid", "--mask_blur", 1, "--invert_mask", "--strength", 0.5]
+    lines = [{"prompt": "a dog", "init_img": str(init), "mask": str(mask)}] * 2
+    lines[1] = lines[1] | {"invert_mask": False, "strength": 1.0}
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    result = command("inpaint", *argv, "--from-file", path)
+    assert result.code == 0
+    found = [[s[name] for name in ("init_img", "invert_mask", "strength")] for s in result.settings]
+    assert found == [["init.png", True, 0.5], ["init.png", False, 1.0]]
+    path.write_text(path.read_text() + "\n" + json.dumps({"prompt": "a cat", "mask": str(mask)}))
+    refused(command("inpaint", *argv, "--from-file", path, folder="no"), "line 3: --init-img is missing")
+
+
 def test_resume_with_a_changed_mask_is_refused(plain: Command, mask: Path) -> None:
     argv = ["--mask", mask, "--n_samples", 2, "--skip_grid"]
     before = plain(*argv)

@@ -125,6 +125,37 @@ def test_what_is_refused(upscale: Command, photos: Path, tmp_path: Path) -> None
     refused(upscale("--init-img", photos / "a.jpg", "--model", tmp_path / "x.pth"), "--model", "--ckpt")
 
 
+@pytest.mark.parametrize("name", ["txt2img", "img2img"])
+def test_like_the_small_image(
+    name: str, upscale: Command, command: Command, model: tuple[Path, Path], photos: Path
+) -> None:
+    """The result had the size of the small image, and that of image to image was refused for its strength."""
+    base = ["--config", model[0], "--ckpt", model[1], "--steps", 2, "--n_samples", 1, "--n_iter", 1]
+    argv = [] if name == "txt2img" else ["--init-img", photos / "b.png"]
+    small = command(name, *base, *argv, "--prompt", "a cat", "--H", 16, "--W", 24, folder="small").paths[0]
+    result = upscale("--like", small, "--init-img", small)
+    assert result.code == 0
+    assert result.images[0].shape == (64, 96, 3)
+    assert result.settings[0].items() >= {"prompt": "a cat", "noise_level": 20, "steps": 2}.items()
+    assert "strength" not in result.settings[0]
+
+
+def test_an_empty_name_is_no_folder(upscale: Command, photos: Path, monkeypatch) -> None:
+    """An empty shell variable enlarged all images of the working folder."""
+    monkeypatch.chdir(photos)
+    refused(upscale("--init-img", ""), "--init-img is missing, or has no value")
+    refused(upscale("--init-img", photos / "a.jpg", ""), "--init-img is missing, or has no value")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 1)])
+def test_results_without_a_size_that_can_be(upscale: Command, tmp_path: Path, size: tuple[int, int]) -> None:
+    """The error was about --H or --W, which nobody had given."""
+    Image.new("RGB", size).save(tmp_path / "strip.png")
+    result = upscale("--init-img", tmp_path / "strip.png")
+    refused(result, f"strip.png would become {4 * size[0]}x{4 * size[1]}: sides of 8 … 65,536 pixels")
+    assert "--" not in result.err[0]
+
+
 def test_another_model_is_named(command: Command, model: tuple[Path, Path], photos: Path) -> None:
     argv = ["--config", model[0], "--ckpt", model[1], "--init-img", photos / "a.jpg"]
     refused(command("upscale", *argv), "txt2img.py or img2img.py")
@@ -178,8 +209,16 @@ def test_a_pixel_upscaler_reads_no_prompt(upscale_pixels: Command, photos: Path)
     assert result.err == ["--prompt, --ddim_steps: a pixel upscaler (--model) has no prompt and no sampling"]
 
 
+def test_a_pixel_upscaler_has_no_parts(upscale_pixels: Command, photos: Path) -> None:
+    """--vae and --weights were without effect, and nothing said so."""
+    result = upscale_pixels("--init-img", photos / "a.jpg", "--vae", "nowhere.ckpt", "--weights", "ema")
+    assert result.code == 0
+    assert len(result.err) == 1
+    assert result.err[0].startswith("--vae, --weights: a pixel upscaler")
+
+
 def test_files_that_are_no_pixel_upscaler(command: Command, model: tuple[Path, Path], photos: Path) -> None:
     argv = ["--init-img", photos / "a.jpg", "--model"]
     refused(command("upscale", *argv, model[1]), "looks like a latent diffusion model")
     refused(command("upscale", *argv, photos / "a.jpg"), "not a checkpoint")
-    refused(command("upscale", *argv, photos / "none.pth"), "none.pth")
+    refused(command("upscale", *argv, photos / "none.pth"), "--model", "none.pth: there is no such file")

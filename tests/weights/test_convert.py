@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -349,6 +350,74 @@ def test_nothing_is_overwritten_by_accident(tmp_path: Path) -> None:
     }
 
 
+def test_a_device_is_not_replaced(tmp_path: Path) -> None:
+    """--force put a file in the place of the pipe or device (/dev/full) that DST named."""
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    for force in (False, True):
+        with pytest.raises(InputError, match="is neither a file nor a folder"):
+            check_target(pipe, tmp_path / "a.safetensors", force)
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    """--force on a link to a folder replaced it, but ended with an error and left the link beside it."""
+    for name in ("folder", "old.ckpt"):
+        link = tmp_path / f"link to {name}"
+        if name == "folder":
+            (tmp_path / name).mkdir()
+        else:
+            (tmp_path / name).write_text("old")
+        link.symlink_to(name)
+        with written_whole(link) as path:
+            path.mkdir() if name == "folder" else path.write_text("new")
+        assert not link.is_symlink()
+    assert (tmp_path / "old.ckpt").read_text() == "old"
+    names = {"folder", "link to folder", "old.ckpt", "link to old.ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_tokenizer_that_cannot_be_written(tmp_path: Path) -> None:
+    """On a full disk the library's plain Exception ended the command with exit code 1 instead of a line."""
+    with (
+        pytest.raises(InputError, match="folder cannot be written: No such file or directory"),
+        written_whole(tmp_path / "folder") as path,
+    ):
+        configs.write_tokenizer(path / "nowhere", pads_with_zero=False)
+
+
+def test_names_as_long_as_the_system_allows(tmp_path: Path) -> None:
+    """The unfinished file's name was longer than DST's, which ended in an OSError with exit code 1."""
+    target = tmp_path / f"{'a' * 243}.safetensors"
+    with written_whole(target) as path:
+        path.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "lost", "words"),
+    [
+        ("v2", "v2", "model.diffusion_model.middle_block.1.proj_in.weight", "1 of 508 weights are missing"),
+        ("v2", "v2", "model.diffusion_model.input_blocks.1.0.out_layers.3.weight", "1 of 508 weights are"),
+        ("v2", "v2", "cond_stage_model.", r"; all of its text encoder\)"),
+        (
+            "depth",
+            "depth",
+            "depth_model.model.scratch.",
+            r"first depth_model.model.scratch.*weight\)",
+        ),
+        ("v1", "v2", "none", r"another shape \(first model.*\[32, 32, 1, 1\] instead of \[32, 32\]"),
+    ],
+)
+def test_half_a_model_makes_no_folder(tmp_path: Path, kind: str, config: str, lost: str, words: str) -> None:
+    """A file without some weights, or of another model, gave a KeyError or a folder that nothing loads."""
+    source = tmp_path / "a.safetensors"
+    save_file({name: t.clone() for name, t in checkpoint(kind).items() if not name.startswith(lost)}, source)
+    yaml = write_yaml(tmp_path / "tiny.yaml", config)
+    with pytest.raises(InputError, match=words):
+        run(source, tmp_path / "folder", config=yaml)
+    assert not (tmp_path / "folder").exists()
+
+
 @pytest.mark.parametrize("target", ["new", "old"])
 def test_what_fails_leaves_nothing(tmp_path: Path, target: str) -> None:
     """A killed or failing conversion leaves what was there, or nothing."""
@@ -379,11 +448,18 @@ def test_names_without_text_model(tmp_path: Path) -> None:
 
 
 def test_a_family_without_a_pipeline(tmp_path: Path) -> None:
-    source = tmp_path / "a.safetensors"
-    state = {name: t for name, t in checkpoint("v1").items() if not name.startswith("cond_stage_model.")}
-    save_file(state, source)
+    """The text encoder of LAION-400M is no part of any pipeline that is written here."""
+    section = tiny_config("v1")
+    bert = {"n_embed": 32, "n_layer": 1, "vocab_size": 100}
+    target = "ldm.modules.encoders.modules.BERTEmbedder"
+    section["params"]["cond_stage_config"] = {"target": target, "params": bert}
+    with torch.device("meta"):
+        model = instantiate_from_config(section)
+    source, yaml = tmp_path / "a.safetensors", tmp_path / "tiny.yaml"
+    save_file({name: torch.zeros(t.shape) for name, t in model.state_dict().items()}, source)
+    yaml.write_text(json.dumps({"model": section}))
     with pytest.raises(InputError, match="diffusers has no pipeline for"):
-        run(source, tmp_path / "folder", config=write_yaml(tmp_path / "tiny.yaml", "v1"))
+        run(source, tmp_path / "folder", config=str(yaml))
     assert not (tmp_path / "folder").exists()
 
 

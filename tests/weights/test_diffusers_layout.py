@@ -221,6 +221,20 @@ def test_half_a_folder(folder: Path, part: str) -> None:
     assert f"{folder} lacks {part}/ of its StableDiffusionPipeline" in refusal(folder)
 
 
+def test_a_text_encoder_without_its_config(folder: Path) -> None:
+    """OpenCLIP's weights were taken for CLIP's, and all of the text encoder was said to be missing."""
+    (folder / "text_encoder/config.json").unlink()
+    assert "lacks text_encoder/config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "fp16.safetensors", "bin"])
+def test_shards_without_their_index(folder: Path, suffix: str) -> None:
+    """The refusal named a file that no whole folder of shards has."""
+    whole = folder / "unet/diffusion_pytorch_model.safetensors"
+    whole.rename(folder / f"unet/diffusion_pytorch_model-00001-of-00002.{suffix}")
+    assert "unet has shards of weights without their index" in refusal(folder)
+
+
 def test_depth_without_its_estimator(saved: Callable, tmp_path: Path) -> None:
     path = shutil.copytree(saved("depth")[1], tmp_path / "depth")
     shutil.rmtree(path / "depth_estimator")
@@ -242,6 +256,7 @@ def test_other_pipelines_are_named(folder: Path, name: str) -> None:
         ("model_index.json", "[]", "holds list instead of a JSON object"),
         ("model_index.json", "{}", "is of no pipeline class"),
         ("text_encoder/config.json", "\xff", "is not valid JSON"),
+        ("scheduler/scheduler_config.json", '{"prediction_type": ["epsilon"]}', "has prediction_type"),
         (UNET, "", "is empty"),
         (UNET, "version https://git-lfs.github.com/spec/v1", "a git-LFS pointer"),
     ],

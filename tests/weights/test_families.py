@@ -96,7 +96,7 @@ def test_attention_in_the_middle_alone():
         ("noise_augmentor.data_mean", "Stable unCLIP"),
         ("down_blocks.0.resnets.0.conv1.weight", "a diffusers UNet"),
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "a LoRA"),
-        ("unet.down_blocks.0.attentions.0.processor.to_q_lora.down.weight", "a diffusers UNet"),
+        ("unet.down_blocks.0.attentions.0.processor.to_q_lora.down.weight", "a LoRA"),
         ("unet.up_blocks.0.attentions.0.to_q.lora_A.weight", "a LoRA"),
         ("emb_params", "a textual inversion"),
         ("string_to_param.*", "a textual inversion"),
@@ -106,6 +106,7 @@ def test_attention_in_the_middle_alone():
         ("encoder.conv_in.weight", "an autoencoder alone"),
         ("first_stage_model.decoder.conv_in.weight", "an autoencoder alone"),
         ("text_model.encoder.layers.0.mlp.fc1.bias", "a text encoder alone"),
+        ("embeddings.token_embedding.weight", "a text encoder alone"),  # as transformers >= 5.6 names it
         ("model_ema.diffusion_modelout0bias", "a latent diffusion model of an unlisted kind"),
         ("layer.0.weight", "an unknown model"),
     ],

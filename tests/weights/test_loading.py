@@ -188,7 +188,7 @@ def test_relative_paths_are_of_the_working_folder(tmp_path, monkeypatch):
     ("content", "words"),
     [
         ("a: [", "is not valid YAML"),
-        ("a: ${b}", "is not valid YAML"),
+        ("model: ${b}", "is not valid YAML"),
         ("[1, 2]", "has no model: section"),
         ("model: 3", "has no model: section"),
         ("model: {params: {}}", "has no target"),
@@ -202,6 +202,16 @@ def test_unusable_yaml(tmp_path, monkeypatch, content, words):
     with pytest.raises(InputError, match=words) as caught:
         read_config(Path("model.yaml"))
     assert " model.yaml " in f" {caught.value} "
+
+
+def test_only_the_section_that_is_read_is_resolved(tmp_path):
+    """A training file was refused, as its data: section refers to a variable of another machine."""
+    path = tmp_path / "a.yaml"
+    data = "data:\n  root: ${oc.env:A_VARIABLE_OF_ANOTHER_MACHINE}\n  batch: ${trainer.batch}\n"
+    path.write_text(f"width: 4\nmodel:\n  target: x\n  params:\n    a: ${{width}}\n{data}")
+    assert read_config(path) == {"target": "x", "params": {"a": 4}}
+    with pytest.raises(InputError, match=r"is not valid YAML: .*A_VARIABLE_OF_ANOTHER_MACHINE"):
+        loading.read_section(path, "data")
 
 
 def test_yaml_that_is_not_there(tmp_path):
@@ -373,6 +383,10 @@ HINTS = {
     "sd-v2-base/model.ckpt": "eps",
     "illuminati.safetensors": None,
     "v768.safetensors": None,
+    # sizes and versions, which were taken for hints, so that an eps-model was run as one of v
+    "photo_512x768_v3.safetensors": None,
+    "dreamlike_768_v2.ckpt": None,
+    "wide_512x768_v.ckpt": None,
 }
 
 
