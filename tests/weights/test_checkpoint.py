@@ -193,7 +193,7 @@ def test_other_files_are_named(tmp_path, content, words):
 
 
 def test_missing_link_and_folder(tmp_path):
-    assert "--ckpt" in refusal(tmp_path / "none.ckpt")
+    assert "or name another file" in refusal(tmp_path / "none.ckpt")
     (tmp_path / "link.ckpt").symlink_to(tmp_path / "gone.ckpt")
     assert "gone.ckpt" in refusal(tmp_path / "link.ckpt")
     assert "a folder" in refusal(tmp_path)
