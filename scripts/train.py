@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train either stage of the bundled model: an autoencoder, or a latent diffusion model on its latents.
+"""Train a bundled model: an autoencoder, a latent diffusion model on its latents, or a depth estimator.
 
 A run that was stopped goes on from its last checkpoint when it is started again.
 """
@@ -37,10 +37,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from ldm.models.autoencoder import AutoencoderKL
     from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.modules.midas.api import MiDaSInference
     from ldm.training.config import training_config
     from ldm.training.files import writing
     from ldm.training.loop import save_weights, train
-    from ldm.training.tasks import FirstStageTask, LatentDiffusionTask
+    from ldm.training.tasks import DepthTask, FirstStageTask, LatentDiffusionTask
     from ldm.util import instantiate_from_config
     from ldm.weights.loading import read_config, read_section
 
@@ -64,8 +65,10 @@ def main(argv: list[str] | None = None) -> int:
             task = LatentDiffusionTask(model, config, folder / "latents.safetensors")
         case AutoencoderKL():
             task = FirstStageTask(model, config)
+        case MiDaSInference():
+            task = DepthTask(model, config)
         case _:
-            raise InputError(f"{bases[0]}: the model is {type(model).__name__}, which is neither stage")
+            raise InputError(f"{bases[0]}: the model is {type(model).__name__}, which is not trained here")
     train(task, folder, args.stop_at or config.steps)
     print(save_weights(task, output))
     return 0

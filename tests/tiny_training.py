@@ -78,3 +78,61 @@ def run_train(*arguments: str) -> int:
 def new_model() -> LatentDiffusion:
     """A second stage with random weights."""
     return instantiate_from_config(SECOND_STAGE)
+
+
+def family(target: str, in_channels: int, **params: Any) -> dict[str, Any]:
+    """The second stage as another class, whose UNet has further input channels and a frozen text encoder."""
+    unet = {**UNET, "in_channels": in_channels, **params.pop("unet", {})}
+    own = {
+        **SECOND_STAGE["params"],
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        "conditioning_key": "hybrid",
+        "cond_stage_trainable": False,
+        **params,
+    }
+    return {"target": f"ldm.models.diffusion.ddpm.{target}", "params": own}
+
+
+ESTIMATOR = {
+    "target": "ldm.modules.midas.api.MiDaSInference",
+    "params": {
+        "model_type": "dpt_hybrid",
+        "image_size": 32,
+        "width": 16,
+        "layers": 4,
+        "heads": 2,
+        "backbone_width": 4,
+        "backbone_depths": [1, 1, 1],
+        "groups": 2,
+        "features": 8,
+        "classes": 0,
+    },
+}
+INPAINTING = family("LatentInpaintDiffusion", 9)
+DEPTH = family("LatentDepth2ImageDiffusion", 5, depth_stage_config=ESTIMATOR)
+LOW_SCALE = {
+    "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+    "params": {"noise_schedule_config": {"linear_start": 1e-4, "linear_end": 2e-2}, "max_noise_level": 350},
+}
+FIRST_STAGE_X4 = {
+    "target": "ldm.models.autoencoder.AutoencoderKL",
+    "params": {
+        "embed_dim": 4,
+        "ddconfig": {"ch": 16, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "z_channels": 4, "num_groups": 1},
+    },
+}
+UPSCALER = family(
+    "LatentUpscaleDiffusion",
+    7,
+    unet={
+        "num_classes": 1000,
+        "model_channels": 32,
+        "channel_mult": [2, 2],
+        "num_groups": 4,
+        "attention_resolutions": [],
+    },
+    first_stage_config=FIRST_STAGE_X4,
+    low_scale_config=LOW_SCALE,
+    conditioning_key="hybrid-adm",
+    parameterization="v",
+)

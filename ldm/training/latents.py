@@ -9,12 +9,15 @@ from tqdm import tqdm
 
 from ldm.images.pixels import to_float
 from ldm.log import notice
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.scenes import scene
 from ldm.training.config import TrainingConfig
 from ldm.training.dataset import render_scenes
+from ldm.training.families import concat_channels, example_of
 from ldm.training.files import write_tensors
 from ldm.weights.files import exists
+from ldm.weights.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, find, load_model, read_config
 
 
 def cached_latents(model: LatentDiffusion, config: TrainingConfig, path: Path) -> dict[str, torch.Tensor]:
@@ -45,6 +48,8 @@ def dependencies(model: LatentDiffusion, config: TrainingConfig) -> dict[str, st
         "seed": str(config.seed),
         "images": str(config.images),
         "image_size": str(config.image_size),
+        "soften": str(config.soften),
+        "model": type(model).__name__,
         "version of the scenes": str(scene.VERSION),
     }
 
@@ -60,17 +65,34 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 @torch.no_grad()
 def encode_scenes(model: LatentDiffusion, config: TrainingConfig) -> dict[str, torch.Tensor]:
-    """`mean` and `std` of the latents, float16 [n, c, h/8, w/8]; `tokens` of the captions, int32 [n, 77]."""
-    images, captions = render_scenes(config)
-    means, stds = [], []
-    for i in tqdm(range(0, len(images), 64), "encoding scenes"):
-        x = to_float(images[i : i + 64]).to(model.device, memory_format=torch.channels_last)
+    """`mean` and `std` of the latents, float16 [n, c, h/8, w/8]; `tokens` of the captions, int32 [n, 77].
+
+    For a model whose UNet has further input channels also these: `concat`, float16 [n, …, h/8, w/8].
+    """
+    images, captions, maps = render_scenes(config, example_of(model))
+    generator = torch.Generator().manual_seed(config.seed)
+    soft = bundled_first_stage(model.device) if config.soften else None
+    data: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "concat": []}
+    count = max(1, 64 * 64**2 // config.image_size**2)
+    for i in tqdm(range(0, len(images), count), "encoding scenes"):
+        x = to_float(images[i : i + count]).to(model.device, memory_format=torch.channels_last)
+        given = None if maps is None else maps[i : i + count].to(model.device)
         with torch.autocast(x.device.type, torch.bfloat16):  # as precise as the training itself
             posterior = model.encode_first_stage(x)
-        means.append(posterior.mean.half().cpu())
-        stds.append(posterior.std.half().cpu())
-    return {
-        "mean": torch.cat(means).contiguous(),
-        "std": torch.cat(stds).contiguous(),
-        "tokens": model.cond_stage_model.tokenizer(captions).to(torch.int32),
-    }
+            size = tuple(posterior.mean.shape[-2:])
+            concat = concat_channels(model, x, given, size, generator)
+            if soft is not None:
+                softened = torch.rand(len(x), generator=generator) < config.soften
+                concat[softened] = soft.decode(soft.encode(concat[softened]).mode()).to(concat.dtype)
+        data["mean"].append(posterior.mean.half().cpu())
+        data["std"].append(posterior.std.half().cpu())
+        if concat is not None:
+            data["concat"].append(concat.half().cpu())
+    encoded = {name: torch.cat(parts).contiguous() for name, parts in data.items() if parts}
+    return encoded | {"tokens": model.cond_stage_model.tokenizer(captions).to(torch.int32)}
+
+
+def bundled_first_stage(device: torch.device) -> AutoencoderKL:
+    """The first stage of the bundled 64x64 model: an upscaler is to know its soft images."""
+    config = read_config(find(BUNDLED_CONFIG))
+    return load_model(config, find(BUNDLED_WEIGHTS)).first_stage_model.to(device)

@@ -11,6 +11,7 @@ from pytorch_lightning.loggers.logger import Logger
 
 from ldm.training.files import write_tensors, writing_below
 from ldm.training.tasks import LatentDiffusionTask, Task
+from ldm.weights.checkpoint import COMPUTED
 
 
 class SampleImages(Callback):
@@ -90,8 +91,11 @@ def train(task: Task, folder: Path, stop_at: int) -> None:
 
 
 def save_weights(task: Task, path: Path) -> Path:
-    """Write the averaged weights: a first stage as it is, the whole model in half precision."""
-    state = task.averaged_state()
+    """Write the averaged weights: a first stage as it is, the whole model in half precision.
+
+    The schedule, which every model computes itself, is left out.
+    """
+    state = {name: t for name, t in task.averaged_state().items() if not COMPUTED.fullmatch(name)}
     if isinstance(task, LatentDiffusionTask):
         # Scalars such as the latents' scale stay in single precision.
         state = {name: t.half() if t.ndim and t.is_floating_point() else t for name, t in state.items()}

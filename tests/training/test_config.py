@@ -24,8 +24,26 @@ def test_values_and_defaults() -> None:
     assert (config.seed, config.ema_decay, config.init) == (0, 0.999, None)
 
 
+def test_a_drill_has_words_or_timesteps_of_its_own() -> None:
+    assert not training_config(TRAINING).drills
+    assert training_config(TRAINING | {"drill": ["left"]}).drills
+    assert training_config(TRAINING | {"drill_timesteps": [200, 1000]}).drills
+
+
 @pytest.mark.parametrize(
-    "names", [["autoencoder.yaml"], ["scenes-64.yaml"], ["scenes-64.yaml", "drill.yaml"]], ids="-".join
+    "names",
+    [
+        ["autoencoder.yaml"],
+        ["scenes-64.yaml"],
+        ["scenes-64.yaml", "drill.yaml"],
+        ["scenes-64-v.yaml"],
+        ["scenes-64-inpainting.yaml", "inpainting-drill.yaml"],
+        ["depth-estimator.yaml"],
+        ["scenes-64-depth.yaml", "depth-drill.yaml"],
+        ["autoencoder-x4.yaml", "decoder-x4.yaml"],
+        ["scenes-x4.yaml", "x4-drill.yaml"],
+    ],
+    ids="-".join,
 )
 def test_the_sections_of_this_repository(names: list[str]) -> None:
     values: dict[str, Any] = {}
@@ -57,6 +75,13 @@ def test_the_sections_of_this_repository(names: list[str]) -> None:
         ("drill_timesteps", [0.5, 400], "two whole numbers [low, high] with 0 <= low < high"),
         ("init", 5, "the path of a file"),
         ("first_stage", "", "the path of a file"),
+        ("text_encoder", True, "the path of a file"),
+        ("depth_model", "", "the path of a file"),
+        ("soften", 1.5, "a number from 0 to 1"),
+        ("crop", -8, "a whole number of at least 0"),
+        ("latent_noise", -0.1, "a number of at least 0"),
+        ("linear_start", 1, "true or false"),
+        ("decoder_only", "yes", "true or false"),
     ],
 )
 def test_wrong_values_are_named(name: str, value: Any, wanted: str) -> None:

@@ -37,7 +37,7 @@ def test_what_is_encoded(model: LatentDiffusion) -> None:
         "tokens": (torch.int32, (3, 77)),
     }
     assert (data["std"] > 0).all()
-    _, captions = render_scenes(config)
+    _, captions, _ = render_scenes(config)
     assert torch.equal(data["tokens"].long(), model.cond_stage_model.tokenizer(captions))
 
 

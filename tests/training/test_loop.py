@@ -3,9 +3,10 @@
 import csv
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import run_train, second_stage, write_yaml
+from tiny_training import DEPTH, ESTIMATOR, INPAINTING, run_train, second_stage, write_yaml
 
 from ldm.training.loop import MetricsFile
 from ldm.training.tasks import step_generator
@@ -105,3 +106,28 @@ def test_the_numbers_of_a_step_depend_on_seed_and_step() -> None:
     )
     assert first == again
     assert first not in others
+
+
+@pytest.mark.parametrize("config", [INPAINTING, DEPTH], ids=["inpainting", "depth"])
+def test_a_resumed_sibling_equals_an_undisturbed_one(config: dict, first_stage: Path, tmp_path: Path) -> None:
+    """Its masks and depth maps, too, depend on seed and step alone."""
+    for name, stops in (("whole", [4]), ("parts", [2, 4])):
+        (tmp_path / name).mkdir()
+        settings = {"first_stage": str(first_stage), "images": 16, "sample_every": 4}
+        arguments = write_yaml(tmp_path / name / "sibling.yaml", config, **settings)
+        for stop in stops:
+            assert run_train(*arguments, "--stop_at", str(stop)) == 0
+    whole, parts = (tmp_path / name / "sibling" for name in ("whole", "parts"))
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+    assert (whole / "step-000004.png").exists()
+
+
+def test_a_depth_estimator_learns_the_depths_of_renders(tmp_path: Path) -> None:
+    settings = {"steps": 30, "images": 16, "learning_rate": 3e-3, "sample_every": 30, "ema_decay": 0.5}
+    arguments = write_yaml(tmp_path / "depth.yaml", ESTIMATOR, **settings)
+    assert run_train(*arguments) == 0
+    rows = list(csv.DictReader((tmp_path / "depth" / "metrics.csv").open(newline="")))
+    assert float(rows[-1]["loss"]) < 2, "estimates of 0 are 3.8 away"
+    state = load_file(tmp_path / "depth" / "model.safetensors")
+    assert any(name.startswith("model.pretrained.") for name in state)
+    assert (tmp_path / "depth" / "step-000030.png").exists()

@@ -2,16 +2,30 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_training import FIRST_STAGE, TRAINING, new_model, run_train, second_stage
+from tiny_training import (
+    DEPTH,
+    ESTIMATOR,
+    FIRST_STAGE,
+    FIRST_STAGE_X4,
+    INPAINTING,
+    TRAINING,
+    UPSCALER,
+    new_model,
+    run_train,
+    second_stage,
+)
 
 from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import CLIPTokenizer
+from ldm.training import latents
 from ldm.training.config import training_config
+from ldm.training.linear import start_linear
 from ldm.training.tasks import FirstStageTask, LatentDiffusionTask, Task, stratified
 from ldm.util import instantiate_from_config
 
@@ -133,3 +147,177 @@ def test_drilled_captions_and_timesteps(
         assert ((t[:6] >= 400) & (t[:6] < 500)).all()
         assert t[6] < 500 <= t[7]
         assert torch.isin(captions[:6], words).any(dim=1).all()
+
+
+def sibling(config: dict, init: Path, tmp_path: Path, **training: Any) -> LatentDiffusionTask:
+    """A task that starts from the weights of a text-to-image model."""
+    torch.manual_seed(1)
+    section = TRAINING | {"images": 8, "init": str(init)} | training
+    return LatentDiffusionTask(
+        instantiate_from_config(config), training_config(section), tmp_path / "latents.safetensors"
+    )
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a text-to-image model, none of them zero."""
+    torch.manual_seed(0)
+    model = new_model()
+    for weight in model.model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    path = tmp_path_factory.mktemp("text") / "model.ckpt"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("config", [INPAINTING, DEPTH], ids=["inpainting", "depth"])
+@torch.no_grad()
+def test_channels_that_grow_with_zeros_change_nothing_at_first(
+    config: dict, text_model: Path, tmp_path: Path
+) -> None:
+    model = sibling(config, text_model, tmp_path).model
+    plain = new_model()
+    plain.load_state_dict(torch.load(text_model))
+    x, t, context = torch.randn(2, 4, 4, 4), torch.tensor([10, 900]), torch.randn(2, 77, 8)
+    further = model.model.diffusion_model.in_channels - 4
+    cond = {"c_crossattn": [context], "c_concat": [torch.randn(2, further, 4, 4)]}
+    torch.testing.assert_close(model.apply_model(x, t, cond), plain.apply_model(x, t, context))
+
+
+def test_only_the_unet_of_a_sibling_is_trained(text_model: Path, tmp_path: Path) -> None:
+    task = sibling(INPAINTING, text_model, tmp_path)
+    before = {name: weight.clone() for name, weight in task.model.named_parameters()}
+    optimizer = task.configure_optimizers()["optimizer"]
+    task.log = lambda *_, **__: None
+    task.training_step(0, 0).backward()
+    optimizer.step()
+    changed = {name.split(".")[0] for name, w in task.model.named_parameters() if not w.equal(before[name])}
+    assert changed == {"model"}
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    grown = dict(task.model.named_parameters())[name][:, 4:]
+    assert grown.abs().max() > 0, "the channels of mask and masked image are learned"
+
+
+def test_a_depth_estimator_comes_from_its_own_file(text_model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    estimator = instantiate_from_config(ESTIMATOR)
+    torch.save(estimator.state_dict(), tmp_path / "depth.ckpt")
+    task = sibling(DEPTH, text_model, tmp_path, depth_model=str(tmp_path / "depth.ckpt"))
+    for name, weight in estimator.state_dict().items():
+        assert torch.equal(weight, task.averaged_state()[f"depth_model.{name}"])
+    with pytest.raises(InputError, match="a LatentInpaintDiffusion has no depth estimator"):
+        sibling(INPAINTING, text_model, tmp_path, depth_model=str(tmp_path / "depth.ckpt"))
+
+
+def upscaler(folder: Path, text_model: Path, **training: Any) -> LatentDiffusionTask:
+    torch.manual_seed(3)
+    first_stage = instantiate_from_config(FIRST_STAGE_X4)
+    start_linear(first_stage)
+    torch.save(first_stage.state_dict(), folder / "first.ckpt")
+    section = TRAINING | {"images": 4, "image_size": 64, "crop": 32, "batch_size": 2, "linear_start": True}
+    section |= {"first_stage": str(folder / "first.ckpt"), "text_encoder": str(text_model)} | training
+    model = instantiate_from_config(UPSCALER)
+    return LatentDiffusionTask(model, training_config(section), folder / "latents.safetensors")
+
+
+def test_an_upscaler_learns_from_parts_of_large_images(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the text encoder of another model, and starts from the small image: its loss is low at once."""
+    task = upscaler(tmp_path, text_model)
+    task.log = lambda *_, **__: None
+    expected = torch.load(text_model)
+    for name, weight in task.model.cond_stage_model.state_dict().items():
+        assert torch.equal(weight, expected[f"cond_stage_model.{name}"])
+    assert task.mean.shape == (4, 4, 16, 16)
+    assert task.concat.shape == (4, 3, 16, 16)
+    seen = []
+    apply_model = LatentDiffusion.apply_model
+
+    def observed(self, x, t, cond):
+        seen.append((x, cond))
+        return apply_model(self, x, t, cond)
+
+    monkeypatch.setattr(LatentDiffusion, "apply_model", observed)
+    loss = task.training_step(0, 0)
+    ((x, cond),) = seen
+    assert x.shape == (2, 4, 8, 8)
+    assert cond["c_concat"][0].shape == (2, 3, 8, 8)
+    assert cond["c_adm"].shape == (2,)
+    loss.backward()
+    assert loss < 1.5
+    labels = task.model.model.diffusion_model.label_emb.weight
+    near, far = ((labels[20] - labels[k]).square().mean() for k in (21, 300))
+    assert near < far / 10, "neighbouring noise levels begin alike"
+
+
+def test_latents_and_small_image_are_cut_alike(text_model: Path, tmp_path: Path) -> None:
+    task = upscaler(tmp_path, text_model)
+    latents = torch.arange(256.0).reshape(1, 1, 16, 16).expand(2, 4, -1, -1)
+    cut, concat = task.cropped(latents, 1000 + latents[:, :3], torch.Generator().manual_seed(0))
+    assert cut.shape == (2, 4, 8, 8)
+    assert torch.equal(concat, 1000 + cut[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"text_encoder": "absent.st"}, "training: text_encoder: there is no file absent.st"),
+        ({"crop": 30}, "training: crop must be a multiple of 4, not 30"),
+        ({"crop": 128}, "training: crop must be at most image_size, 64, not 128"),
+    ],
+)
+def test_an_upscaler_that_cannot_start(changes: dict, why: str, text_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        upscaler(tmp_path, text_model, **changes)
+    assert str(error.value) == why
+
+
+def test_a_linear_start_needs_a_small_image(text_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="linear_start: a LatentInpaintDiffusion is given no small image"):
+        sibling(INPAINTING, text_model, tmp_path, linear_start=True)
+
+
+def test_a_decoder_is_trained_alone() -> None:
+    section = TRAINING | {"images": 4, "linear_start": True, "decoder_only": True, "latent_noise": 0.1}
+    torch.manual_seed(4)
+    task = FirstStageTask(instantiate_from_config(FIRST_STAGE_X4), training_config(section))
+    task.log = lambda *_, **__: None
+    before = {name: weight.clone() for name, weight in task.model.named_parameters()}
+    optimizer = task.configure_optimizers()["optimizer"]
+    task.training_step(0, 0).backward()
+    optimizer.step()
+    changed = {name.split(".")[0] for name, w in task.model.named_parameters() if not w.equal(before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_softened_images_went_through_the_bundled_first_stage(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft = instantiate_from_config(FIRST_STAGE)
+    monkeypatch.setattr(latents, "bundled_first_stage", lambda _: soft)
+    (tmp_path / "soft").mkdir()
+    plain = upscaler(tmp_path, text_model).concat
+    all_soft = upscaler(tmp_path / "soft", text_model, soften=1.0).concat
+    assert ((all_soft - plain).abs().amax((1, 2, 3)) > 0.1).all()
+
+
+def test_drilled_timesteps_of_any_captions(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without words the share of a batch with timesteps of its own has whatever captions come."""
+    drill = {"drill_share": 0.75, "drill_timesteps": [600, 700], "batch_size": 8}
+    task = sibling(INPAINTING, text_model, tmp_path, **drill)
+    task.log = lambda *_, **__: None
+    seen: list[torch.Tensor] = []
+    p_losses = LatentDiffusion.p_losses
+
+    def observed(self, x0, cond, t, noise):
+        seen.append(t)
+        return p_losses(self, x0, cond, t, noise)
+
+    monkeypatch.setattr(LatentDiffusion, "p_losses", observed)
+    task.training_step(0, 0)
+    (t,) = seen
+    assert ((t[:6] >= 600) & (t[:6] < 700)).all()
+    assert t[6] < 500 <= t[7]

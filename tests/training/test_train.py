@@ -45,9 +45,9 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.Capture
     assert f"--output {tmp_path} cannot be written: it is a folder" in error_line(capsys)
 
 
-def test_a_model_that_is_neither_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_train(*write_yaml(tmp_path / "none.yaml", {"target": "torch.nn.Identity"})) == 2
-    assert "none.yaml: the model is Identity, which is neither stage" in error_line(capsys)
+    assert "none.yaml: the model is Identity, which is not trained here" in error_line(capsys)
 
 
 def test_a_folder_that_stops_to_be_writable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,212 @@
+"""How well the bundled inpainting, depth and upscaling models do what they are for, on held-out scenes.
+
+Each function returns the images of its cases in rows, uint8 [size, size, 3], and what was measured.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.images.pixels import to_float
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import ImageRequest, image_seed
+from ldm.scenes.captions import caption
+from ldm.scenes.detector import Detector
+from ldm.scenes.masks import SEEN, box
+from ldm.scenes.places import farthest, places
+from ldm.scenes.renderer import render, render_layers
+from ldm.scenes.scene import COLOURS, SHAPES, Scene, Solid, pick
+from ldm.scenes.scores import check, evaluation_scenes, score
+
+NEAR = 4.0  # pixels at 64x64 that a solid may be away from its place in the depth map
+NOISE_LEVEL = 20  # the default of the command
+Rows = list[list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Repainting:
+    """An image, the region of one of its solids, and a scene with another solid there, which is asked for."""
+
+    image: np.ndarray  # uint8 [size, size, 3]
+    mask: np.ndarray  # bool [size, size], True is to be painted anew
+    asked: Scene
+
+
+def repaintings(seed: int, count: int, size: int) -> Iterator[Repainting]:
+    """`count` held-out scenes of one solid and as many of two, each before one of its solids was there.
+
+    The mask is a rectangle around the solid that is seen and the one that is asked for.
+    """
+    rng = np.random.default_rng([seed, 2])
+    for scene in with_background(both(seed, count)):
+        asked = scene.canonical()
+        wanted = asked.second or asked.first
+        other = wanted
+        while other in (asked.first, wanted) or other.shape == wanted.shape or other.colour == wanted.colour:
+            other = replace(Solid(pick(rng, SHAPES), pick(rng, tuple(COLOURS))), size=wanted.size)
+        before = replace(asked, second=other) if asked.second else replace(asked, first=other)
+        state = int(rng.integers(2**32))
+        image, there = render_layers(before, np.random.default_rng(state), size)
+        _, wished = render_layers(asked, np.random.default_rng(state), size)
+        region = np.maximum(there.coverage[-1], wished.coverage[-1]) > SEEN
+        yield Repainting(image, box(region, size // 32), asked)
+
+
+def inpainting(
+    pipeline: Pipeline, detector: Detector, like: ImageRequest, seed: int, count: int
+) -> tuple[Rows, dict[str, float]]:
+    """Shares of images with the asked solid in the masked region, and of pixels outside it that are kept."""
+    size = pipeline.described.native_size
+    cases = list(repaintings(seed, count, size))
+    requests = [
+        replace(
+            like,
+            prompt=caption(case.asked),
+            init_img=Image.fromarray(case.image),
+            mask=Image.fromarray(255 * case.mask.astype(np.uint8)),
+            mask_blur=0.0,
+            strength=1.0,
+            seed=image_seed(seed, k),
+        )
+        for k, case in enumerate(cases)
+    ]
+    images = _generated(pipeline, requests, size)
+    seen = detector.read(images)
+    right = [check(case.asked, scene)["all"] for case, scene in zip(cases, seen, strict=True)]
+    kept = [
+        (image == case.image).all(-1)[~case.mask].mean() for image, case in zip(images, cases, strict=True)
+    ]
+    holes = [np.where(case.mask[..., None], np.uint8(127), case.image) for case in cases]
+    rows = [[case.image, hole, image] for case, hole, image in zip(cases, holes, images, strict=True)]
+    return rows, {
+        "asked solid, of one": float(np.mean(right[:count])),
+        "asked solid, of two": float(np.mean(right[count:])),
+        "asked solid": float(np.mean(right)),
+        "pixels kept": float(np.mean(kept)),
+    }
+
+
+def depth(
+    pipeline: Pipeline, detector: Detector, like: ImageRequest, seed: int, count: int
+) -> tuple[Rows, dict[str, float]]:
+    """Shares of images with all solids within `NEAR` pixels of the map's, and in the colours of the prompt.
+
+    The maps are true ones. Where solids are is read in the same way from the image and from a render.
+    """
+    size = pipeline.described.native_size
+    rng = np.random.default_rng([seed, 3])
+    scenes = with_background(both(seed, count))
+    truth = [render_layers(scene, rng, size) for scene in scenes]
+    maps = [_as_image(layers.disparity) for _, layers in truth]
+    requests = [
+        replace(
+            like,
+            prompt=caption(scene),
+            height=size,
+            width=size,
+            depth=Image.fromarray(depth_map),
+            seed=image_seed(seed, k),
+        )
+        for k, (scene, depth_map) in enumerate(zip(scenes, maps, strict=True))
+    ]
+    images = _generated(pipeline, requests, size)
+    away = [
+        farthest(places(image, scene), places(render_, scene))
+        for image, (render_, _), scene in zip(images, truth, scenes, strict=True)
+    ]
+    checks = [check(scene, seen) for scene, seen in zip(scenes, detector.read(images), strict=True)]
+    rows = [
+        [np.stack([depth_map] * 3, axis=-1), image] for depth_map, image in zip(maps, images, strict=True)
+    ]
+    return rows, {
+        f"places within {NEAR:g} pixels": float(np.mean(np.array(away) <= NEAR * size / 64)),
+        "colours of the prompt": float(np.mean([each["colours"] for each in checks])),
+        "shapes of the prompt": float(np.mean([each["shapes"] for each in checks])),
+        "median distance in pixels": float(np.median(away)),
+        "correlation of estimated with true maps": estimates(pipeline, seed, count),
+    }
+
+
+def estimates(pipeline: Pipeline, seed: int, count: int) -> float:
+    """The mean correlation of the model's own depth estimates with the true inverse depths of renders."""
+    rng = np.random.default_rng([seed, 4])
+    truth = [render_layers(scene, rng, pipeline.described.native_size) for scene in both(seed, count)]
+    with torch.inference_mode():
+        estimated = pipeline.model.estimate_depth(to_float([image for image, _ in truth]))
+    pairs = zip(estimated.numpy(), (layers.disparity for _, layers in truth), strict=True)
+    return float(np.mean([np.corrcoef(mine.ravel(), true.ravel())[0, 1] for mine, true in pairs]))
+
+
+def upscaling(
+    pipeline: Pipeline, detector: Detector, like: ImageRequest, seed: int, count: int
+) -> tuple[Rows, dict[str, float]]:
+    """The PSNR in dB of enlarged renders, and of bicubic ones, against renders at the full size."""
+    size = pipeline.described.native_size
+    rng = np.random.default_rng([seed, 5])
+    scenes = list(both(seed, count))
+    truth = [render(scene, rng, size) for scene in scenes]
+    small = [Image.fromarray(image).resize((size // 4, size // 4), Image.Resampling.BOX) for image in truth]
+    requests = [
+        replace(
+            like, prompt=caption(scene), init_img=image, noise_level=NOISE_LEVEL, seed=image_seed(seed, k)
+        )
+        for k, (scene, image) in enumerate(zip(scenes, small, strict=True))
+    ]
+    images = _generated(pipeline, requests, size)
+    bicubic = [np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)) for image in small]
+    rows = [list(row) for row in zip(bicubic, images, truth, strict=True)]
+    mine, theirs = (
+        [psnr(image, true) for image, true in zip(made, truth, strict=True)] for made in (images, bicubic)
+    )
+    return rows, {
+        "PSNR": float(np.mean(mine)),
+        "PSNR of bicubic": float(np.mean(theirs)),
+        "better by": float(np.mean(mine) - np.mean(theirs)),
+        "better than bicubic": float(np.mean(np.array(mine) > theirs)),
+        "what was asked for": score(scenes, detector.read(images))["all"],
+    }
+
+
+MEASURES = {"inpainting": inpainting, "depth": depth, "upscaling": upscaling}
+
+
+def report(title: str, scores: Mapping[str, float]) -> str:
+    """Scores as a Markdown table: shares in percent, everything else with two digits."""
+    units = ("PSNR", "better by", "correlation", "median")
+    lines = [f"| {title} | |", "|---|---:|"]
+    for name, value in scores.items():
+        lines.append(
+            f"| {name} | {value:.2f} |" if name.startswith(units) else f"| {name} | {100 * value:.1f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def psnr(image: np.ndarray, truth: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 images; infinity if they are equal."""
+    error = np.square(image.astype(np.float64) - truth).mean()
+    return float(10 * np.log10(255**2 / error)) if error else np.inf
+
+
+def both(seed: int, count: int) -> list[Scene]:
+    """`count` held-out scenes of one solid, then as many of two."""
+    return [scene for pairs in (False, True) for scene in evaluation_scenes(seed, count, pairs=pairs)]
+
+
+def with_background(scenes: Sequence[Scene]) -> list[Scene]:
+    """The scenes, before a grey background where it was left open, so that their captions name it."""
+    return [replace(scene, background=scene.background or "grey") for scene in scenes]
+
+
+def _as_image(disparity: np.ndarray) -> np.ndarray:
+    """A map of inverse depth as grey levels, uint8 [size, size], over their whole range."""
+    low, high = disparity.min(), disparity.max()
+    return (255 * (disparity - low) / (high - low) + 0.5).astype(np.uint8)
+
+
+def _generated(pipeline: Pipeline, requests: Sequence[ImageRequest], size: int) -> list[np.ndarray]:
+    """The images of requests; a NaN one is black, and so counts as wrong."""
+    black = np.zeros((size, size, 3), np.uint8)
+    return [black if image.pixels is None else image.pixels for image in pipeline.generate(requests)]
