@@ -371,10 +371,12 @@ class Pipeline:
                 steps = _Steps(on_step)
                 try:
                     with torch.inference_mode(), self._autocast():
-                        latents = self._latents(parts[0], stream, len(images), steps.count)
+                        latents = []
+                        for arguments in self._samplings(parts[0], stream, len(images), steps.count):
+                            latents.append(sample(**arguments))
                         # with --vae_tiling it has tiles of its own
                         tile = 0 if self.options.vae_tiling else batch[0].tile or 0
-                        decoded = self.first_stage.decode(latents, tile)
+                        decoded = self.first_stage.decode(torch.cat(latents), tile)
                         made = list(to_uint8(decoded)), finite_images(decoded)
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
@@ -404,22 +406,21 @@ class Pipeline:
                 for request, (pixels, nsfw) in zip(batch, self.safety(images), strict=True)
             ]
 
-    def _latents(
+    def _samplings(
         self,
         batch: Sequence[ImageRequest],
         stream: CompvisStream | None,
         place: int,
         on_step: Callable[[int], None],
-    ) -> Tensor:
-        """The sampled latents of requests that have one `batch_key`, [b, c, h, w].
+    ) -> Iterator[dict[str, Any]]:
+        """The arguments of each call of `sample` that requests with one `batch_key` take.
 
         An adaptive sampler chooses its steps by the error of all that it samples, so it samples each image by
         itself: an image alone is then the image of a batch.
         """
-        if not catalogue.SAMPLERS[batch[0].sampler].adaptive:
-            return sample(**self._sampling(batch, stream, place, on_step))
-        latents = [sample(**self._sampling([r], stream, place + k, on_step)) for k, r in enumerate(batch)]
-        return torch.cat(latents)
+        size = 1 if catalogue.SAMPLERS[batch[0].sampler].adaptive else len(batch)
+        for k, part in enumerate(_parts(batch, size)):
+            yield self._sampling(part, stream, place + k, on_step)
 
     def _sampling(
         self,
