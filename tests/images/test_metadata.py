@@ -52,6 +52,14 @@ def test_png_files_hold_the_pixels(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "image.png")), noise())
 
 
+def test_png_files_are_compressed_with_the_fastest_level():
+    """Pillow's own level took longer than the watermark and all other work on an image's file together."""
+    data = encode_image(noise(), None)
+    start = data.index(b"IDAT") + 4
+    assert data[start + 1] >> 6 == 0  # the level in zlib's header, RFC 1950
+    assert len(zlib.decompress(data[start : start + struct.unpack_from(">I", data, start - 8)[0]])) == 16 * 73
+
+
 def test_long_texts_in_a_jpeg_lose_the_copy_for_others_first(tmp_path):
     path = tmp_path / "image.jpg"
     for length, copied in [(20_000, True), (40_000, False)]:

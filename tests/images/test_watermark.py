@@ -58,6 +58,16 @@ def test_watermark_is_the_originals():
     assert marked.flags.c_contiguous
 
 
+@pytest.mark.parametrize("size", [(256, 256), (250, 333), (515, 264)])
+def test_the_mark_is_the_packages_bit_by_bit(size):
+    """The package's loop over blocks held the interpreter's lock while the next image's kernels waited."""
+    from imwatermark import WatermarkEncoder
+
+    image = np.ascontiguousarray(scene(1, 520)[: size[0], : size[1]])
+    theirs = WatermarkEncoder(b"SDV2").encode(np.ascontiguousarray(image[..., ::-1]), "dwtDct")
+    assert np.array_equal(Watermarker("SDV2")(image)[..., ::-1], theirs)
+
+
 @pytest.mark.parametrize("message", ["StableDiffusionV1", "SDV2"])
 @pytest.mark.parametrize("size", [(512, 512), (256, 256), (264, 520)])
 def test_the_package_reads_it_from_the_file(message, size):
