@@ -112,5 +112,7 @@ class SpatialTransformer(nn.Module):
             h = block(h, context)
         if self.use_linear:
             h = self.proj_out(h)
-        h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]).contiguous()
+        h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
+        if x.is_contiguous():  # rather than channels last, as h is now
+            h = h.contiguous()
         return x + (h if self.use_linear else self.proj_out(h))

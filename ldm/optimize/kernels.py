@@ -1,0 +1,89 @@
+"""Which of several kernels is fast on this machine: measured once, then remembered.
+
+It depends on the processor's maker and generation, and on torch. One library's matrix products, for instance,
+take twice another's time on one maker's processors and the same time on the other's.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.cache import cache_folder
+
+MARGIN = 0.97  # the part of the time so far that a further kernel must stay below
+ROUNDS = 3  # readings of each kernel, after one that warms it up
+
+
+def processor() -> str:
+    """The processor's name and family, as far as the system says."""
+    facts: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())
+    if "model name" not in facts:
+        import platform
+
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']}, family {facts.get('cpu family')}, model {facts.get('model')}"
+
+
+def fastest(kernels: Mapping[str, Callable[[], Any]]) -> str:
+    """The name of the kernel that takes the least time; the first ones are preferred."""
+    times = dict.fromkeys(kernels, float("inf"))
+    for call in kernels.values():
+        call()
+    for _ in range(ROUNDS):
+        for name, call in kernels.items():
+            start = time.perf_counter()
+            call()
+            times[name] = min(times[name], time.perf_counter() - start)
+    best, *others = times
+    for name in others:
+        if times[name] < MARGIN * times[best]:
+            best = name
+    return best
+
+
+def choose(work: str, names: Sequence[str], kernels: Callable[[], Mapping[str, Callable[[], Any]]]) -> str:
+    """Which of `names` is the fastest kernel for `work`, measured if this machine has not measured it before.
+
+    `kernels` gives a call of each by name, and is only called where they are measured. Choices are kept in
+    the user's cache folder, by processor, torch and number of threads: the same command gives the same bits
+    again. Processes that start together wait for the first. Where nothing can be kept nothing is measured,
+    and the first kernel is used.
+    """
+    from filelock import FileLock
+
+    machine = f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    try:
+        file = cache_folder() / "kernels.json"
+        known = read_choices(file)
+        if known.get(machine, {}).get(work) not in names:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.with_suffix(".lock")):
+                known = read_choices(file)
+                mine = known.setdefault(machine, {})
+                if mine.get(work) not in names:
+                    mine[work] = fastest(kernels())
+                    unfinished = file.with_suffix(".part")
+                    unfinished.write_text(json.dumps(known, indent=1) + "\n")
+                    unfinished.replace(file)
+        return known[machine][work]
+    except (OSError, RuntimeError):
+        return names[0]
+
+
+def read_choices(file: Path) -> dict[str, dict[str, str]]:
+    """What has been measured: {machine: {work: kernel}}. Nothing where the file is missing or damaged."""
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    sound = isinstance(known, dict) and all(isinstance(choices, dict) for choices in known.values())
+    return known if sound else {}

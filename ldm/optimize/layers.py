@@ -1,0 +1,286 @@
+"""Convolutions and linear layers on a CPU, by the kernels that are fastest there.
+
+torch's own calls keep activations with channels first, reorder the weights of a convolution for oneDNN at
+every call, and give float32 products to MKL. The others here are the operators of torch's compiler on CPUs:
+oneDNN with channels last and weights reordered once
+(https://uxlfoundation.github.io/oneDNN/, "Memory Format Propagation"). They are private to torch, so they are
+tried first, and a torch without them leaves a model plain. Results equal the plain ones to rounding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.attention import GEGLU, CrossAttention
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel
+from ldm.optimize.attention import NO_ACTIVATION, SHORTEST, attention_kernels, use_attention_in_rows
+from ldm.optimize.kernels import choose
+from ldm.optimize.upsampling import fold_upsampling
+from ldm.weights.header import let_go
+
+GELU = ("gelu", [], "none")  # the exact one, by the error function
+MOST_CHANNELS, MOST_PIXELS = 640, 16 * 16  # of a layer that is measured: more of them change no ratio
+
+Forward = Callable[[Tensor], Tensor]
+Shape = tuple[int, int, int]  # channels, height, width
+
+
+class Kernels(NamedTuple):
+    """What a model's layers run on, each one of the names below."""
+
+    convolutions: str
+    linears: str
+    attention: str
+
+
+CONVOLUTIONS = ("torch", "onednn")  # oneDNN's: with channels last, weights reordered once
+LINEARS = ("torch", "onednn", "packed")  # packed: oneDNN's with weights reordered once
+ATTENTIONS = ("torch", "rows")
+KERNELS = {  # for --kernels
+    "torch": Kernels("torch", "torch", "torch"),
+    "onednn": Kernels("onednn", "packed", "rows"),
+}
+
+
+def packed_conv(conv: nn.Conv2d) -> Forward:
+    """The convolution [b, c_in, h, w] -> [b, c_out, h, w] with a reordered copy of its weight."""
+    if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1:
+        return packed_pointwise(conv)
+    padding, stride, dilation = list(conv.padding), list(conv.stride), list(conv.dilation)
+    geometry = (padding, stride, dilation, conv.groups)
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(conv.weight.detach().to_mkldnn(), *geometry)
+
+    def forward(x: Tensor) -> Tensor:
+        if x.dtype != packed.dtype:  # an autoencoder that yielded NaN continues in float32
+            weight = packed.to_dense().to(x.dtype)
+            return F.conv2d(x, weight, conv.bias, stride, padding, dilation, conv.groups)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, *geometry, *NO_ACTIVATION)
+
+    return forward
+
+
+def packed_linear(layer: nn.Linear) -> Forward:
+    """The linear layer [..., n_in] -> [..., n_out] with a reordered copy of its weight."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+
+    def forward(x: Tensor) -> Tensor:
+        if x.dtype != packed.dtype:
+            return F.linear(x, packed.to_dense().to(x.dtype), layer.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, *NO_ACTIVATION)
+
+    return forward
+
+
+def packed_geglu(layer: GEGLU) -> Forward:
+    """The gated layer as two products: the gate's ends in its GELU, the other's output is gated at once."""
+    (value, gate), biases = layer.proj.weight.detach().chunk(2), layer.proj.bias.detach().chunk(2)
+    value, gate = (torch.ops.mkldnn._reorder_linear_weight(w.contiguous()) for w in (value, gate))
+
+    def forward(x: Tensor) -> Tensor:
+        gates = torch.ops.mkldnn._linear_pointwise(x, gate, biases[1], *GELU)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, gates, value, biases[0], "mul")
+
+    return forward
+
+
+def packed_pointwise(conv: nn.Conv2d) -> Forward:
+    """A 1x1 convolution as a linear layer over the pixels, which with channels last lie in rows.
+
+    oneDNN's own 1x1 convolution runs at a fifth of the speed on a map of 16x16 pixels.
+    """
+    layer = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
+    layer.weight, layer.bias = nn.Parameter(conv.weight.detach()[:, :, 0, 0], False), conv.bias
+    linear = packed_linear(layer)
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        return linear(rows).permute(0, 3, 1, 2)
+
+    return forward
+
+
+def onednn_linear(layer: nn.Linear) -> Forward:
+    """The linear layer through oneDNN, with the weight that it has."""
+    plain = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        weight = layer.weight
+        if x.dtype != weight.dtype:
+            return plain(x)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, *NO_ACTIVATION)
+
+    return forward
+
+
+@cache
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this torch and processor run oneDNN's operators on the type, with the right result."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    conv = layer_of_ones(nn.Conv2d, 16, 16, 3, padding=1, dtype=dtype)
+    linear = layer_of_ones(nn.Linear, 16, 16, dtype=dtype)
+    image, rows = torch.ones(1, 16, 2, 2, dtype=dtype), torch.ones(1, 4, 16, dtype=dtype)
+    close = partial(torch.allclose, rtol=1e-2, atol=1e-2)
+    try:
+        with torch.no_grad():
+            return close(packed_conv(conv)(image), conv(image)) and all(
+                close(make(linear)(rows), linear(rows)) for make in (packed_linear, onednn_linear)
+            )
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+
+
+def feature_maps(unet: UNetModel, side: int) -> Iterator[tuple[int, int]]:
+    """The widths of a UNet's residual blocks and the sides of what they work on, from latents of `side`."""
+    for block in unet.input_blocks:
+        for layer in block:
+            if isinstance(layer, Downsample):
+                side = (side + 1) // 2
+            if isinstance(layer, ResBlock):
+                yield layer.out_layers[-1].out_channels, side
+
+
+def measured(unet: UNetModel, side: int) -> list[Shape]:
+    """The shapes of what each level works on, cut down where a part of it says as much."""
+    found = set()
+    for channels, size in feature_maps(unet, side):
+        height = min(size, max(1, MOST_PIXELS // size))
+        found.add((min(channels, MOST_CHANNELS), height, size))
+    return sorted(found)
+
+
+def conv_kernels(shapes: list[Shape], dtype: torch.dtype) -> Mapping[str, Callable[[], object]]:
+    """Calls of a 3x3 convolution of each shape: torch's, and oneDNN's with channels last."""
+    runs = {name: [] for name in CONVOLUTIONS}
+    for channels, height, width in shapes:
+        conv = layer_of_ones(nn.Conv2d, channels, channels, 3, padding=1, dtype=dtype)
+        x = torch.ones(2, channels, height, width, dtype=dtype)
+        runs["torch"].append(partial(conv, x))
+        runs["onednn"].append(partial(packed_conv(conv), x.contiguous(memory_format=torch.channels_last)))
+    return {name: partial(_call_all, calls) for name, calls in runs.items()}
+
+
+def linear_kernels(shapes: list[Shape], dtype: torch.dtype) -> Mapping[str, Callable[[], object]]:
+    """Calls of a linear layer over the pixels of each shape, to four times as many channels."""
+    runs = {name: [] for name in LINEARS}
+    for channels, height, width in shapes:
+        layer = layer_of_ones(nn.Linear, channels, 4 * channels, dtype=dtype)
+        x = torch.ones(2, height * width, channels, dtype=dtype)
+        forwards = {"torch": layer, "onednn": onednn_linear(layer), "packed": packed_linear(layer)}
+        for name, forward in forwards.items():
+            runs[name].append(partial(forward, x))
+    return {name: partial(_call_all, calls) for name, calls in runs.items()}
+
+
+def layer_of_ones(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """A layer whose parameters are 1; torch's own initialisation would draw from its global generator."""
+    layer = nn.utils.skip_init(kind, *args, **kwargs)
+    for parameter in layer.requires_grad_(False).parameters():
+        parameter.fill_(1.0)
+    return layer
+
+
+def _call_all(calls: list[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
+
+
+@torch.inference_mode()
+def choose_kernels(model: LatentDiffusion) -> Kernels:
+    """The kernels that are fastest here at the size of latents that `model` was made for."""
+    unet = model.model.diffusion_model
+    dtype = unet.dtype
+    if not has_onednn(dtype):
+        return KERNELS["torch"]
+    shapes = measured(unet, model.image_size)
+    kind = str(dtype).removeprefix("torch.")
+    levels = ", ".join([kind, *("x".join(map(str, shape)) for shape in shapes)])
+    attention = "torch"
+    keys, width = model.image_size**2, head_width(unet)
+    if keys >= SHORTEST and dtype in (torch.float32, torch.bfloat16):
+        work = f"attention, {kind}, {keys}x{width}"
+        attention = choose(work, ATTENTIONS, partial(attention_kernels, width, keys, dtype))
+    return Kernels(
+        choose(f"convolutions, {levels}", CONVOLUTIONS, partial(conv_kernels, shapes, dtype)),
+        choose(f"linear layers, {levels}", LINEARS, partial(linear_kernels, shapes, dtype)),
+        attention,
+    )
+
+
+def head_width(unet: UNetModel) -> int:
+    """Channels of a head in the UNet's first attention; 0 without any."""
+    attentions = (module for module in unet.modules() if isinstance(module, CrossAttention))
+    return next((module.to_q.out_features // module.heads for module in attentions), 0)
+
+
+def use_kernels(model: LatentDiffusion, kernels: Kernels) -> None:
+    """Let `model` run on `kernels`. It is for inference only then: its weights must not change any more."""
+    if kernels.convolutions == "torch":
+        fold_upsampling(model)
+    else:
+        fold_upsampling(model, packed_conv)
+        use_onednn_convolutions(model)
+    if kernels.linears != "torch":
+        use_onednn_linears(model, packed=kernels.linears == "packed")
+    if kernels.attention == "rows":
+        use_attention_in_rows(model)
+
+
+def use_onednn_convolutions(model: LatentDiffusion) -> None:
+    """Let the UNet and the first stage of `model` compute with channels last, on weights that are packed.
+
+    The convolutions' `weight` becomes None and `state_dict` lacks it, so that none is held twice.
+    """
+    for network in networks(model):
+        for module in network.modules():
+            if type(module) is nn.Conv2d and _is_plain(module):
+                module.forward = packed_conv(module)
+                _drop_weight(module)
+        network.register_forward_hook(_channels_first)
+
+
+def use_onednn_linears(model: LatentDiffusion, packed: bool) -> None:
+    """Let the linear layers of `model`'s UNet run on oneDNN; `packed` ones have no `weight` any more."""
+    for module in model.model.diffusion_model.modules():
+        if packed and isinstance(module, GEGLU) and _is_plain(module.proj):
+            module.forward = packed_geglu(module)
+            _drop_weight(module.proj)
+        if type(module) is nn.Linear and _is_plain(module):
+            module.forward = packed_linear(module) if packed else onednn_linear(module)
+            if packed:
+                _drop_weight(module)
+
+
+def networks(model: LatentDiffusion) -> Iterator[nn.Module]:
+    """The parts of `model` that work on feature maps."""
+    yield model.model.diffusion_model
+    for module in model.first_stage_model.modules():
+        if isinstance(module, Encoder | Decoder):
+            yield module
+
+
+def _is_plain(layer: nn.Conv2d | nn.Linear) -> bool:
+    """Whether nothing else has changed the layer, and oneDNN's operators compute what it does."""
+    if "forward" in vars(layer) or layer.weight is None or layer.weight.device.type != "cpu":
+        return False
+    padded = isinstance(layer, nn.Conv2d) and (
+        layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    )
+    return not padded and has_onednn(layer.weight.dtype)
+
+
+def _drop_weight(layer: nn.Conv2d | nn.Linear) -> None:
+    """Free what a packed copy replaces; pages of a mapped file are given back."""
+    let_go(layer.weight.detach())
+    layer.weight = None
+
+
+def _channels_first(network: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return output.contiguous()

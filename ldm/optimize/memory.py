@@ -1,0 +1,65 @@
+"""Memory on a CPU: that of freed tensors is kept for the next ones, and given back around a large decode."""
+
+import ctypes
+import sys
+
+from torch import Tensor, nn
+
+from ldm.modules.diffusionmodules import model as first_stage
+
+# glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+# sizes from which on giving memory back is worth its time
+LARGE_IMAGE = 64 * 64  # latents
+LARGE_TENSOR = 64 * 2**20  # bytes
+
+
+def glibc() -> ctypes.CDLL | None:
+    """The C library of this process, where it is glibc."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+
+
+def keep_memory() -> bool:
+    """Keep the memory of freed tensors for the next ones; False where this process cannot be set so.
+
+    glibc gives large blocks back to the system at once, and takes them anew, page by page and zeroed: a
+    quarter of the time of a decoder's call. The process then keeps what its largest call needs (mallopt(3)).
+    """
+    libc = glibc()
+    return libc is not None and bool(
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1) and libc.mallopt(M_TRIM_THRESHOLD, -1)
+    )
+
+
+def return_memory(model: nn.Module) -> None:
+    """Give memory that is kept, but free, back around a large decode and within it.
+
+    A decoder's tensors grow from level to level and fit no hole that smaller ones left: without this a
+    process of the v1 layout grows to 7.5 GB in float32, with it to 6.3, and a decode takes 1.15x the time.
+    Does nothing where `keep_memory` does not.
+    """
+    libc = glibc()
+    if libc is None:
+        return
+
+    def around(decoder: nn.Module, inputs: tuple[Tensor], *output: Tensor | None) -> None:
+        z = inputs[0]
+        if z.numel() // z.shape[1] >= LARGE_IMAGE:
+            libc.malloc_trim(0)
+
+    def within(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        if inputs[0].nbytes >= LARGE_TENSOR:
+            libc.malloc_trim(0)
+
+    for decoder in model.modules():
+        if not isinstance(decoder, first_stage.Decoder):
+            continue
+        decoder.register_forward_pre_hook(around)
+        decoder.register_forward_hook(around, always_call=True)
+        for layer in decoder.modules():
+            if isinstance(layer, first_stage.ResnetBlock | first_stage.Upsample):
+                layer.register_forward_pre_hook(within)

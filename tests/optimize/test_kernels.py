@@ -1,0 +1,90 @@
+"""The choice of kernels: measured once for a machine, remembered, and the same for all processes."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ldm.optimize import kernels as module
+from ldm.optimize.kernels import choose as choose_of_names
+from ldm.optimize.kernels import fastest
+
+
+def choose(work: str, kernels: dict[str, Callable[[], None]]) -> str:
+    return choose_of_names(work, list(kernels), lambda: kernels)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+class Clock:
+    """A clock that only the kernels move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 0.0
+        self.calls: list[str] = []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def taking(self, **seconds: float) -> dict[str, Callable[[], None]]:
+        def call(name: str) -> None:
+            self.calls.append(name)
+            self.now += seconds[name]
+
+        return {name: lambda name=name: call(name) for name in seconds}
+
+
+def test_a_further_kernel_has_to_be_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    assert fastest(clock.taking(torch=1.0, onednn=0.99)) == "torch"
+    assert fastest(clock.taking(torch=1.0, onednn=0.8, packed=0.79)) == "onednn"
+    assert fastest(clock.taking(torch=1.0, onednn=1.2, packed=0.5)) == "packed"
+
+
+def test_a_choice_is_measured_once(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    clock = Clock(monkeypatch)
+    assert choose("rows", clock.taking(slow=2.0, fast=1.0)) == "fast"
+    assert clock.calls
+    clock.calls.clear()
+    # other times by now: what was chosen stays, or the same command would give other bits
+    assert choose("rows", clock.taking(slow=1.0, fast=2.0)) == "fast"
+    assert not clock.calls
+    assert choose("columns", clock.taking(slow=1.0, fast=2.0)) == "slow"
+    assert set(*json.loads((folder / "kernels.json").read_text()).values()) == {"rows", "columns"}
+
+
+def test_another_machine_measures_for_itself(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    clock = Clock(monkeypatch)
+    for name, times in (("one", {"a": 1.0, "b": 2.0}), ("other", {"a": 2.0, "b": 1.0})):
+        monkeypatch.setattr(module, "processor", lambda name=name: name)
+        assert choose("rows", clock.taking(**times)) == min(times, key=times.get)
+    assert len(json.loads((folder / "kernels.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"machine": 3}'])
+def test_a_damaged_file_is_written_anew(text: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "kernels.json").write_text(text)
+    clock = Clock(monkeypatch)
+    assert choose("rows", clock.taking(a=2.0, b=1.0)) == "b"
+    clock.calls.clear()
+    assert choose("rows", clock.taking(a=1.0, b=2.0)) == "b"
+    assert not clock.calls
+
+
+def test_a_remembered_kernel_that_is_gone_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    assert choose("rows", clock.taking(a=2.0, b=1.0)) == "b"
+    assert choose("rows", clock.taking(a=1.0, c=2.0)) == "a"
+
+
+def test_where_nothing_can_be_kept_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A choice by chance would give other bits to the same command."""
+    folder.write_text("a file in the place of the folder")
+    clock = Clock(monkeypatch)
+    assert choose("rows", clock.taking(a=2.0, b=1.0)) == "a"
+    assert not clock.calls
