@@ -50,6 +50,7 @@ class Recorder:
     def __init__(self) -> None:
         self.captured = 0
         self.replayed = 0
+        self.renewed = 0
 
     def __call__(self, call: Callable[[], Tensor]) -> Recording:
         output = call()
@@ -60,3 +61,6 @@ class Recorder:
             output.copy_(call())
 
         return Recording(replay, output)
+
+    def renew(self) -> None:
+        self.renewed += 1

@@ -1,5 +1,6 @@
 """`--deepcache N` and `--tome RATIO`: an image near the exact one in less time. Off by default."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,9 +13,22 @@ from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import Block, Downsample, UNetModel, Upsample
+from ldm.optimize import graph
+from ldm.optimize.calls import Call, CallState
+from ldm.sampling.denoiser import timestep_of
+
+MOST = graph.MOST + 4  # deep features that are kept: more than there are recordings, which read them
 
 
-class DeepFeatures:
+class Features:
+    """What calls of one shape keep of the deep blocks. `last` stays where it is: recorded graphs read it."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[Block, torch.Size] = {}  # of every deep block's output, [h, w]
+        self.last: Tensor | None = None  # the output of the last of them
+
+
+class DeepFeatures(CallState):
     """A UNet's deep features, computed at one call in `every` and used again at those between.
 
     Only the first input block and the last output block see each call's latents, which is the branch that the
@@ -26,34 +40,52 @@ class DeepFeatures:
     """
 
     def __init__(self, unet: UNetModel, every: int):
+        super().__init__(unet)
         self.every = every
-        self.plain_forward, self.plain_run = unet.forward, unet.run
+        self.plain_run, unet.run = unet.run, self.run
         self.shallow = {unet.input_blocks[0], unet.output_blocks[-1]}
-        self.features: dict[Block, Tensor] = {}
+        self.last_deep = ([unet.middle_block, *unet.output_blocks])[-2]
+        self.kept: OrderedDict[tuple, Features] = OrderedDict()
+        self.current = Features()
         self.shape: torch.Size | None = None
         self.context: Tensor | None = None
         self.labels: Tensor | None = None
         self.first = self.last = -1.0  # timesteps
         self.age = 0
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
-    ) -> Tensor:
-        t = timesteps.max().item()
-        same_inputs = x.shape == self.shape and context is self.context and y is self.labels
+    def begin(self, call: Call) -> bool:
+        """Whether this call computes the deep features; one that does runs other kernels."""
+        t = timestep_of(call.timesteps)
+        same_inputs = call.shape == self.shape and call.context is self.context and call.y is self.labels
         if t > self.last or t >= self.first or not same_inputs:
             self.first, self.age = t, 0
         else:
             self.age = (self.age + 1) % self.every
-        self.last, self.shape, self.context, self.labels = t, x.shape, context, y
-        return self.plain_forward(x, timesteps, context, y)
+        self.last, self.shape, self.context, self.labels = t, call.shape, call.context, call.y
+        device = call.timesteps.device
+        key = (call.shape, call.dtype, device, graph.autocast_state(device.type))
+        self.current = self.kept.setdefault(key, Features())
+        self.kept.move_to_end(key)
+        while len(self.kept) > MOST:
+            self.kept.popitem(last=False)
+        return self.age == 0
 
-    def run(self, block: Block, *inputs: Any) -> Tensor:
+    def run(self, block: Block, x: Tensor, *inputs: Any) -> Tensor:
         if block in self.shallow:
-            return self.plain_run(block, *inputs)
+            return self.plain_run(block, x, *inputs)
+        features = self.current
         if self.age == 0:
-            self.features[block] = self.plain_run(block, *inputs)
-        return self.features[block]
+            out = self.plain_run(block, x, *inputs)
+            features.sizes[block] = out.shape[2:]
+            if block is self.last_deep:
+                with torch.inference_mode(False), torch.no_grad():  # it outlives the caller's mode
+                    if features.last is None:
+                        features.last = torch.empty_like(out)
+                    features.last.copy_(out)
+            return out
+        if block is self.last_deep:
+            return features.last
+        return x.new_empty(0, 1, *features.sizes[block])  # no deep block reads it, only its size
 
 
 def reuse_deep_features(model: LatentDiffusion, every: int) -> None:
@@ -62,14 +94,12 @@ def reuse_deep_features(model: LatentDiffusion, every: int) -> None:
     1 gives the plain result; less is an InputError. A call of the v1 UNet in between takes 9 % of a whole
     one. Images of the bundled model, 50 steps of ddim, are 34 to 56 dB from the exact ones at 2, 23 to 52 at
     3, 21 to 44 at 5 (`benchmarks/benchmark.py --only approximations`).
-    The timestep is read on the host and decides, so this cannot be recorded as a graph. Samplers that call
-    the model several times a step reuse across those calls too.
+    The host decides by the timestep, and `graph_unet` records a whole call and one in between. Samplers that
+    call the model several times a step reuse across those calls too.
     """
     if every < 1:
         raise InputError(f"deep features for {every} calls; at least 1")
-    unet = model.model.diffusion_model
-    deep = DeepFeatures(unet, every)
-    unet.run, unet.forward = deep.run, deep.forward
+    DeepFeatures(model.model.diffusion_model, every)
 
 
 def merge_tokens(x: Tensor, height: int, width: int, ratio: float) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.optimize.graph import autocast_state
+from ldm.optimize import graph
+from ldm.optimize.calls import Call, CallState
 
-MOST = 8  # shapes of contexts that are kept: more than there are recordings, which read them
+MOST = graph.MOST + 4  # shapes of contexts that are kept: more than there are recordings, which read them
 
 
 class Kept:
@@ -27,6 +28,7 @@ class Kept:
     def update(self, context: Tensor, layers: list[nn.Linear]) -> None:
         if context is self.context:
             return
+        self.context = None  # if memory ends half-way, this is neither the old context's nor the new one's
         for layer in layers:
             new = nn.functional.linear(context, layer.weight, layer.bias)
             if layer in self.projections:
@@ -36,7 +38,7 @@ class Kept:
         self.context = context
 
 
-class KeptContext:
+class KeptContext(CallState):
     """A UNet's calls with kept keys and values of the context that is given to it.
 
     A context is recognised as an object, so one that is passed from step to step is projected once. Neither
@@ -45,7 +47,7 @@ class KeptContext:
     """
 
     def __init__(self, unet: nn.Module):
-        self.plain_forward = unet.forward
+        super().__init__(unet)
         blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
         attentions = [block.attn2 for block in blocks]
         attentions += [block.attn1 for block in blocks if block.disable_self_attn]
@@ -54,7 +56,6 @@ class KeptContext:
         self.current: Kept | None = None
         for layer in self.layers:
             layer.forward = self.reading(layer)
-        unet.forward = self.forward
 
     def reading(self, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
         """The layer's forward, which computes nothing during a call with a context."""
@@ -65,27 +66,26 @@ class KeptContext:
 
         return forward
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
-    ) -> Tensor:
-        if context is not None and not torch.is_grad_enabled():
-            key = (context.shape, context.dtype, context.device, autocast_state(context.device.type))
-            self.current = self.kept.setdefault(key, Kept())
-            self.kept.move_to_end(key)
-            with torch.inference_mode(False), torch.no_grad():  # they outlive the caller's mode
-                self.current.update(context, self.layers)
-            while len(self.kept) > MOST:
-                self.kept.popitem(last=False)
-        try:
-            return self.plain_forward(x, timesteps, context, y)
-        finally:
-            self.current = None
+    def begin(self, call: Call) -> None:
+        context = call.context
+        if context is None or torch.is_grad_enabled():
+            return
+        key = (context.shape, context.dtype, context.device, graph.autocast_state(context.device.type))
+        kept = self.kept.setdefault(key, Kept())
+        self.kept.move_to_end(key)
+        while len(self.kept) > MOST:
+            self.kept.popitem(last=False)
+        with torch.inference_mode(False), torch.no_grad():  # they outlive the caller's mode
+            kept.update(context, self.layers)
+        self.current = kept
+
+    def end(self) -> None:
+        self.current = None
 
 
 def keep_context(model: LatentDiffusion) -> None:
     """Project each context of `model`'s UNet once. Its weights must not change any more.
 
-    The result is the plain one, bit for bit. Together with `graph_unet` apply this after it: the recordings
-    read what is kept.
+    The result is the plain one, bit for bit. Recordings of `graph_unet` read what is kept.
     """
     KeptContext(model.model.diffusion_model)

@@ -7,18 +7,23 @@ are the bits.
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.log import notice
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion, like_weights
+from ldm.optimize.calls import Call, call_states
+from ldm.sampling.denoiser import Conditioning, model_input, to_x0
 
 Function = Callable[..., Tensor]
 WARM_UP = 2  # calls before a recording, in which libraries choose kernels and take their workspaces
+MOST = 8  # recordings at a time: whole and last batches, guided and not, whole and shallow calls
 
 
 @dataclass(frozen=True)
@@ -29,30 +34,46 @@ class Recording:
     output: Tensor
 
 
-Capture = Callable[[Callable[[], Tensor]], Recording]
+class Capture(Protocol):
+    """Records functions. What it records until `renew` is one generation, which shares its memory."""
+
+    def __call__(self, call: Callable[[], Tensor]) -> Recording: ...
+
+    def renew(self) -> None:
+        """Begin a generation: no recording of the one before is replayed any more."""
 
 
 class CudaCapture:
     """Records on a CUDA device.
 
-    All recordings share one pool of memory: they are never replayed at the same time, and the output of one
-    is copied before the next replay.
+    All recordings of a generation share one pool of memory: they are never replayed at the same time, and the
+    output of one is copied before the next replay. They also share a stream, and with it cuBLAS's workspace,
+    which torch frees as soon as one of them is freed (https://github.com/pytorch/pytorch/issues/193402), and
+    no more may be recorded into a pool that has lost its recordings. So a generation lives and ends as one.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
+        self.renew()
+
+    def renew(self) -> None:
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
     def __call__(self, call: Callable[[], Tensor]) -> Recording:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # a capture must not begin on the default stream, nor its warm-up
-                for _ in range(WARM_UP):
-                    call()
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph, pool=self.pool):
-                output = call()
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            # A capture must not begin on the default stream. Before torch 2.12 one that fails does not leave
+            # its stream (https://github.com/pytorch/pytorch/pull/180395); this block does.
+            with torch.cuda.stream(self.stream):
+                try:
+                    for _ in range(WARM_UP):
+                        call()
+                finally:
+                    current.wait_stream(self.stream)
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    output = call()
         return Recording(graph.replay, output)
 
 
@@ -77,80 +98,185 @@ def autocast_state(device: str) -> tuple[bool, torch.dtype]:
 class GraphRunner:
     """Calls `function` through recordings that `capture` makes, one for each kind of inputs.
 
-    `function` takes tensors, or None, by name and returns a tensor. Everything else that it reads, first of
-    all its weights, must stay at its address; it may not draw random numbers, nor branch in Python on what a
-    tensor holds. Results are the caller's own. The `most` kinds of inputs used last are kept. Where recording
-    fails the function itself is called, and `report` gets one message. With gradients nothing is recorded.
+    `function` takes tensors, or None, by name, and by position values that a recording fixes; it returns a
+    tensor. Everything else that it reads, first of all its weights, must stay at its address; it may not draw
+    random numbers, nor branch in Python on what a tensor holds. Results are the caller's own.
+
+    All recordings are dropped together: where there would be more than `most`, where one fails, after which
+    the function itself is called and `report` gets one message, and where memory ends. With gradients nothing
+    is recorded.
     """
 
     def __init__(
-        self, function: Function, capture: Capture, most: int = 4, report: Callable[[str], None] = notice
+        self, function: Function, capture: Capture, most: int = MOST, report: Callable[[str], None] = notice
     ):
         self.function, self.capture, self.most, self.report = function, capture, most, report
-        self.entries: OrderedDict[tuple, Entry | None] = OrderedDict()  # None: recording failed
+        self.entries: dict[tuple, Entry | None] = {}  # None: recording failed
         self.reported = False
 
-    def __call__(self, **inputs: Tensor | None) -> Tensor:
+    def __call__(self, *fixed: Hashable, **inputs: Tensor | None) -> Tensor:
         if torch.is_grad_enabled():
-            return self.function(**inputs)
-        with torch.inference_mode(False), torch.no_grad():  # the buffers outlive the caller's mode
-            return self.run(inputs)
+            return self.function(*fixed, **inputs)
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # the buffers outlive the caller's mode
+                return self.run(fixed, inputs)
+        except torch.OutOfMemoryError:
+            self.clear()  # for the smaller batch that comes next
+            raise
 
-    def run(self, inputs: dict[str, Tensor | None]) -> Tensor:
+    def run(self, fixed: tuple[Hashable, ...], inputs: dict[str, Tensor | None]) -> Tensor:
         device = next(value.device.type for value in inputs.values() if value is not None)
-        key = (autocast_state(device), *(signature(name, value) for name, value in inputs.items()))
+        key = (autocast_state(device), fixed, *(signature(name, value) for name, value in inputs.items()))
         if key not in self.entries:
-            self.entries[key] = self.record(inputs, device)
-            while len(self.entries) > self.most:
-                self.entries.popitem(last=False)
-        self.entries.move_to_end(key)
+            if len(self.entries) >= self.most:
+                self.clear()
+            self.entries[key] = self.record(fixed, inputs, device)
         entry = self.entries[key]
         if entry is None:
-            return self.function(**inputs)
+            return self.function(*fixed, **inputs)
         for name, buffer in entry.inputs.items():
             buffer.copy_(inputs[name])
         entry.recording.replay()
         return entry.recording.output.clone()
 
-    def record(self, inputs: dict[str, Tensor | None], device: str) -> Entry | None:
-        buffers = {name: value.clone() for name, value in inputs.items() if value is not None}
-        absent = {name: None for name, value in inputs.items() if value is None}
+    def record(
+        self, fixed: tuple[Hashable, ...], inputs: dict[str, Tensor | None], device: str
+    ) -> Entry | None:
         enabled, dtype = autocast_state(device)
         try:
-            # autocast's own copies of weights would be freed at its end
-            with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
-                return Entry(buffers, self.capture(lambda: self.function(**buffers, **absent)))
+            buffers = {name: value.clone() for name, value in inputs.items() if value is not None}
+            absent = {name: None for name, value in inputs.items() if value is None}
+            # Autocast's own copies of weights would be freed at its end. Where it is off its cache is left as
+            # it is: compiled code is compiled again when that changes.
+            autocast = torch.autocast(device, dtype=dtype, cache_enabled=False) if enabled else nullcontext()
+            with autocast:
+                return Entry(buffers, self.capture(lambda: self.function(*fixed, **buffers, **absent)))
         except torch.OutOfMemoryError:
-            self.clear()  # then the plain call may fit
-            self.fail("not enough memory")
+            reason = "not enough memory"
         except RuntimeError as error:
-            self.fail(str(error).partition("\n")[0])
-        return None
-
-    def fail(self, reason: str) -> None:
+            reason = str(error).partition("\n")[0]
+        # outside of the block above, whose error holds the tensors of what failed
+        self.clear()  # freeing the failed recording may free what the others use, or the plain call may fit
         if not self.reported:
             self.report(f"no CUDA graph, going on without: {reason}")
             self.reported = True
+        return None
 
     def clear(self) -> None:
         """Forget all recordings and free their memory."""
         self.entries.clear()
+        self.capture.renew()
 
 
-def graph_unet(model: LatentDiffusion, capture: Capture | None = None, most: int = 4) -> GraphRunner:
-    """Replay `model`'s UNet as CUDA graphs, one for each shape and precision; returns the runner.
+@lru_cache(maxsize=4096)
+def on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`numbers` as a tensor, not to be written to, without a copy from the host, which would wait."""
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
 
-    The model must be on a CUDA device and stay there, so this cannot be combined with `offload`, which moves
-    weights, nor with `reuse_deep_features`, whose kernels differ from step to step. The first call of a kind
-    takes four times as long. The runner's `clear` frees the memory of its recordings. `capture` is for tests.
-    """
-    unet = model.model.diffusion_model
-    runner = GraphRunner(unet.forward, capture or CudaCapture(model.device), most)
 
-    def forward(
-        x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
+def flatten(cond: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[str, Tensor]:
+    """A condition's tensors by name; those of a list as name.0, name.1, …"""
+    flat = {}
+    for name, value in cond.items():
+        if isinstance(value, Tensor):
+            flat[name] = value
+        else:
+            flat |= {f"{name}.{i}": each for i, each in enumerate(value)}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Tensor]) -> dict[str, Tensor | list[Tensor]]:
+    """The condition that `flatten` made this of; empty lists are left out."""
+    cond: dict[str, Tensor | list[Tensor]] = {}
+    for name, value in flat.items():
+        base, dot, _ = name.partition(".")
+        if dot:
+            cond.setdefault(base, []).append(value)
+        else:
+            cond[base] = value
+    return cond
+
+
+class RecordedModel:
+    """A model whose calls are replayed: `apply_model`, and a denoiser's whole step around it."""
+
+    def __init__(self, model: LatentDiffusion, capture: Capture, most: int):
+        self.model, self.plain = model, model.apply_model
+        self.runner = GraphRunner(self.compute, capture, most)
+        model.apply_model, model.denoise_step = self.apply_model, self.denoise_step
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning, return_ids: bool = False) -> Tensor:
+        return self.run(x_noisy, t, cond, None, 0.0)
+
+    def denoise_step(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        c_in: float,
+        sigma: float,
+        scale: float | Tensor | None,
+        rescale: float,
     ) -> Tensor:
-        return runner(x=x, timesteps=timesteps, context=context, y=y)
+        each = isinstance(scale, Tensor)
+        numbers = (c_in, sigma) if each or scale is None else (c_in, sigma, scale)
+        inputs = {"numbers": on_device(numbers, x.dtype, x.device), "scales": scale if each else None}
+        return self.run(x, t, cond, scale is not None, rescale, **inputs)
 
-    unet.forward = forward
-    return runner
+    def run(
+        self, x: Tensor, t: Tensor, cond: Conditioning, *fixed: Hashable, **inputs: Tensor | None
+    ) -> Tensor:
+        wrapper = self.model.model
+        if not isinstance(cond, Mapping):
+            cond = {f"c_{self.model.conditioning_key}": cond if isinstance(cond, Sequence) else [cond]}
+        cond = like_weights(cond, wrapper)
+        context = None
+        if contexts := cond.get("c_crossattn"):  # a single one is not copied: states know it as an object
+            context = contexts[0] if len(contexts) == 1 else torch.cat(list(contexts), dim=1)
+        dtype = next(wrapper.parameters()).dtype
+        call = Call(torch.Size((len(t), *x.shape[1:])), dtype, t, context, cond.get("c_adm"))
+        with ExitStack() as stack:
+            states = call_states(wrapper.diffusion_model)
+            chosen = tuple(stack.enter_context(state.around(call)) for state in states)
+            return self.runner(chosen, *fixed, x=x, t=t, **inputs, **flatten(cond))
+
+    def compute(
+        self,
+        chosen: Hashable,
+        guided: bool | None,
+        rescale: float,
+        *,
+        x: Tensor,
+        t: Tensor,
+        numbers: Tensor | None = None,
+        scales: Tensor | None = None,
+        **cond: Tensor,
+    ) -> Tensor:
+        """`apply_model`, or, with `numbers` (c_in, sigma and perhaps the scale), a denoiser's step."""
+        if numbers is None:
+            return self.plain(x, t, unflatten(cond))
+        c_in, sigma, *same = numbers.unbind()
+        scale = same[0] if same else scales
+        x_model = model_input(x, c_in, guided)
+        output = self.plain(x_model, t, unflatten(cond))
+        return to_x0(self.model.parameterization, x, x_model, output, c_in, sigma, scale, rescale)
+
+
+def graph_unet(model: LatentDiffusion, capture: Capture | None = None, most: int = MOST) -> GraphRunner:
+    """Replay `model`'s calls as CUDA graphs, one for each shape and precision; returns the runner.
+
+    A denoiser's call is one replay: latents scaled, the UNet, guidance, x0. Other calls of `apply_model` are
+    recorded as they are. The model must be on a CUDA device and stay there, so this cannot be combined with
+    `offload`, which moves weights. The first call of a kind takes four times as long. `free_recordings`
+    frees the memory of the recordings. `capture` is for tests.
+    """
+    model.recordings = RecordedModel(model, capture or CudaCapture(model.device), most).runner
+    return model.recordings
+
+
+def free_recordings(model: nn.Module) -> None:
+    """Free the memory of `model`'s recordings, if it has any; its next calls are recorded anew."""
+    recordings = getattr(model, "recordings", None)
+    if recordings is not None:
+        recordings.clear()

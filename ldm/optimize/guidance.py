@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.optimize.calls import Call, CallState
+from ldm.sampling.denoiser import has_equal_halves
 
 
 def before_the_prompt(unet: UNetModel) -> Iterator[nn.Module]:
@@ -27,28 +29,21 @@ def before_the_prompt(unet: UNetModel) -> Iterator[nn.Module]:
             yield layer
 
 
-def halves_are_equal(x: Tensor | None) -> bool:
-    """Whether both halves of a batch are the same. The host reads the answer, for which a GPU has to wait."""
-    if x is None:
-        return True
-    return len(x) % 2 == 0 and torch.equal(*x.chunk(2))
-
-
-class Sharing:
-    """A UNet's calls; if both halves of the batch are equal, the layers before the prompt compute one."""
+class Sharing(CallState):
+    """A UNet's calls; if both halves are known to be equal, the layers before the prompt compute one."""
 
     def __init__(self, unet: UNetModel):
-        self.plain_forward = unet.forward
+        super().__init__(unet)
         self.active = False
         for layer in list(before_the_prompt(unet)):
             layer.forward = self.once(layer.forward)
-        unet.forward = self.forward
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
-    ) -> Tensor:
-        self.active = all(map(halves_are_equal, (x, timesteps, y)))
-        return self.plain_forward(x, timesteps, context, y)
+    def begin(self, call: Call) -> bool:
+        self.active = has_equal_halves(call.timesteps)
+        return self.active
+
+    def end(self) -> None:
+        self.active = False
 
     def once(self, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The layer's forward, for tensors [2 b, …] whose halves are equal."""
@@ -63,8 +58,9 @@ class Sharing:
 
 
 def share_prefix(model: LatentDiffusion) -> None:
-    """Compute the layers before the prompt once in calls whose halves are equal, as those of guidance are.
+    """Compute the layers before the prompt once in calls whose halves a `Denoiser` knows to be equal.
 
-    The result equals the plain one to rounding: kernels may sum in another order for another batch size.
+    The result equals the plain one to rounding: kernels may sum in another order for another batch size. That
+    is why a GPU, where the defaults change no bit, does without it.
     """
     Sharing(model.model.diffusion_model)

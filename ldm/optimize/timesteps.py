@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from ldm.optimize.calls import Call, CallState
 from ldm.optimize.graph import autocast_state
 
 LARGEST = 32  # a batch: beyond it the arithmetic hides the launches
 MOST = 1000  # timesteps that are kept; 80 kB each for one guided image of a v1 model in 16 bits
 
 
-class KeptTimesteps:
+class KeptTimesteps(CallState):
     """A UNet's calls with kept offsets of the timesteps that are given to it.
 
     Timesteps are recognised as an object: `ldm.sampling.denoiser.timesteps` gives the same one for the same
@@ -27,7 +28,8 @@ class KeptTimesteps:
     """
 
     def __init__(self, unet: UNetModel):
-        self.plain_forward, self.plain_embed = unet.forward, unet.embed
+        super().__init__(unet)
+        self.plain_embed = unet.embed
         layers = [block.emb_layers for block in unet.modules() if isinstance(block, ResBlock)]
         self.plain = {layer: layer.forward for layer in layers}
         self.widths = [layer[-1].out_features for layer in layers]
@@ -36,7 +38,7 @@ class KeptTimesteps:
         self.current: dict[nn.Module, Tensor] | None = None
         for layer in layers:
             layer.forward = self.reading(layer)
-        unet.embed, unet.forward = self.embed, self.forward
+        unet.embed = self.embed
 
     def embed(self, timesteps: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The time embedding; while kept offsets are in use no layer reads it."""
@@ -50,16 +52,13 @@ class KeptTimesteps:
 
         return forward
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
-    ) -> Tensor:
-        if y is None and len(timesteps) <= LARGEST and not torch.is_grad_enabled():
+    def begin(self, call: Call) -> None:
+        if call.y is None and len(call.timesteps) <= LARGEST and not torch.is_grad_enabled():
             with torch.inference_mode(False), torch.no_grad():  # they outlive the caller's mode
-                self.current = self.offsets(timesteps, x.dtype)
-        try:
-            return self.plain_forward(x, timesteps, context, y)
-        finally:
-            self.current = None
+                self.current = self.offsets(call.timesteps, call.dtype)
+
+    def end(self) -> None:
+        self.current = None
 
     def offsets(self, timesteps: Tensor, dtype: torch.dtype) -> dict[nn.Module, Tensor]:
         """What each residual block adds, [b, c], at the address where calls of this kind always read it."""
@@ -83,7 +82,6 @@ class KeptTimesteps:
 def keep_timesteps(model: LatentDiffusion) -> None:
     """Compute the offsets that `model`'s UNet derives from each timestep once. Its weights must not change.
 
-    The result is the plain one, bit for bit. Together with `graph_unet` apply this after it: the recordings
-    read what is kept.
+    The result is the plain one, bit for bit. Recordings of `graph_unet` read what is kept.
     """
     KeptTimesteps(model.model.diffusion_model)

@@ -21,6 +21,8 @@ class DiffusionModel(Protocol):
 
     parameterization: str  # "eps" or "v"
     alphas_cumprod: Tensor  # [timesteps]
+    # A model may also have `denoise_step(x, t, cond, c_in, sigma, scale, rescale)`, which does all that lies
+    # between a `Denoiser`'s latents and its x0 in its own way (`ldm.optimize.graph`).
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The noise or v [b, c, h, w] in latents x_noisy [b, c, h, w] at timesteps t [b]."""
@@ -55,13 +57,49 @@ def stack(uncond: Conditioning, cond: Conditioning) -> Conditioning:
 
 
 @lru_cache(maxsize=4096)
-def timesteps(timestep: float, count: int, device: torch.device) -> Tensor:
+def timesteps(timestep: float, count: int, device: torch.device, equal_halves: bool = False) -> Tensor:
     """`timestep`, [count] times, not to be written to.
 
     The same object for the same arguments, so that what is computed from it can be kept (`keep_timesteps`).
+    It carries what the host knows about the model call that it is for, which to read from a GPU would mean to
+    wait for it: `timestep_of` and `has_equal_halves`.
     """
     with torch.inference_mode(False):  # it outlives the caller's mode
-        return torch.full((count,), timestep, device=device)
+        times = torch.full((count,), timestep, device=device)
+        times.on_host = torch.tensor(timestep, dtype=times.dtype).item(), equal_halves
+    return times
+
+
+def timestep_of(times: Tensor) -> float:
+    """The largest of timesteps [b]; where `timesteps` made them no device is asked for it."""
+    return times.on_host[0] if hasattr(times, "on_host") else times.max().item()
+
+
+def has_equal_halves(times: Tensor) -> bool:
+    """Whether a model call's batch is known to be the same twice, but for what cross-attention reads.
+
+    `times` are the call's timesteps, of `timesteps`; of others nothing is known.
+    """
+    return hasattr(times, "on_host") and times.on_host[1]
+
+
+def equal_but_for_context(uncond: Conditioning, cond: Conditioning, conditioning_key: str) -> bool:
+    """Whether two conditions differ only in what cross-attention reads.
+
+    `conditioning_key` says what a condition is that is no mapping: "crossattn", "concat" or "adm".
+    """
+
+    def equal(a: Tensor, b: Tensor) -> bool:
+        return a is b or torch.equal(a.expand_as(b), b)
+
+    if not isinstance(cond, Mapping):
+        return conditioning_key == "crossattn"
+    for name in cond.keys() - {"c_crossattn"}:
+        a, b = uncond[name], cond[name]
+        pairs = [(a, b)] if isinstance(b, Tensor) else zip(a, b, strict=True)
+        if not all(equal(*pair) for pair in pairs):
+            return False
+    return True
 
 
 def rescale_guidance(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
@@ -71,6 +109,38 @@ def rescale_guidance(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
     """
     ratio = cond.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
     return guided * (phi * ratio + (1.0 - phi))
+
+
+def model_input(x: Tensor, c_in: float | Tensor, guided: bool) -> Tensor:
+    """Latents x = x0 + sigma eps [b, …] in the model's variance-preserving form; guided: twice, [2 b, …]."""
+    x_in = x * c_in
+    return torch.cat([x_in, x_in]) if guided else x_in
+
+
+def to_x0(
+    parameterization: str,
+    x: Tensor,
+    x_model: Tensor,
+    output: Tensor,
+    c_in: float | Tensor,
+    sigma: float | Tensor,
+    scale: float | Tensor | None,
+    rescale: float,
+) -> Tensor:
+    """x0 [b, c, h, w] by the model's `output` for x_model = `model_input(x, c_in, scale is not None)`.
+
+    `scale` guides, one for all or [b, 1, 1, 1]; None where there is no guidance. `c_in`, `sigma` and `scale`
+    may also be tensors without dimensions: the bits are the same.
+    """
+    output = output.float()
+    if scale is not None:
+        uncond, cond = output.chunk(2)
+        output = uncond + scale * (cond - uncond)
+        if rescale:
+            output = rescale_guidance(output, cond, rescale)
+    if parameterization == "v":
+        return (x_model[: len(x)] - sigma * output) * c_in
+    return x - sigma * output
 
 
 class Denoiser:
@@ -98,6 +168,8 @@ class Denoiser:
         self.guided = uncond is not None and scales != {1.0}
         self.cond = cond
         self.both = stack(uncond, cond) if self.guided else None  # one object: what is made of it can be kept
+        key = getattr(model, "conditioning_key", "crossattn")
+        self.equal_halves = self.guided and equal_but_for_context(uncond, cond, key)
         if len(scales) == 1:
             self.scale = scales.pop()
         else:
@@ -108,17 +180,13 @@ class Denoiser:
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """x0 [b, c, h, w] for latents x = x0 + sigma eps."""
-        c_in = (1.0 + sigma**2) ** -0.5  # sqrt(alpha): back to the model's variance-preserving form
-        x_in = x * c_in
+        c_in = (1.0 + sigma**2) ** -0.5  # sqrt(alpha)
         guided = self.guided and self.interval[0] < sigma <= self.interval[1]
-        x_model = torch.cat([x_in, x_in]) if guided else x_in
-        t = timesteps(self.discretization.timestep(sigma), len(x_model), x.device)
-        output = self.model.apply_model(x_model, t, self.both if guided else self.cond).float()
-        if guided:
-            uncond, cond = output.chunk(2)
-            output = uncond + self.scale * (cond - uncond)
-            if self.rescale:
-                output = rescale_guidance(output, cond, self.rescale)
-        if self.model.parameterization == "v":
-            return (x_in - sigma * output) * c_in
-        return x - sigma * output
+        cond, scale = (self.both, self.scale) if guided else (self.cond, None)
+        rows, equal_halves = (2 * len(x), self.equal_halves) if guided else (len(x), False)
+        t = timesteps(self.discretization.timestep(sigma), rows, x.device, equal_halves)
+        if whole_step := getattr(self.model, "denoise_step", None):
+            return whole_step(x, t, cond, c_in, sigma, scale, self.rescale)
+        x_model = model_input(x, c_in, guided)
+        output = self.model.apply_model(x_model, t, cond)
+        return to_x0(self.model.parameterization, x, x_model, output, c_in, sigma, scale, self.rescale)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_sampling import contexts, normal, tiny_model
+from tiny_sampling import Recorder, contexts, normal, tiny_model
 from torch import Tensor
 
 from ldm.errors import InputError
@@ -18,6 +18,7 @@ from ldm.optimize.approximate import (
     reuse_deep_features,
     widest_transformers,
 )
+from ldm.optimize.graph import Recording, graph_unet
 from ldm.sampling import SAMPLERS, Denoiser
 from ldm.sampling.run import default_trajectory
 
@@ -110,6 +111,62 @@ def test_a_run_uses_no_features_of_another_run(scale: float) -> None:
     denoised(model, cond, [14.0, 2.0])
     for start in (2.0, 1.0):  # lower than the first level of the run before, and not above its last
         assert torch.equal(denoised(model, other, [start]), denoised(plain, other, [start]))
+
+
+def test_the_decision_reads_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU was waited for in every call, for its timestep."""
+    model = tiny_model()
+    reuse_deep_features(model, 2)
+    cond, uncond = contexts(2)
+
+    def work() -> list[bool]:
+        denoiser = Denoiser(model, cond.clone(), uncond, 5.0)
+        return computed(model, lambda: [denoiser(normal(1, 4, 8, 8), sigma) for sigma in (9.0, 3.0, 1.0)])
+
+    assert work() == [True, False, True]
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("a tensor is read on the host"))
+    assert work() == [True, False, True]
+
+
+def test_recorded_calls_reuse_features(model: LatentDiffusion) -> None:
+    """Of each shape, through images whose shapes take turns and a memory that is cleared in between."""
+    plain, recorder = tiny_model(), Recorder()
+    reuse_deep_features(plain, 3)
+    reuse_deep_features(model, 3)
+    runner = graph_unet(model, recorder)
+    steps = [900.0, 700.0, 500.0, 300.0, 1.0]
+    for batch in (1, 2, 1):
+        found, expected = (calls(each, steps, batch, seed=batch) for each in (model, plain))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert recorder.captured == 4
+    runner.clear()
+    assert all(map(torch.equal, calls(model, steps, 2), calls(plain, steps, 2)))
+    assert recorder.captured == 6
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["whole calls", "calls in between"])
+def test_one_sort_of_call_may_not_be_recorded(model: LatentDiffusion, failing: int) -> None:
+    """A recording of calls in between reads the features of plain whole calls, and the other way round."""
+
+    class Capture(Recorder):
+        attempts = 0
+
+        def __call__(self, call: Callable[[], Tensor]) -> Recording:
+            self.attempts += 1
+            if self.attempts == failing:
+                raise RuntimeError("not to be recorded")
+            return super().__call__(call)
+
+    plain, steps = tiny_model(), [900.0, 700.0, 500.0, 300.0, 1.0]
+    reuse_deep_features(plain, 2)
+    reuse_deep_features(model, 2)
+    graph_unet(model, Capture())
+    for seed in (1, 2):
+        assert all(map(torch.equal, calls(model, steps, seed=seed), calls(plain, steps, seed=seed)))
+    address = model.model.diffusion_model.forward.__self__.current.last.data_ptr()
+    calls(model, steps)
+    assert model.model.diffusion_model.forward.__self__.current.last.data_ptr() == address
 
 
 def test_class_labels_are_part_of_a_run() -> None:

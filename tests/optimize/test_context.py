@@ -38,13 +38,17 @@ def test_a_run_computes_them_once_for_each_prompt(
     assert calls == ([2] * layers + [1] * layers) * 2
 
 
-def test_recorded_steps_read_what_is_kept(model: LatentDiffusion) -> None:
+@pytest.mark.parametrize("kept_first", [False, True])
+def test_recorded_steps_read_what_is_kept(model: LatentDiffusion, kept_first: bool) -> None:
     """A second prompt of the same shape goes where the first one was, which is where a recording reads."""
     uncond, *conds = contexts(4)
     plain = guided_latents(model, conds, uncond)
     recorder = Recorder()
+    if kept_first:
+        keep_context(model)
     runner = graph_unet(model, recorder)
-    keep_context(model)
+    if not kept_first:
+        keep_context(model)
     kept = guided_latents(model, conds, uncond)
     assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
     assert recorder.captured == len(runner.entries) == 2
@@ -85,3 +89,33 @@ def test_each_autocast_type_has_its_own(model: LatentDiffusion) -> None:
     kept = outputs()
     assert [a.dtype for a in kept] == [a.dtype for a in plain]
     assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the first context", "a later one"])
+def test_memory_that_ends_half_way_leaves_no_mixture(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """Some layers had the new context's keys and values, and the old context was still taken for theirs."""
+    x, t, (old, new) = torch.ones(1, 4, 8, 8), torch.tensor([3.0]), contexts(2)
+    with torch.inference_mode():
+        plain = [model.apply_model(x, t, context) for context in (old, new)]
+        keep_context(model)
+        if not first:
+            model.apply_model(x, t, old)
+        linear, calls = torch.nn.functional.linear, []
+
+        def failing(*args: Tensor) -> Tensor:
+            calls.append(args)
+            if len(calls) == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return linear(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                model.apply_model(x, t, new)
+        found = [model.apply_model(x, t, context) for context in (old, new)]
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    context = new.clone().requires_grad_()  # no call is under way any more: the plain layers are called
+    model.apply_model(x, t, context).sum().backward()
+    assert context.grad.abs().sum() > 0

@@ -205,7 +205,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @needs_cuda
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_offloading_on_a_gpu_gives_the_same_bits(by_layer: bool) -> None:
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())  # "cuda" alone equals no tensor's device
     model = tiny_model().half().to(device)
     z, t, context = (
         value.to(device) for value in (normal(2, 4, 16, 16), torch.tensor([3.0, 9.0]), normal(2, 77, 32))

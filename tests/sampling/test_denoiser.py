@@ -18,7 +18,16 @@ from ldm.sampling import (
     same_length,
     sample,
 )
-from ldm.sampling.denoiser import rescale_guidance, stack
+from ldm.sampling.denoiser import (
+    equal_but_for_context,
+    has_equal_halves,
+    model_input,
+    rescale_guidance,
+    stack,
+    timestep_of,
+    timesteps,
+    to_x0,
+)
 from ldm.sampling.schedule import linspace, trailing, zero_terminal_snr
 from ldm.util import instantiate_from_config
 
@@ -261,6 +270,64 @@ def test_the_condition_stays_the_same_object_from_step_to_step():
             denoiser(latents(2, 3, 4, 5), sigma)
     assert len({id(cond) for cond in given[:3]}) == 1
     assert all(cond is COND for cond in given[3:])
+
+
+def test_the_host_knows_what_a_call_is_for():
+    """Reading the timestep from a GPU, or comparing halves there, waits for it."""
+    cpu = torch.device("cpu")
+    times = timesteps(500.1, 4, cpu, equal_halves=True)
+    assert times is timesteps(500.1, 4, cpu, equal_halves=True)
+    assert times is not timesteps(500.1, 4, cpu)
+    assert timestep_of(times) == times.max().item()
+    assert timestep_of(torch.tensor([3.0, 7.0])) == 7.0
+    assert has_equal_halves(times)
+    assert not has_equal_halves(timesteps(500.1, 4, cpu))
+    assert not has_equal_halves(torch.full((4,), 500.1))
+
+
+def test_conditions_that_differ_beyond_the_context():
+    a, b = torch.rand(2, 1, 5, 6)
+    latent, label = torch.rand(1, 1, 4, 5), torch.tensor([7])
+    cond = {"c_crossattn": [a], "c_concat": [latent], "c_adm": label}
+    assert equal_but_for_context({**cond, "c_crossattn": [b]}, cond, "hybrid-adm")
+    assert equal_but_for_context({**cond, "c_concat": [latent.clone()]}, cond, "hybrid-adm")
+    assert not equal_but_for_context({**cond, "c_concat": [latent + 1]}, cond, "hybrid-adm")
+    assert not equal_but_for_context({**cond, "c_adm": label + 1}, cond, "hybrid-adm")
+    assert equal_but_for_context(a, b, "crossattn")
+    assert not equal_but_for_context(a, b, "concat")
+
+
+@pytest.mark.parametrize("scale", [None, 7.5])
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_numbers_and_tensors_give_the_same_bits(parameterization, scale):
+    """A recorded step reads them from tensors."""
+    x, sigma, rows = latents(2, 4, 8, 8) * 3, 2.7, 2 if scale is None else 4
+    c_in, output = (1 + sigma**2) ** -0.5, latents(rows, 4, 8, 8, seed=1)
+
+    def step(*numbers):
+        c_in, sigma, scale = numbers
+        x_model = model_input(x, c_in, scale is not None)
+        return x_model, to_x0(parameterization, x, x_model, output, c_in, sigma, scale, 0.7)
+
+    found = step(*(None if number is None else torch.tensor(number) for number in (c_in, sigma, scale)))
+    assert all(map(torch.equal, found, step(c_in, sigma, scale)))
+
+
+def test_a_model_may_take_a_whole_step_its_own_way():
+    model, taken = NormalData(), []
+    x = latents(2, 3, 4, 5) * 3
+    plain = Denoiser(model, COND, UNCOND, 7.5)(x, 3.0)
+
+    def step(x, t, cond, c_in, sigma, scale, rescale):
+        taken.append((len(t), scale))
+        x_model = model_input(x, c_in, scale is not None)
+        output = model.apply_model(x_model, t, cond)
+        return to_x0(model.parameterization, x, x_model, output, c_in, sigma, scale, rescale)
+
+    model.denoise_step = step
+    assert torch.equal(Denoiser(model, COND, UNCOND, 7.5)(x, 3.0), plain)
+    Denoiser(model, COND, UNCOND, 1.0)(x, 3.0)
+    assert taken == [(4, 7.5), (2, None)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-6)])
