@@ -30,7 +30,8 @@ setup(
         "transformers",
     ],
     extras_require={
-        "test": ["diffusers", "hypothesis", "pytest", "pytest-xdist", "ruff", "scipy"],
-        "benchmark": ["accelerate", "diffusers", "matplotlib"],
+        "test": ["diffusers", "hypothesis", "openvino", "pytest", "pytest-xdist", "ruff", "scipy"],
+        "benchmark": ["accelerate", "diffusers", "matplotlib", "openvino"],
+        "openvino": ["openvino"],  # --compile on a CPU
     },
 )

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -343,22 +344,28 @@ GAINS = {"diffusers": 2.0, "diffusers compiled": 1.15}  # on a GPU
 
 
 def measure_peers(options: argparse.Namespace) -> list[Row]:
-    from peers import STEPS, makers, plot, race
+    from peers import STEPS, makers, plot, race, write_for_openvino
 
     weights = v1_weights(options)
-    has_diffusers = find_spec("diffusers") is not None
-    files = {"config": ROOT / V1_CONFIG, "weights": weights, "diffusers": weights.with_name("v1-diffusers")}
-    if has_diffusers and not (files["diffusers"] / "text_encoder/model.safetensors").exists():
-        notice("writing the weights in diffusers' layout, once")
-        in_fresh_process(write_for_diffusers, files)
+    files = {"config": ROOT / V1_CONFIG, "weights": weights}
+    files |= {"diffusers": weights.with_name("v1-diffusers"), "openvino": weights.with_name("v1-openvino")}
     cpu = options.device == "cpu"
     steps = options.steps or (5 if cpu else STEPS)
     batches = options.batches or ([1, 2] if cpu else [1, 4, 8, 16])
+    batches = list(dict.fromkeys([1, *batches]))
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for precision in options.precisions or (["full", "bf16"] if cpu else ["half"]):
             notice(f"peers: {NAMES[precision]}")
-            makes = makers(files, precision, options.device, has_diffusers, options.compiled or not cpu)
+            makes = makers(files, precision, options.device, options.compiled or not cpu)
+            missing = set(options.peers or ()) - set(makes)
+            if missing:
+                raise InputError(f"--peers {', '.join(sorted(missing))}: can be had here: {', '.join(makes)}")
+            makes = {name: make for name, make in makes.items() if name in (options.peers or makes)}
+            if {"diffusers", "diffusers compiled"} & set(makes):
+                write_once(files["diffusers"] / "text_encoder/model.safetensors", write_for_diffusers, files)
+            if "openvino" in makes:
+                write_once(files["openvino"] / "unet.xml", write_for_openvino, files)
             found[NAMES[precision]] = race(makes, steps, batches, options.repeats, Path(folder))
     if find_spec("matplotlib"):
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -370,6 +377,13 @@ def measure_peers(options: argparse.Namespace) -> list[Row]:
     return [row for name, contenders in found.items() for row in peer_rows(name, contenders, steps, cpu)]
 
 
+def write_once(last: Path, write: Callable[[dict[str, Path]], None], files: dict[str, Path]) -> None:
+    """Bring the weights into a contender's layout, of which `last` is the file that comes last."""
+    if not last.exists():
+        notice(f"writing the weights to {last.parent.name}, once")
+        in_fresh_process(write, files)
+
+
 def write_for_diffusers(files: dict[str, Path]) -> None:
     from ldm.weights.convert import Conversion, convert
 
@@ -378,19 +392,24 @@ def write_for_diffusers(files: dict[str, Path]) -> None:
 
 
 def peer_rows(precision: str, contenders: dict[str, dict], steps: int, cpu: bool) -> list[Row]:
-    """What one precision came to: this toolkit's figure, then the others', with its part of each."""
+    """What one precision came to: this toolkit's figure, then the others', with its part of each.
+
+    The first contender takes its place where it was not measured.
+    """
     from peers import STEPS
 
-    ours, theirs = contenders["this"], contenders.get("diffusers")
+    first = "this" if "this" in contenders else next(iter(contenders))
+    ours, theirs = contenders[first], contenders.get("diffusers")
 
     def row(what: str, key: str, show: Callable[[float], str], target: float | None = None) -> Row:
-        others = {name: readings[key] for name, readings in contenders.items() if name != "this"}
+        others = {name: one[key] for name, one in contenders.items() if name != first and key in one}
         beside = [f"{name} {show(value)} ({ours[key] / value:.2f}x)" for name, value in others.items()]
         text, met = "", None
         if target is not None:
             text = f"<= {target:.2f} of diffusers' time"
             met = None if theirs is None else ours[key] <= target * theirs[key]
-        return Row(f"{precision}: {what}", text, "; ".join([show(ours[key]), *beside]), met, contenders)
+        shown = show(ours[key]) if first == "this" else f"{first} {show(ours[key])}"
+        return Row(f"{precision}: {what}", text, "; ".join([shown, *beside]), met, contenders)
 
     def seconds(value: float) -> str:
         return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
@@ -417,7 +436,7 @@ def peer_rows(precision: str, contenders: dict[str, dict], steps: int, cpu: bool
     if cpu and short == "full":
         peak.target, peak.met = f"< {LARGEST_PEAK / 1e9} GB", ours["peak"] < LARGEST_PEAK
     if not cpu and steps == STEPS:
-        best = min(readings["image"] for name, readings in contenders.items() if name.startswith("this"))
+        best = min(readings["image"] for name, readings in contenders.items() if name.startswith(first))
         limits = [GPU_IMAGE]
         limits += [contenders[name]["image"] / gain for name, gain in GAINS.items() if name in contenders]
         gains = " and ".join(f"{gain}x {name}" for name, gain in GAINS.items())
@@ -426,8 +445,10 @@ def peer_rows(precision: str, contenders: dict[str, dict], steps: int, cpu: bool
         if key.startswith("images/s "):
             what = f"images/s of {STEPS} guided steps, {key.split()[1]} at once"
             rows.append(row(what, key, lambda value: f"{value:.3g}"))
-    differences = "; ".join(f"{name} {c['difference']:.1e}" for name, c in contenders.items())
-    rows.append(Row(f"{precision}: largest difference to `--eager`, of the largest output", "", differences))
+    differences = {name: one["difference"] for name, one in contenders.items() if "difference" in one}
+    plain = "this --eager" if "this --eager" in differences else next(iter(differences), first)
+    text = "; ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    rows.append(Row(f"{precision}: largest difference to `{plain}`, of the largest output", "", text))
     for one in rows[1:]:
         one.values = {}  # the first row has all readings
     return rows
@@ -906,19 +927,41 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         import torch
 
         gpu = torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
     return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
         "GPU": gpu,
-        "CPU": names[0] if names else platform.machine(),
+        "CPU": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "load average before": round(os.getloadavg()[0], 1),
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),
         "torch": package_version("torch"),
-        "diffusers": package_version("diffusers"),
+        **{name: package_version(name) for name in ("diffusers", "openvino", "stable-diffusion-cpp-python")},
     }
+
+
+def processor() -> str:
+    """The processor's name with what its name leaves open: a virtual machine's may be "AMD EPYC" alone."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.machine()
+    facts = dict(re.findall(r"^([^:\n]*\S)\s*:[ \t]*(.*)$", cpuinfo.read_text().partition("\n\n")[0], re.M))
+    model = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+    sets = facts.get("flags", facts.get("Features", "")).split()
+    known = [*model, *(name for name in wanted if name in sets)]
+    return f"{facts.get('model name', platform.machine())} ({', '.join(known)})"
+
+
+def commit() -> str | None:
+    """The commit that is measured, with a + where files were changed since."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
@@ -945,6 +988,8 @@ def write_results(name: str, facts: dict[str, Any], parts: dict[str, list[Row]])
 
 
 def parser() -> argparse.ArgumentParser:
+    from peers import CONTENDERS
+
     parser = Parser(prog="benchmark.py", description=__doc__)
     add = parser.add_argument
     parts = ", ".join(PARTS)
@@ -962,11 +1007,18 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         default=ROOT / "outputs/benchmark-cache",
         metavar="DIR",
-        help="keeps 4.3 GB of stand-in weights (outputs/benchmark-cache)",
+        help="keeps 4.3 GB of stand-in weights, and as much again for some peers (outputs/benchmark-cache)",
     )
     add("--device", default="cpu", help="of `peers` and `ideas`: cpu or cuda (cpu)")
     add(
         "--precisions", nargs="+", choices=NAMES, help="of `peers` and `ideas` (full and bf16; on a GPU half)"
+    )
+    add(
+        "--peers",
+        nargs="+",
+        choices=CONTENDERS,
+        metavar="NAME",
+        help=f"compare only these of `peers`: {', '.join(CONTENDERS)} (those that are installed)",
     )
     add("--compiled", action="store_true", help="torch.compile in `peers` too (on a GPU always)")
     add("--steps", type=number(int, 1, 1000), help="of the image of `peers` (5; on a GPU 50)")

@@ -1,13 +1,15 @@
-"""This toolkit and diffusers on the same weights, each in a process of its own, called in turn.
+"""This toolkit and its peers on the same weights, each in a process of its own, called in turn.
 
 Each contender runs as its users get it: its own start, its own memory, none of another's settings. They are
 called in turn, so that a machine that slows down slows all of them.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,10 +55,12 @@ class Ours:
         """One guided model output; the prompts are encoded once."""
         import torch
 
+        from ldm.sampling.denoiser import timesteps
+
         if batch not in self.inputs:
             uncond, cond = self.text().repeat_interleave(batch, 0).chunk(2)
             x = noise(batch, self.device)
-            t = torch.full((2 * batch,), TIMESTEP, device=self.device)
+            t = timesteps(TIMESTEP, 2 * batch, self.device, equal_halves=True)
             self.inputs[batch] = torch.cat([x, x]), t, torch.cat([uncond, cond])
         return guided(self.model.apply_model(*self.inputs[batch]).float())
 
@@ -77,13 +81,16 @@ class Ideas(Ours):
     """The plain toolkit with some of what makes it fast."""
 
     def __init__(self, files: dict[str, Path], precision: str, device: str, ideas: tuple[str, ...]):
-        from ldm.optimize import compile, context, cpu, graph, guidance, timesteps
+        from ldm.optimize import compile, context, graph, guidance, layers, memory, timesteps, upsampling
 
         super().__init__(files, precision, device, ("--eager",))
         apply = {
-            "memory kept": lambda model: cpu.keep_memory() and cpu.return_memory(model),
-            "upsampling folded": cpu.fold_upsampling,
-            "weights in oneDNN's layout": cpu.prepack,
+            "memory kept": lambda model: memory.keep_memory() and memory.return_memory(model),
+            "upsampling folded": upsampling.fold_upsampling,
+            "oneDNN convolutions": lambda model: layers.use_kernels(
+                model, layers.KERNELS["torch"]._replace(convolutions="onednn")
+            ),
+            "oneDNN linear layers": lambda model: layers.use_onednn_linears(model, packed=True),
             "prefix shared": guidance.share_prefix,
             "compiled": compile.compile_model,
             "graphs": graph.graph_unet,
@@ -99,7 +106,7 @@ def combinations(precision: str, device: str) -> list[tuple[str, ...]]:
     if device != "cpu":
         more = ("keys and values kept", "timesteps kept")
         return [(), ("graphs",), *(("graphs", one) for one in more), ("compiled", "graphs")]
-    more = ("upsampling folded" if precision == "full" else "weights in oneDNN's layout", "prefix shared")
+    more = ("upsampling folded", "oneDNN convolutions", "oneDNN linear layers", "prefix shared")
     return [(), ("memory kept",), *(("memory kept", one) for one in more)]
 
 
@@ -183,6 +190,85 @@ class Diffusers:
         made.images[0].save(path)
 
 
+class OpenVino(Ours):
+    """OpenVINO's UNet and decoder, converted for one image of one size; the rest is our plain path.
+
+    A larger batch is made one image after the other. https://docs.openvino.ai/2026/
+    """
+
+    def __init__(self, files: dict[str, Path], precision: str):
+        from ldm.optimize.openvino import import_openvino
+
+        super().__init__(files, "full", "cpu", ("--eager",))  # its UNet and decoder are never read from disk
+        core = import_openvino().Core()
+        hint = {"INFERENCE_PRECISION_HINT": {"full": "f32", "bf16": "bf16"}[precision]}
+        parts = {"unet": self.model.model.diffusion_model, "decoder": self.model.first_stage_model.decoder}
+        for name, module in parts.items():
+            compiled = core.compile_model(files["openvino"] / f"{name}.xml", "CPU", hint)
+            module.forward = partial(self.call, compiled.create_infer_request(), 2 if name == "unet" else 1)
+
+    def call(self, request: Any, rows: int, *inputs: Any, **named: Any) -> Any:
+        """The output for any multiple of `rows`, by as many of them at a time."""
+        import torch
+
+        given = [value for value in (*inputs, *named.values()) if value is not None]
+        parts = zip(*(value.float().contiguous().split(rows) for value in given), strict=True)
+        return torch.cat(
+            [torch.from_numpy(request.infer([x.numpy() for x in part])[0].copy()) for part in parts]
+        )
+
+
+class StableDiffusionCpp:
+    """stable-diffusion.cpp, which reads the weights' file and makes whole images; its parts cannot be called.
+
+    https://github.com/leejet/stable-diffusion.cpp
+    """
+
+    def __init__(self, files: dict[str, Path], precision: str):
+        import torch
+        from stable_diffusion_cpp import StableDiffusion
+
+        self.device = torch.device("cpu")
+        wtype = {"full": "f32", "half": "f16", "bf16": "bf16"}[precision]
+        self.model = StableDiffusion(
+            model_path=str(files["weights"]), wtype=wtype, diffusion_flash_attn=True, verbose=False
+        )
+
+    def image(self, steps: int, path: Path) -> None:
+        made = self.model.generate_image(
+            prompt=PROMPT,
+            width=8 * SIDE,
+            height=8 * SIDE,
+            sample_steps=steps,
+            cfg_scale=SCALE,
+            sample_method="euler",
+            seed=0,
+        )
+        made[0].save(path)
+
+
+def write_for_openvino(files: dict[str, Path]) -> None:
+    """UNet (two rows) and decoder (one) as OpenVINO's float32 files, of static shapes."""
+    import torch
+
+    from ldm.optimize.openvino import import_openvino
+    from ldm.weights.loading import load_model, read_config
+
+    openvino, folder = import_openvino(), files["openvino"]
+    folder.mkdir(parents=True, exist_ok=True)
+    model = load_model(read_config(files["config"]), files["weights"]).eval()
+    unet, decoder = model.model.diffusion_model, model.first_stage_model.decoder
+    x, t = torch.zeros(2, 4, SIDE, SIDE), torch.full((2,), TIMESTEP)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it traces, which torch wants to replace
+        context = model.get_learned_conditioning(["", PROMPT])
+        for name, module, inputs in (("decoder", decoder, (x[:1],)), ("unet", unet, (x, t, context))):
+            small = (inputs[0][..., :16, :16].clone(), *inputs[1:])  # for a quick trace
+            converted = openvino.convert_model(module, example_input=small)
+            converted.reshape({i: list(value.shape) for i, value in enumerate(inputs)})
+            openvino.save_model(converted, folder / f"{name}.xml", compress_to_fp16=False)
+
+
 # one process for each contender
 
 
@@ -198,7 +284,7 @@ def serve(pipe: Connection, make: Callable[..., Any], args: tuple) -> None:
     cuda = contender.device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
     wait()
-    pipe.send(time.perf_counter() - start)
+    pipe.send((time.perf_counter() - start, hasattr(contender, "step")))
     while True:
         try:
             method, given, wanted = pipe.recv()
@@ -221,7 +307,7 @@ def resident_peak() -> int:
 
 
 class Contender:
-    """A process that serves, and what it was measured to take."""
+    """A process that serves, what it took to start, and whether its parts can be called one by one."""
 
     def __init__(self, make: Callable[..., Any], *args: Any):
         context = get_context("spawn")
@@ -229,7 +315,7 @@ class Contender:
         self.process = context.Process(target=serve, args=(other, make, args), daemon=True)
         self.process.start()
         other.close()
-        self.load_seconds = self.pipe.recv()
+        self.load_seconds, self.has_parts = self.pipe.recv()
 
     def call(self, method: str, *given: Any, wanted: bool = False) -> Any:
         self.pipe.send((method, given, wanted))
@@ -263,26 +349,47 @@ def in_turn(running: dict[str, Contender], repeats: int, method: str, *given: An
     return readings
 
 
-def makers(
-    files: dict[str, Path], precision: str, device: str, has_diffusers: bool, compiled: bool
-) -> dict[str, partial]:
-    """Who there is to compare, by name. On a CPU `--compile` does nothing for this toolkit."""
+CONTENDERS = (
+    "this",
+    "this --eager",
+    "this --compile",
+    "diffusers",
+    "diffusers compiled",
+    "openvino",
+    "stable-diffusion.cpp",
+)
+
+
+def makers(files: dict[str, Path], precision: str, device: str, compiled: bool = False) -> dict[str, partial]:
+    """Who there is to compare on this machine, by name; with `compiled` torch's compiler takes part."""
+    cpu = device == "cpu"
     ours = partial(partial, Ours, files, precision, device)
     theirs = partial(partial, Diffusers, files, precision, device)
-    found = {"this": ours(()), "this --eager": ours(("--eager",))}
-    if compiled and device != "cpu":
-        found["this --compile"] = ours(("--compile",))
-    if has_diffusers:
-        found["diffusers"] = theirs(False)
-    if has_diffusers and compiled:
-        found["diffusers compiled"] = theirs(True)
-    return found
+    makes = {
+        "this": (ours(() if cpu else ("--graphs",)), True),
+        "this --eager": (ours(("--eager",)), True),
+        "this --compile": (ours(("--compile",)), find_spec("openvino") is not None if cpu else compiled),
+        "diffusers": (theirs(False), find_spec("diffusers") is not None),
+        "diffusers compiled": (theirs(True), find_spec("diffusers") is not None and compiled),
+        "openvino": (
+            partial(OpenVino, files, precision),
+            cpu and precision != "half" and find_spec("openvino") is not None,
+        ),
+        "stable-diffusion.cpp": (
+            partial(StableDiffusionCpp, files, precision),
+            cpu and find_spec("stable_diffusion_cpp") is not None,
+        ),
+    }
+    return {name: make for name, (make, possible) in makes.items() if possible}
 
 
 def race(
     makes: dict[str, partial], steps: int, batches: list[int], repeats: int, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Everything that is measured of each contender. What their outputs differ from is the eager one's."""
+    """Everything that is measured of each contender, as far as it can be.
+
+    Outputs are compared with the eager one's or, without it, the first one's.
+    """
     import numpy as np
 
     with contenders(makes) as running:
@@ -298,20 +405,22 @@ def race(
                 if not what.startswith("step ") or what == "step 1":
                     found[name]["first"] += first
 
-        note("text", in_turn(running, 2 * repeats, "text"))
-        note("step 1", in_turn(running, repeats, "step", 1))
-        note("decode", in_turn(running, repeats, "decode"))
+        by_parts = {name: one for name, one in running.items() if one.has_parts}
+        note("text", in_turn(by_parts, 2 * repeats, "text"))
+        note("step 1", in_turn(by_parts, repeats, "step", 1))
+        note("decode", in_turn(by_parts, repeats, "decode"))
         for name, contender in running.items():
             found[name]["image"] = contender.call("image", steps, folder / "image.png")[0]
             found[name]["peak"] = contender.call("peak")
         for batch in batches:
             if batch != 1:
-                note(f"step {batch}", in_turn(running, repeats, "step", batch))
-        for one in found.values():
+                note(f"step {batch}", in_turn(by_parts, repeats, "step", batch))
+        for name in by_parts:
+            one = found[name]
             for batch in batches:
                 one[f"images/s {batch}"] = batch / (STEPS * one[f"step {batch}"] + batch * one["decode"])
-        outputs = {name: contender.call("step", 1, wanted=True)[1] for name, contender in running.items()}
-    plain = outputs["this --eager"]
+        outputs = {name: contender.call("step", 1, wanted=True)[1] for name, contender in by_parts.items()}
+    plain = outputs.get("this --eager", next(iter(outputs.values()), None))
     for name, output in outputs.items():
         found[name]["difference"] = float(np.abs(output - plain).max() / np.abs(plain).max())
     return found
@@ -335,9 +444,11 @@ def plot(found: dict[str, dict[str, dict[str, Any]]], steps: int, title: str, pa
     for (precision, contenders), (left, right) in zip(found.items(), axes, strict=True):
         width = 0.8 / len(contenders)
         for i, (name, readings) in enumerate(contenders.items()):
-            heights = [readings[part] / max(c[part] for c in contenders.values()) for part in parts]
-            bars = left.bar([k + i * width for k in range(len(parts))], heights, width, label=name)
-            texts = [f"{readings[part]:.3g}" for part in parts]
+            measured = {k: part for k, part in enumerate(parts) if part in readings}
+            slowest = {part: max(c.get(part, 0) for c in contenders.values()) for part in parts}
+            heights = [readings[part] / slowest[part] for part in measured.values()]
+            bars = left.bar([k + i * width for k in measured], heights, width, label=name)
+            texts = [f"{readings[part]:.3g}" for part in measured.values()]
             left.bar_label(bars, texts, fontsize=6, rotation=90, padding=2)
             sizes = [int(key.split()[1]) for key in readings if key.startswith("images/s ")]
             rates = [readings[f"images/s {size}"] for size in sizes]
@@ -346,7 +457,9 @@ def plot(found: dict[str, dict[str, dict[str, Any]]], steps: int, title: str, pa
         left.set_ylim(0, 1.25)
         left.set_title(f"{precision}: seconds, as parts of the slowest (image: {steps} steps)", fontsize=9)
         right.set_title(f"{precision}: images/s of {STEPS} guided steps, over the batch size", fontsize=9)
-        right.set_xticks(sizes)
+        right.set_xticks(
+            sorted({int(key.split()[1]) for c in contenders.values() for key in c if "/s" in key})
+        )
         right.set_ylim(0, 1.1 * right.get_ylim()[1])
         right.legend(fontsize=7)
     figure.suptitle(title, fontsize=9)

@@ -9,12 +9,15 @@ from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.optimize.approximate import merge_similar_tokens, reuse_deep_features
+from ldm.optimize.autocast import keep_casts
 from ldm.optimize.compile import compile_model
 from ldm.optimize.context import keep_context
-from ldm.optimize.cpu import fold_upsampling, keep_memory, prepack, return_memory
 from ldm.optimize.graph import graph_unet
 from ldm.optimize.guidance import share_prefix
+from ldm.optimize.layers import KERNELS, choose_kernels, use_kernels
+from ldm.optimize.memory import keep_memory, return_memory
 from ldm.optimize.offload import offload
+from ldm.optimize.openvino import compile_with_openvino
 from ldm.optimize.slicing import slice_attention
 from ldm.optimize.tiling import tile_first_stage
 from ldm.optimize.timesteps import keep_timesteps
@@ -29,7 +32,10 @@ class Options(Protocol):
     deepcache: int  # 1 or more, the calls for which deep features are used
     low_vram: str | None  # None, "parts" or "max"
     eager: bool
+    graphs: bool
+    kernels: str  # "measured", or the name of a set of them
     compile: bool
+    precision: str | None
 
 
 def check_options(options: Options, device: torch.device) -> None:
@@ -59,18 +65,18 @@ def apply(model: LatentDiffusion, options: Options, device: torch.device) -> Non
         tile_first_stage(model)
     if options.tome:
         merge_similar_tokens(model, options.tome)
-    if options.deepcache > 1:
-        reuse_deep_features(model, options.deepcache)
     if options.low_vram and device.type != "cpu":
         offload(model, device, by_layer=options.low_vram == "max")
-        return
-    if options.low_vram:
-        notice("--low_vram: on a CPU there is only one memory, and nothing to save")
-    model.to(device)
-    if options.compile and not ours:
-        notice(f"--compile is for the UNet of this toolkit: not applied to {_name(unet)}")
-    if ours and not options.eager:
-        speed_up(model, options, device)
+    else:
+        if options.low_vram:
+            notice("--low_vram: on a CPU there is only one memory, and nothing to save")
+        model.to(device)
+        if options.compile and not ours:
+            notice(f"--compile is for the UNet of this toolkit: not applied to {_name(unet)}")
+        if ours and not options.eager:
+            speed_up(model, options, device)
+    if options.deepcache > 1:
+        reuse_deep_features(model, options.deepcache)  # after the compiler, which must not see its decisions
 
 
 def speed_up(model: LatentDiffusion, options: Options, device: torch.device) -> None:
@@ -79,19 +85,21 @@ def speed_up(model: LatentDiffusion, options: Options, device: torch.device) -> 
     On CUDA no bit of the result changes; elsewhere, and with `compile`, the order of sums does.
     """
     if options.compile and device.type == "cpu":
-        notice("--compile: on a CPU it is no faster than what is done without it")
+        # before what changes the weights that it converts
+        compile_with_openvino(model, unet_too=options.deepcache == 1, report=notice)
     elif options.compile:
         compile_model(model)
     if device.type == "cpu":
         if keep_memory():
             return_memory(model)
-        fold_upsampling(model)  # of float32 weights
-        prepack(model)  # weights of 16 bits
+        if options.precision != "autocast":  # which knows torch's own layers
+            use_kernels(model, KERNELS.get(options.kernels) or choose_kernels(model))
         share_prefix(model)
-    if device.type == "cuda":
-        if options.deepcache == 1:  # otherwise steps run different kernels, which one recording cannot hold
-            graph_unet(model)
-        keep_context(model)  # after the graphs, whose recordings read what is kept
+    if device.type == "cuda" and (options.graphs or options.compile):
+        if options.precision == "autocast":
+            keep_casts(model)
+        graph_unet(model)
+        keep_context(model)
         keep_timesteps(model)
 
 

@@ -58,12 +58,24 @@ class RuntimeOptions:
     )
     compile: bool = setting(
         False,
-        "compile the UNet and the decoder for the GPU: slow to start, faster after, and kept on disk",
+        "compile the UNet and the decoder, on a CPU by OpenVINO: slow to start, faster after, kept on disk",
         group="model",
     )
     eager: bool = setting(
         False,
-        "plain PyTorch, the reference: no recorded steps on a GPU, nothing folded or shared on a CPU",
+        "plain PyTorch, the reference, on a CPU too",
+        group="model",
+    )
+    graphs: bool = setting(
+        False,
+        "record a step's kernels once and replay them (CUDA graphs); off until it has been proven on a GPU",
+        group="model",
+    )
+    kernels: str = setting(
+        "measured",
+        "on a CPU: for each kind of layer the fastest, measured once on a machine; or all of torch's own; or "
+        "all of oneDNN's, on weights in its layout",
+        choices=("measured", "torch", "onednn"),
         group="model",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="model")
@@ -78,8 +90,9 @@ class RuntimeOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.compile and self.eager:
-            raise FieldError("{compile} and {eager} exclude each other; give one of them")
+        for name in ("compile", "graphs"):
+            if getattr(self, name) and self.eager:
+                raise FieldError("{" + name + "} and {eager} exclude each other; give one of them")
 
     def recorded(self) -> dict[str, Any]:
         """The approximations in use by name."""

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.optimize import apply as module
-from ldm.optimize import graph
+from ldm.optimize import graph, openvino
 from ldm.optimize.apply import apply, check_options, speed_up
+from ldm.optimize.approximate import reuse_deep_features
 
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
 DEFAULTS = {
@@ -22,6 +23,9 @@ DEFAULTS = {
     "low_vram": None,
     "eager": False,
     "compile": False,
+    "precision": None,
+    "kernels": "onednn",
+    "graphs": False,
 }
 
 
@@ -102,13 +106,22 @@ def test_compile_and_low_vram_exclude_each_other(
     assert not overridden(model)
 
 
-def test_options_without_an_effect_on_a_cpu_are_reported(model: LatentDiffusion, notices: list[str]) -> None:
+def test_options_without_an_effect_on_a_cpu_are_reported(
+    model: LatentDiffusion, notices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino, "find_spec", lambda name: None)
     apply(model, options(compile=True, low_vram="max"), CPU)
     assert notices == [
         "--low_vram: on a CPU there is only one memory, and nothing to save",
-        "--compile: on a CPU it is no faster than what is done without it",
+        "--compile: on a CPU it takes OpenVINO: pip install openvino; going on without",
     ]
     assert "first_stage_to" not in vars(model)
+
+
+def test_a_gpu_runs_the_plain_model_unless_asked(model: LatentDiffusion) -> None:
+    """What has never run on a GPU must not be its default."""
+    speed_up(model, options(), CUDA)
+    assert not overridden(model)
 
 
 @pytest.mark.parametrize(("low_vram", "by_layer"), [("parts", False), ("max", True)])
@@ -139,22 +152,42 @@ def test_approximations_need_our_unet(other: LatentDiffusion, changes: dict[str,
         apply(other, options(**changes), CPU)
 
 
-def test_the_defaults_of_a_gpu_change_no_bit(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_change_no_bit(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps recorded, keys, values and timesteps kept, with a recorder that runs on a CPU."""
     recorder = Recorder()
     monkeypatch.setattr(graph, "CudaCapture", lambda device: recorder)
     uncond, *conds = contexts(4)
-    speed_up(model, options(), CUDA)
+    speed_up(model, options(graphs=True), CUDA)
     kept, plain = (guided_latents(each, conds, uncond) for each in (model, tiny_model()))
     assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
     assert recorder.captured == 2  # with guidance and without
     assert recorder.replayed == 4 * len(conds)
 
 
-def test_deep_features_are_not_recorded(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_and_shallow_calls_are_recorded(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepCache gave up the graphs: one recording cannot hold what differs from step to step."""
     recorder = Recorder()
     monkeypatch.setattr(graph, "CudaCapture", lambda device: recorder)
-    speed_up(model, options(deepcache=2), CUDA)
-    uncond, *conds = contexts(2)
-    guided_latents(model, conds, uncond)
-    assert recorder.captured == 0
+    plain = tiny_model()
+    apply(plain, options(deepcache=2, eager=True), CPU)
+    speed_up(model, options(graphs=True), CUDA)
+    reuse_deep_features(model, 2)
+    uncond, *conds = contexts(3)
+    found, expected = (guided_latents(each, conds, uncond) for each in (model, plain))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert recorder.captured == 4  # with guidance and without, whole and shallow
+    assert recorder.replayed == 4 * len(conds)
+
+
+def test_autocast_reads_copies_of_the_weights(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "CudaCapture", lambda device: Recorder())
+    casts = []
+    monkeypatch.setattr(module, "keep_casts", casts.append)
+    speed_up(model, options(precision="half", graphs=True), CUDA)
+    assert casts == []
+    speed_up(model, options(precision="autocast", graphs=True), CUDA)
+    assert casts == [model]
