@@ -35,6 +35,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--scale", type=cli.number(float, -1e4, 1e4), help="guidance scale (as the model's YAML says)")
     add("--sampler", help="sampler by name (dpmpp_2m; upscaling: ddim, schedule trailing)")
     add("--ddim_steps", type=cli.number(int, 1, 1000), metavar="N", help="steps (20; upscaling: 1)")
+    add("--noise_level", type=cli.number(int, 0, 999), help="of upscaling (20, as the command has it)")
     add("--seed", type=seed, default=42, help="picks the prompts; image k has seed SEED + k (42)")
     add("--outdir", default="outputs/evaluate_siblings", help="folder for scores.json and the grids")
     add("--detector", default="models/scenes-64/detector.safetensors", metavar="FILE", help="its weights")
@@ -71,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.models:
         pipeline = Pipeline.open(args.ckpt or str(find(WEIGHTS[name])), safety="off")
         like = ImageRequest(**SAMPLING[name] | given)
-        rows, scores[name] = siblings.MEASURES[name](pipeline, detector, like, args.seed, args.prompts)
+        more = {} if name != "upscaling" or args.noise_level is None else {"noise_level": args.noise_level}
+        rows, scores[name] = siblings.MEASURES[name](
+            pipeline, detector, like, args.seed, args.prompts, **more
+        )
         print(
             siblings.report(
                 f"{name}: {args.prompts} prompts of one solid, {args.prompts} of two", scores[name]

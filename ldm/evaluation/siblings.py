@@ -141,7 +141,12 @@ def estimates(pipeline: Pipeline, seed: int, count: int) -> float:
 
 
 def upscaling(
-    pipeline: Pipeline, detector: Detector, like: ImageRequest, seed: int, count: int
+    pipeline: Pipeline,
+    detector: Detector,
+    like: ImageRequest,
+    seed: int,
+    count: int,
+    noise_level: int = NOISE_LEVEL,
 ) -> tuple[Rows, dict[str, float]]:
     """The PSNR in dB of enlarged renders, and of bicubic ones, against renders at the full size."""
     size = pipeline.described.native_size
@@ -151,7 +156,7 @@ def upscaling(
     small = [Image.fromarray(image).resize((size // 4, size // 4), Image.Resampling.BOX) for image in truth]
     requests = [
         replace(
-            like, prompt=caption(scene), init_img=image, noise_level=NOISE_LEVEL, seed=image_seed(seed, k)
+            like, prompt=caption(scene), init_img=image, noise_level=noise_level, seed=image_seed(seed, k)
         )
         for k, (scene, image) in enumerate(zip(scenes, small, strict=True))
     ]
