@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.optimize.compile import uncompiled
+from ldm.optimize.norm import forget_statistics, take_statistics
 
 TILE, OVERLAP = 64, 16  # latents: for Stable Diffusion tiles of 512 pixels, blended over 128
 
@@ -65,32 +66,24 @@ def spans(length: int, tile: int, overlap: int, scale: int) -> list[Span]:
 
 @contextmanager
 def common_statistics(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Iterator[None]:
-    """Inside, GroupNorms of `module` use the statistics that they had in `function` of x [1, …]."""
+    """Inside, GroupNorms of `module` use the statistics that they had in `function` of x [1, …].
+
+    That first call is not a compiled one, whose code would not report them; those inside may be.
+    """
+    new = take_statistics(module)
     norms = [norm for norm in module.modules() if isinstance(norm, nn.GroupNorm)]
-    known: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
-
-    def learn(norm: nn.GroupNorm, inputs: tuple[Tensor]) -> None:
-        groups = inputs[0].float().reshape(norm.num_groups, -1)
-        var, mean = torch.var_mean(groups, dim=1, correction=0)
-        size = norm.num_channels // norm.num_groups
-        known[norm] = mean.repeat_interleave(size), var.repeat_interleave(size)
-
-    def normalise(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-        return F.batch_norm(x, *known[norm], norm.weight.float(), norm.bias.float(), eps=norm.eps)
-
-    hooks = [norm.register_forward_pre_hook(learn) for norm in norms]
     try:
-        function(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for norm in known:
-        norm.forward = partial(normalise, norm)
-    try:
+        for norm in norms:
+            norm.statistics = []
+        with uncompiled():
+            function(x)
+        for norm in norms:
+            norm.statistics = norm.statistics or None  # it may not have been called
         yield
     finally:
-        for norm in known:
-            del norm.forward  # uncovers the method of the class
+        for norm in norms:
+            norm.statistics = None
+        forget_statistics(new)
 
 
 def in_tiles(

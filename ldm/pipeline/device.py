@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ldm.errors import FieldError
@@ -48,3 +50,44 @@ def weights_dtype(precision: str) -> torch.dtype | None:
     import torch
 
     return {"half": torch.float16, "bf16": torch.bfloat16}.get(precision)
+
+
+@contextmanager
+def arithmetic(device: torch.device) -> Iterator[None]:
+    """How a CUDA device computes inside; elsewhere, and for the process afterwards, nothing is changed.
+
+    float32 is IEEE float32 in matrix products and convolutions, in every precision: torch's own setting lets
+    cuDNN round the factors of convolutions to TF32, 10 bits
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices).
+
+    cuDNN measures which of its kernels is fastest when a shape first comes, and keeps to it, with `--eager`
+    and without: so both have the same bits in one process. Another process may choose other kernels, so there
+    the same image, made again or by a run that is resumed, may differ in rounding. Who sets torch to be
+    deterministic keeps cuDNN's choice as it is
+    (https://docs.pytorch.org/docs/stable/notes/randomness.html#cuda-convolution-benchmarking).
+    """
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    # the old setting, too: torch raises where one that it reads contradicts the new ones
+    allowed = cudnn.conv.fp32_precision == "tf32"
+    settings = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    matmul, benchmark = torch.get_float32_matmul_precision(), cudnn.benchmark
+    try:
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        if not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled()):
+            cudnn.benchmark = True
+        yield
+    finally:
+        cudnn.benchmark = benchmark
+        torch.set_float32_matmul_precision(matmul)
+        cudnn.allow_tf32 = allowed
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value

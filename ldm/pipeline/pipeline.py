@@ -18,11 +18,12 @@ from ldm.fields import settings_of
 from ldm.images.pixels import finite_images, to_uint8
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.optimize.graph import free_recordings
 from ldm.pipeline import inpainting, upscaling
 from ldm.pipeline.batches import check_one_stream, plan_batches, with_start_seeds
 from ldm.pipeline.conditioning import check_task, conditions
 from ldm.pipeline.depth import DepthMaps, has_estimator
-from ldm.pipeline.device import choose_device, precision_of, precision_on, weights_dtype
+from ldm.pipeline.device import arithmetic, choose_device, precision_of, precision_on, weights_dtype
 from ldm.pipeline.first_stage import FirstStage
 from ldm.pipeline.generated import GeneratedImage
 from ldm.pipeline.init_images import InitImages
@@ -58,7 +59,8 @@ class Pipeline:
     """A built model with its text-embedding cache, safety checker and options. One call at a time.
 
     `open` finds the model's files and reads its config; the weights are read when `model` is first used.
-    `load` reads them at once.
+    `load` reads them at once. Settings of the process that torch has for CUDA are changed only while images
+    are made: float32 is IEEE float32 then, without TF32 (`ldm.pipeline.device.arithmetic`).
     """
 
     def __init__(
@@ -143,8 +145,11 @@ class Pipeline:
 
     def use_device(self, device: torch.device) -> None:
         """Compute on this device, whatever the options say. InputError if the model is on another one."""
-        if "model" in self.__dict__ and self.model.device != device:
-            raise InputError(f"the model is on {self.model.device} already; it cannot be used on {device}")
+        if "model" in self.__dict__:
+            here = self.model.device
+            # "cuda" is the current one of several, where the model went, too
+            if here.type != device.type or (None not in (here.index, device.index) and here != device):
+                raise InputError(f"the model is on {here} already; it cannot be used on {device}")
         self.__dict__["device"] = device
 
     @cached_property
@@ -370,7 +375,7 @@ class Pipeline:
             while parts:
                 steps = _Steps(on_step)
                 try:
-                    with torch.inference_mode(), self._autocast():
+                    with torch.inference_mode(), arithmetic(self.device), self._autocast():
                         latents = []
                         for arguments in self._samplings(parts[0], stream, len(images), steps.count):
                             latents.append(sample(**arguments))
@@ -387,6 +392,7 @@ class Pipeline:
                     steps.take_back()
                     self._largest[key] = _half(parts[0])
                     parts = [smaller for part in parts for smaller in _parts(part, self._largest[key])]
+                    free_recordings(self.model)  # whose memory the smaller batch may need
                     if self.device.type == "cuda":
                         torch.cuda.empty_cache()
                     continue

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from commands import Result, refused
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_sampling import Recorder
+from tiny_sampling import Recorder, tiny_model
 from torch import Tensor
 
 from ldm.errors import FieldError, InputError
@@ -382,10 +383,22 @@ def test_eager_is_the_reference_and_the_default_is_near_it(bundled: Command) -> 
         assert psnr(image, other) > 60
 
 
-def test_compiling_is_for_gpus(bundled: Command) -> None:
+def test_compiling_on_a_cpu_goes_on_without_its_package(bundled: Command, monkeypatch) -> None:
+    from ldm.optimize import openvino
+
+    monkeypatch.setattr(openvino, "find_spec", lambda name: None)
     result = bundled("--compile", "--steps", 2)
     assert result.code == 0
-    assert "--compile: on a CPU it is no faster than what is done without it" in result.err
+    assert "--compile: on a CPU it takes OpenVINO: pip install openvino; going on without" in result.err
+
+
+@pytest.mark.slow
+def test_compiling_on_a_cpu_changes_rounding_only(bundled: Command) -> None:
+    pytest.importorskip("openvino")
+    compiled, eager = bundled("--compile"), bundled("--eager", folder="eager")
+    assert compiled.code == 0
+    for image, other in zip(compiled.images, eager.images, strict=True):
+        assert psnr(image, other) > 50
 
 
 def test_what_a_gpu_does_unasked_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,4 +417,31 @@ def test_what_a_gpu_does_unasked_changes_no_bit(monkeypatch: pytest.MonkeyPatch)
     plain = pixels(pipeline.generate(requests[:5]))
     speed_up(pipeline.model, RuntimeOptions(), torch.device("cuda"))
     assert all(map(np.array_equal, pixels(pipeline.generate(requests[:5])), plain))
-    assert (recorder.captured, recorder.replayed) == (3, 15)  # latents: 4, 2 and 1; three batches of 5 steps
+    # two images and one, each with guidance and without; three batches of 5 steps
+    assert (recorder.captured, recorder.replayed) == (4, 15)
+
+
+def test_recordings_are_freed_before_a_smaller_batch_is_tried(load: Load, too_large) -> None:
+    """That of the size that did not fit kept its memory."""
+    from ldm.optimize.graph import graph_unet
+
+    too_large(1, OUT_OF_MEMORY[0])
+    pipeline, recorder = load(batch_size=2, eager=True), Recorder()
+    runner = graph_unet(pipeline.model, recorder)
+    images = pixels(pipeline.generate([ImageRequest("a", steps=2, scale=1.0)] * 2))
+    assert recorder.renewed == 1
+    assert recorder.captured == 2
+    assert len(runner.entries) == 1
+    expected = pixels(load(batch_size=1, eager=True).generate([ImageRequest("a", steps=2, scale=1.0)] * 2))
+    assert_near(images, expected)
+
+
+def test_a_model_on_a_gpu_is_used_there_by_either_of_its_names() -> None:
+    """torch calls the device "cuda" of a model "cuda:0": the two were taken for different ones."""
+    pipeline = Pipeline.of_model(tiny_model())
+    pipeline.__dict__["model"] = SimpleNamespace(device=torch.device("cuda:0"))
+    for name in ("cuda", "cuda:0"):
+        pipeline.use_device(torch.device(name))
+    for name in ("cuda:1", "cpu"):
+        with pytest.raises(InputError, match=f"on cuda:0 already; it cannot be used on {name}"):
+            pipeline.use_device(torch.device(name))

@@ -81,16 +81,15 @@ class Block(nn.Sequential):
         context: torch.Tensor | None,
         upsample_to: torch.Size | None = None,
     ) -> torch.Tensor:
-        for layer in self:
-            match layer:
-                case ResBlock():
-                    x = layer(x, emb)
-                case SpatialTransformer():
-                    x = layer(x, context)
-                case Upsample():
-                    x = layer(x, upsample_to)
-                case _:
-                    x = layer(x)
+        for layer in self:  # not by `match`: torch's compiler breaks the graph there (pytorch issue 171274)
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, upsample_to)
+            else:
+                x = layer(x)
         return x
 
 
@@ -206,7 +205,7 @@ class UNetModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights, which the inputs must have, too."""
-        return self.time_embed[0].weight.dtype
+        return self.out[0].weight.dtype
 
     def forward(
         self,
