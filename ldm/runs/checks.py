@@ -13,7 +13,7 @@ from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.pipeline.safety import safety_for
 from ldm.runs.options import RunOptions
-from ldm.runs.processes import Team
+from ldm.runs.processes import Team, has_own_device, in_srun
 from ldm.runs.writer import Sheet
 
 
@@ -57,7 +57,8 @@ def check_team(pipeline: Pipeline, first: ImageRequest, options: RunOptions, tea
     if pipeline.device.type == "cuda":
         import torch
 
-        if team.place.devices > torch.cuda.device_count():
+        own = in_srun() and has_own_device("cuda", team.place.devices)
+        if team.place.devices > torch.cuda.device_count() and not own:
             raise InputError(f"--devices {team.place.devices}: this machine has {torch.cuda.device_count()}")
 
 

@@ -2,6 +2,12 @@
 
 `manifest.jsonl` has a line for every image, written when the image is finished. The hidden `.runs.jsonl` has
 one for every run that started, with the file numbers that are its own: image k of a run is file `first + k`.
+
+Where a run has several processes, all but the one with rank 0 write their lines to hidden files of their own,
+`.run-<id>.<process>.jsonl`: one file for all would let them wait for each other's lock and disk, and network
+drives do not append for several machines at once. Rank 0 moves the lines into `manifest.jsonl` when the run
+ends. Those of a run that was killed are moved when it is taken up, or when another one starts in the folder.
+`read_manifest` reads all of them.
 """
 
 from __future__ import annotations
@@ -9,11 +15,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock
 
@@ -23,6 +32,8 @@ from ldm.pipeline.infotext import without_folders
 from ldm.runs.lease import Lease, state
 
 MANIFEST, RUNS, LOCK = "manifest.jsonl", ".runs.jsonl", ".runs.lock"
+PART = re.compile(r"\.run-(?P<run>[0-9a-f]+)\.[0-9a-f]{32}(\.at-(?P<begin>\d+))?\.jsonl")
+POLL = 0.005  # seconds between two looks whether the folder's lock is free, which is held for about one
 
 
 class RunRecord:
@@ -45,11 +56,19 @@ class RunRecord:
         self.failed: set[int] = set()
         self.grids: set[str] = set()  # by the images in them
         self.resumed = False
+        self.manifest = outdir / MANIFEST  # where this process writes its lines
         self._lease: Lease | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For the other processes of the run: the lease is the leader's."""
-        return vars(self) | {"_lease": None}
+        """For the other processes of the run: what they need of it, as there may be hundreds of them.
+
+        The lease is the leader's, and so are the files' names, of which it makes grids.
+        """
+        return vars(self) | {"_lease": None, "lines": [], "done": dict.fromkeys(self.done)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.manifest = self.outdir / f".run-{self.run}.{uuid.uuid4().hex}.jsonl"
 
     def start(self, next_number: int | Callable[[], int]) -> None:
         """Claim the file numbers from `next_number` on, behind those that living runs have claimed.
@@ -58,6 +77,7 @@ class RunRecord:
         last listed has no claim any more, and its files have to be seen.
         """
         with self._alone():
+            self._move_lines_of_dead_runs()
             number = next_number() if callable(next_number) else next_number
             claims = [line for line in self._claims().values() if state(self.outdir, line["run"]) != "free"]
             self.first = max([number, *(line["first"] + line["images"] for line in claims)])
@@ -86,8 +106,10 @@ class RunRecord:
                 if line.get("run") == self.run and "grid" in line:
                     self.grids.add(line.get("of"))
             self._enter(first=self.first, images=self.images)
-        self.resumed = True
+        for part in parts(self.outdir, self.run):
+            move_lines(part, self.outdir / MANIFEST)
         self.refresh()
+        self.resumed = True
         return True
 
     def differences(self, other: dict[str, Any]) -> str:
@@ -106,17 +128,42 @@ class RunRecord:
 
     def refresh(self) -> None:
         """Bring `done` and `failed` up to date with the manifest, to which other processes may have added."""
+
+        @cache
+        def names(folder: str) -> frozenset[str]:
+            """Listed once: a network drive is asked for each of a million files otherwise."""
+            try:
+                return frozenset(os.listdir(self.outdir / folder))
+            except OSError:
+                return frozenset()
+
+        def exists(file: str) -> bool:
+            folder, _, name = file.rpartition("/")
+            return name in names(folder) or (self.outdir / file).exists()
+
         self.done, self.failed = {}, set()
-        for line in read_lines(self.outdir / MANIFEST):
-            if line.get("run") != self.run:
-                continue
-            k, file = line["image"], line["file"]
-            if "error" in line or line.get("nan"):
-                if k not in self.done:
-                    self.failed.add(k)
-            elif file is None or (self.outdir / file).exists():
-                self.done[k] = file
-                self.failed.discard(k)
+        for line in read_manifest(self.outdir, self.run):
+            self._note(line, exists)
+
+    def _note(self, line: dict[str, Any], exists: Callable[[str], bool]) -> None:
+        k, file = line["image"], line["file"]
+        if "error" in line or line.get("nan"):
+            if k not in self.done:
+                self.failed.add(k)
+        elif file is None or exists(file):
+            self.done[k] = file
+            self.failed.discard(k)
+
+    def gather(self) -> None:
+        """Move what the run's other processes have recorded into the manifest, and into `done` and `failed`.
+
+        CannotWrite if the disk is full; the rest is then moved the next time.
+        """
+        _list_anew(self.outdir)
+        for part in parts(self.outdir, self.run):
+            for line in read_lines(part):
+                self._note(line, lambda file: True)
+            move_lines(part, self.outdir / MANIFEST)
 
     def add(
         self, image: int, file: str | None, facts: dict[str, Any], failed: bool = False
@@ -126,7 +173,7 @@ class RunRecord:
         `failed` if it came to nothing. Returns its line of the manifest.
         """
         line = {"run": self.run, "image": image, "file": file, **without_folders(facts)}
-        append(self.outdir / MANIFEST, line)
+        append(self.manifest, line, shared=self.manifest.name == MANIFEST)
         if failed:
             self.failed.add(image)
         else:
@@ -160,6 +207,8 @@ class RunRecord:
         finally:
             if self._lease is not None:
                 if not self.lost:
+                    with suppress(InputError):  # what other processes have recorded stays in their files
+                        self.gather()
                     with suppress(CannotWrite):  # a run whose lease has ended has ended, too
                         self._enter(ended=True)
                 self._lease.release()
@@ -168,6 +217,16 @@ class RunRecord:
         lease = Lease(self.outdir, self.run)
         lease.acquire()
         self._lease = lease  # only now: `ending` ends the run of whoever has its lease
+
+    def _move_lines_of_dead_runs(self) -> None:
+        """Into the manifest, although nobody has taken these runs up."""
+        found = parts(self.outdir)
+        runs = {PART.fullmatch(part.name)["run"] for part in found}
+        dead = {run for run in runs if state(self.outdir, run) == "free"}
+        for part in found:
+            if PART.fullmatch(part.name)["run"] in dead:
+                with suppress(InputError):  # another user's, or a full disk: they stay where they are
+                    move_lines(part, self.outdir / MANIFEST)
 
     def _claims(self) -> dict[str, dict[str, Any]]:
         """The last entry with file numbers of each run that has not ended."""
@@ -220,7 +279,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Only one process at a time is inside, where the file system has locks; they end with their process."""
     lock = FileLock(folder / LOCK, is_singleton=True)  # which may be taken again within
     try:
-        lock.acquire()
+        lock.acquire(poll_interval=POLL)
     except (NotImplementedError, OSError):  # a network drive without locks
         yield
         return
@@ -230,37 +289,136 @@ def folder_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def append(path: Path, line: dict[str, Any]) -> None:
+def append(path: Path, line: dict[str, Any], shared: bool = True) -> None:
     """Add one line, which is on the disk when this returns; a torn one before it is closed off first.
 
-    CannotWrite if the disk is full or the file cannot be written.
+    A file that is not `shared` is written by this process alone. CannotWrite if the disk is full or the file
+    cannot be written.
     """
     data = json.dumps(line).encode() + b"\n"
+    alone = folder_lock(path.parent) if shared else nullcontext()
     try:
-        with folder_lock(path.parent), open(path, "a+b", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                if file.read(1) != b"\n":
-                    data = b"\n" + data
+        with alone, open(path, "a+b") as file:
+            _close_off(file)
             file.write(data)
+            file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
+def _close_off(file: BinaryIO) -> int:
+    """End a torn last line, so that the next one is whole. Returns the file's size."""
+    size = file.seek(0, os.SEEK_END)
+    if size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            size += file.write(b"\n")
+    return size
+
+
+def parts(outdir: Path, run: str | None = None) -> list[Path]:
+    """The files with lines that one process of a run, or of any run, has written and nobody has moved yet."""
+    try:
+        found = map(PART.fullmatch, os.listdir(outdir))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"cannot read {outdir}: {error.strerror}") from error
+    return sorted(outdir / match[0] for match in found if match and run in (None, match["run"]))
+
+
+def move_lines(part: Path, manifest: Path) -> None:
+    """Append a part's lines to the manifest and remove it. CannotWrite if that cannot be done.
+
+    Its name says where in the manifest they begin before they are written there: a process that takes up the
+    work of one that was killed in between goes on at the byte where that one stopped. A part that another
+    process has moved meanwhile is none of this one's business.
+    """
+    try:
+        with folder_lock(manifest.parent), open(manifest, "a+b") as file:
+            begin = PART.fullmatch(part.name)["begin"]
+            if begin is None:
+                begin = _close_off(file)
+                file.flush()
+                os.fsync(file.fileno())  # the name must not say more than is there after a power cut
+                named = part.with_suffix(f".at-{begin}.jsonl")
+                with suppress(FileNotFoundError):
+                    part.rename(named)
+                _sync_folder(part.parent)
+                part = named
+            if not part.exists():
+                return
+            with open(part, "rb") as lines:
+                if not _continues(file, int(begin), lines):  # another run has written behind a torn end
+                    _close_off(file)
+                    lines.seek(0)
+                shutil.copyfileobj(lines, file, 2**20)
+            file.flush()
+            os.fsync(file.fileno())
+            part.unlink()
+    except OSError as error:
+        raise cannot_write(manifest, error) from error
+
+
+def _continues(file: BinaryIO, begin: int, lines: BinaryIO) -> bool:
+    """Whether a file from `begin` on has all `lines`, or only their beginning, which is then read."""
+    file.seek(begin)
+    while there := file.read(2**20):
+        if not there.startswith(lines.read(len(there))):
+            return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a changed name to the disk, where the system can do that for a folder."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _list_anew(folder: Path) -> None:
+    """Have a network drive list a folder as it is by now.
+
+    For up to a minute it leaves out what another machine has created (man 5 nfs, acdirmax), unless this one
+    changes something there.
+    """
+    file = folder / f".runs.{uuid.uuid4().hex}.tmp"
+    with suppress(OSError):
+        file.touch()
+        file.unlink()
+
+
+def read_manifest(outdir: Path, run: str | None = None) -> Iterator[dict[str, Any]]:
+    """All lines of a folder's images, or of those of one run, in whichever files they are.
+
+    They may be moved meanwhile: then none is left out, but one may come twice.
+    """
+    outdir, seen = Path(outdir), set()
+    while new := [part for part in parts(outdir, run) if part not in seen]:
+        for part in new:
+            seen.add(part)
+            yield from read_lines(part)
+    for line in read_lines(outdir / MANIFEST):  # last, with the lines of parts that have gone by now
+        if run in (None, line.get("run")):
+            yield line
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file that are whole; none if it is not there."""
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    content = json.loads(line)
+                except ValueError:  # torn by a power cut, or empty
+                    continue
+                if isinstance(content, dict):
+                    yield content
     except FileNotFoundError:
         return
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    for line in data.split(b"\n"):
-        try:
-            content = json.loads(line)
-        except ValueError:  # torn by a power cut, or empty
-            continue
-        if isinstance(content, dict):
-            yield content

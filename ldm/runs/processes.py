@@ -3,6 +3,8 @@
 They share nothing but a key-value store at the launcher's address and port. It holds rank 0's job and a few
 counters, from which each process takes the number of the next batch to make: a slow device takes fewer.
 Nobody waits for anybody until the end, so a process that dies takes nothing along but its current batch.
+The one store answers all processes, some 50,000 questions a second. So a batch costs one, and what only says
+how far the run is, such as the count of steps, is sent now and then.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ MEETING = 600.0  # seconds within which all processes have to come together
 SILENCE = 600.0  # seconds without a step of any process, after which unfinished ones count as lost
 LEADER_BEAT = 5.0  # seconds between two signs of rank 0's life
 LEADER_SILENCE = 60.0  # seconds without one, after which rank 0 counts as ended
+LOOKS = 60  # looks for such a sign within that time
+TALLY = 0.5  # seconds between two messages about how far a process is
+POLLS = 5000.0  # questions a second that all processes together ask while they wait
 PART = 4 * 2**20  # bytes of a value in the store, which refuses more than 8 MiB
 TAKING = 30.0  # seconds that rank 0 gives the others to take a shared value
 NO_MORE = 2**40  # added to the number of batches that were dealt
@@ -119,6 +124,15 @@ class Counters(dict):
         return self[name]
 
 
+@dataclass
+class Tally:
+    """A counter of the store as it was when last heard of, and what this process has not yet sent to it."""
+
+    known: int = 0
+    pending: int = 0
+    sent: float = float("-inf")  # when, by the monotonic clock
+
+
 class Team:
     """All processes of a run, as one of them sees them."""
 
@@ -130,6 +144,8 @@ class Team:
         self.store: Any = Counters()
         self._shared = 0
         self._signs, self._last_sign = -1, 0.0  # rank 0's signs of life, and when the last one was seen
+        self._looked = float("-inf")  # when they were last asked for
+        self._tallies: dict[str, Tally] = {}
 
     def join(self, device_type: str) -> None:
         """Start the others, or meet those that a launcher started. InputError if that cannot be done."""
@@ -146,14 +162,17 @@ class Team:
         for name in ("lightning_fabric", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
+            devices = self.place.devices
             if in_srun() and not in_torchrun():
                 set_srun_variables()
+                if has_own_device(device_type, devices):
+                    devices, os.environ["LOCAL_RANK"] = 1, "0"
             # The environment is given, not detected: Lightning overlooks an srun step within salloc, and
             # takes a single task for one of several. This one starts children unless LOCAL_RANK is set.
             fabric = Fabric(
                 accelerator=device_type,
                 strategy=DDPStrategy(),
-                devices=self.place.devices,
+                devices=devices,
                 num_nodes=self.place.nodes,
                 plugins=LightningEnvironment(),
             )
@@ -199,7 +218,7 @@ class Team:
                     return False
                 if self._leader_ended():
                     raise LeaderEnded("the process with rank 0 has ended")
-                time.sleep(0.02)
+                time.sleep(max(0.02, self.place.size / POLLS))
         except RuntimeError as error:
             raise LeaderEnded("the process with rank 0 has ended") from error
         return True
@@ -223,9 +242,11 @@ class Team:
         """Whether a follower has seen no sign of rank 0's life for too long."""
         if self.leads:
             return False
-        now, signs = time.monotonic(), self.store.add("signs of life", 0)
-        if signs != self._signs:
-            self._signs, self._last_sign = signs, now
+        now = time.monotonic()
+        if now - self._looked > LEADER_SILENCE / LOOKS:
+            self._looked, signs = now, self.store.add("signs of life", 0)
+            if signs != self._signs:
+                self._signs, self._last_sign = signs, now
         return now - self._last_sign > LEADER_SILENCE
 
     def share(self, value: T | None) -> T:
@@ -247,7 +268,7 @@ class Team:
             while not self.store.check([key]):
                 if self._leader_ended():
                     raise LeaderEnded("the process with rank 0 has ended")
-                time.sleep(0.05)
+                time.sleep(max(0.05, self.place.size / POLLS))
             parts = [self.store.get(f"{key} part {i}") for i in range(int(self.store.get(key)))]
             self.store.add(f"{key} taken", 1)
             return pickle.loads(b"".join(parts))
@@ -277,8 +298,25 @@ class Team:
                 raise
             return NO_MORE
 
+    def tally(self, name: str, value: int) -> int:
+        """`count` for what only says how far the run is: what the others did may be seen a second later."""
+        tally = self._tallies.setdefault(name, Tally())
+        tally.pending += value
+        now = time.monotonic()
+        if self.place.size == 1 or now - tally.sent > TALLY:
+            value, tally.pending, tally.sent = tally.pending, 0, now
+            tally.known = self.count(name, value)
+        return tally.known + tally.pending
+
+    def send_tallies(self) -> None:
+        """Bring all tallies up to date, here and in the store."""
+        for name, tally in self._tallies.items():
+            tally.sent = float("-inf")
+            self.tally(name, 0)
+
     def finish(self, tick: Callable[[], None]) -> int:
         """Rank 0 waits for the others, calling `tick` meanwhile, and returns how many of them were lost."""
+        self.send_tallies()
         if not self.leads:
             self.count("finished", 1)
             return 0
@@ -297,6 +335,20 @@ class Team:
         if lost := others - finished:
             notice(f"{lost} of {self.place.size} processes ended before they were done")
         return lost
+
+
+def has_own_device(device_type: str, tasks: int) -> bool:
+    """Whether srun shows this task, one of `tasks` on its machine, GPUs of its own alone.
+
+    With `--gpus-per-task=1` each task sees one GPU, which is number 0 for all of them.
+    https://slurm.schedmd.com/gres.html
+    """
+    if device_type != "cuda":
+        return False
+    import torch
+
+    seen = torch.cuda.device_count()
+    return seen < tasks and (seen == 1 or "SLURM_GPUS_PER_TASK" in os.environ)
 
 
 def set_srun_variables() -> None:

@@ -69,7 +69,7 @@ def run(
             if todo:
                 lost = make_images(pipeline, job, writer, team, interrupt, report)
                 if team.place.size > 1:
-                    record.refresh()
+                    record.gather()
                 if lost and not interrupt.asked:  # what they have left is made here
                     folder.clear(record.run)
                     left = replace(job, batches=plan.remaining(record.missing()))

@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ class Job:
     """What the processes of a run have to agree on."""
 
     plan: Plan
-    batches: list[tuple[int, ...]]  # with images that are missing
-    names: list[str]  # of the files of all images, without suffix
+    batches: Sequence[tuple[int, ...]]  # with images that are missing
+    names: Sequence[str]  # of the files of all images, without suffix
     record: RunRecord
     facts: dict[str, Any]  # of the run, recorded with each of its images
 
@@ -52,39 +52,49 @@ def make_images(
     Files are written in a thread while the next batch is sampled. Returns how many of the team's other
     processes were lost, if this one leads it.
     """
-    missing = set(job.record.missing())
-    images = sum(map(len, job.batches))
+    images, steps = total(job) if report.bar else (0, None)
     taken: list[tuple[int, ...]] = []  # the batches under way, which `share` yields as requests
+    finished: list[tuple[tuple[int, ...], list[GeneratedImage]]] = []  # and one that is not yet being saved
 
     def share() -> Any:
         for numbers in team.deal(job.batches):
+            save_finished()
             taken.append(numbers)
             yield job.plan.batch(numbers)
 
+    def save_finished() -> None:
+        """With the next batch in hand: while the thread prepares a file, the question for one would wait."""
+        if finished:
+            background.submit(save_batch, *finished.pop())
+
     def save_batch(numbers: tuple[int, ...], generated: list[GeneratedImage]) -> None:
         for k, image in zip(numbers, generated, strict=True):
-            if k in missing:
+            if k not in job.record.done:
                 line = save(writer, k, image, job.facts, job.names[k])
                 if report.json:
                     print(json.dumps(line | {"outdir": str(writer.folder.path)}), flush=True)
 
-    with ThreadPoolExecutor(1) as thread, StepBar(images, total_steps(job), team, report.bar) as bar:
+    with ThreadPoolExecutor(1) as thread, StepBar(images, steps, team, report.bar) as bar:
         background = BackgroundWriter(thread)
-        for generated in pipeline.batches(share(), bar.step):
-            background.submit(save_batch, taken.pop(0), generated)
-            bar.finish(len(generated))
-            if interrupt.asked or job.record.lost:
-                team.stop()
+        try:
+            for generated in pipeline.batches(share(), bar.step):
+                finished.append((taken.pop(0), generated))
+                bar.finish(len(generated))
+                if interrupt.asked or job.record.lost:
+                    team.stop()
+        finally:
+            save_finished()
         background.finish()
         return team.finish(tick=lambda: bar.step(0))
 
 
-def total_steps(job: Job) -> int | None:
-    """Steps of all images; None if a sampler chooses their number."""
-    firsts = [(len(batch), job.plan.requests[batch[0]]) for batch in job.batches]
-    if any(catalogue.SAMPLERS[request.sampler].adaptive for _, request in firsts):
-        return None
-    return sum(images * request.steps_to_run for images, request in firsts)
+def total(job: Job) -> tuple[int, int | None]:
+    """All images of a job and their steps; None if a sampler chooses their number."""
+    lines = job.plan.images_of_lines(job.batches)
+    requests = [(images, job.plan.requests.of_round[i]) for i, images in lines.items()]
+    if any(catalogue.SAMPLERS[request.sampler].adaptive for _, request in requests):
+        return lines.total(), None
+    return lines.total(), sum(images * request.steps_to_run for images, request in requests)
 
 
 def save(
@@ -172,15 +182,16 @@ class StepBar:
 
     def step(self, images: int) -> None:
         """One step of a batch of `images` is done."""
-        self.bar.update(self.team.count("steps", images) - self.bar.n)
+        self.bar.update(self.team.tally("steps", images) - self.bar.n)
 
     def finish(self, images: int) -> None:
         """A batch of `images` is done."""
-        self.team.count("images", images)
+        self.team.tally("images", images)
 
     def __exit__(self, *_: object) -> None:
-        self.step(0)  # what the others did since this process's last step
-        rate = self.team.count("images", 0) / max(time.perf_counter() - self.start, 1e-9)
+        self.team.send_tallies()  # and learn what the others did since this process's last step
+        self.step(0)
+        rate = self.team.tally("images", 0) / max(time.perf_counter() - self.start, 1e-9)
         self.bar.set_postfix_str(f"{rate:.2f} images/s")
         self.bar.close()
         self.stack.close()

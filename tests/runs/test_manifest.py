@@ -1,14 +1,17 @@
 """Runs that survive faults: the manifest, --resume, kills, full disks, signals."""
 
+import errno
 import json
 import os
+import pickle
 import random
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +21,19 @@ from run_helpers import data, manifest, start, wait_for
 from ldm.errors import InputError
 from ldm.images.outputs import CannotWrite, OutputFolder
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.runs import manifest as manifest_module
 from ldm.runs.manifest import (
+    LOCK,
     MANIFEST,
     RUNS,
     RunRecord,
     append,
     differences,
     last_settings,
+    move_lines,
+    parts,
     read_lines,
+    read_manifest,
 )
 
 Command = Callable[..., Result]
@@ -102,6 +110,173 @@ def test_missing_images_among_many_lines(tmp_path: Path) -> None:
         assert again.missing() == list(range(1, 5000, 2))
 
 
+def test_the_manifest_is_read_line_by_line(tmp_path: Path) -> None:
+    """The whole file, and a copy of each of its lines, was in memory: gigabytes for a million images."""
+    record = RunRecord(tmp_path, {"steps": 5}, 20_000)
+    (tmp_path / "samples").mkdir()
+    with (tmp_path / MANIFEST).open("w") as file:
+        for k in range(20_000):
+            line = {"run": record.run, "image": k, "file": f"samples/{k % 10}.png", "prompt": "x" * 1000}
+            file.write(json.dumps(line) + "\n")
+    for k in range(9):
+        (tmp_path / f"samples/{k}.png").touch()
+    tracemalloc.start()
+    record.refresh()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.5 * (tmp_path / MANIFEST).stat().st_size
+    assert record.missing() == list(range(9, 20_000, 10))
+
+
+def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image's file was asked for, which takes minutes for a million of them on a network drive."""
+    record = RunRecord(tmp_path, {}, 100)
+    (tmp_path / "samples").mkdir()
+    for k in range(100):
+        (tmp_path / f"samples/{k}.png").touch()
+        record.add(k, f"samples/{k}.png", {})
+    asked = []
+    monkeypatch.setattr(Path, "exists", lambda self: asked.append(self))
+    record.refresh()
+    assert (record.missing(), asked) == ([], [])
+
+
+def other_process(record: RunRecord) -> RunRecord:
+    """The record as another process of the run gets it."""
+    return pickle.loads(pickle.dumps(record))
+
+
+def test_each_process_has_a_file_of_its_own(tmp_path: Path) -> None:
+    """In one file for all they waited for each other, and network drives lost lines."""
+    record = RunRecord(tmp_path, {"steps": 5}, 6)
+    with record.ending():
+        record.start(0)
+        others = [other_process(record) for _ in range(2)]
+        record.add(0, None, {})
+        for k, other in enumerate([*others, *others], 1):
+            other.add(k, None, {}, failed=k == 4)
+        assert [line["image"] for line in read_lines(tmp_path / MANIFEST)] == [0]
+        assert sorted(line["image"] for line in read_manifest(tmp_path)) == [0, 1, 2, 3, 4]
+        assert len(parts(tmp_path, record.run)) == 2
+        assert parts(tmp_path, "0" * 12) == []
+        record.gather()
+        assert parts(tmp_path) == []
+        assert sorted(record.done) == [0, 1, 2, 3, 4]
+        others[0].add(5, None, {})  # of a process that was taken for dead
+    assert sorted(line["image"] for line in read_lines(tmp_path / MANIFEST)) == [0, 1, 2, 3, 4, 5]
+    assert [path.name for path in tmp_path.glob(".run-*")] == []
+
+
+def test_another_process_is_not_sent_what_only_rank_0_needs(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path, {"steps": 5}, 10_000, [{"prompt": "x" * 1000}] * 10_000)
+    record.done = {k: f"samples/{k}.png" for k in range(5_000)}
+    data = pickle.dumps(record)
+    assert len(data) < 10 * 10_000
+    assert list(pickle.loads(data).missing()) == list(range(5_000, 10_000))
+
+
+LINES = b'{"image": 1}\n{"image": 2}\n'
+
+
+@pytest.mark.parametrize("before", [b"", b'{"image": 0}\n', b'{"image": 0}\n{"im'])
+def test_moving_lines_goes_on_where_it_was_interrupted(tmp_path: Path, before: bytes) -> None:
+    """At whatever byte of the manifest a process was killed, no line is lost and none is there twice."""
+    begin = len(before) + (not before.endswith(b"\n") and before != b"")
+    closed = before.ljust(begin, b"\n")
+    manifest, part = tmp_path / MANIFEST, tmp_path / f".run-{'1' * 12}.{'a' * 32}.jsonl"
+    manifest.write_bytes(before)
+    part.write_bytes(LINES)
+    move_lines(part, manifest)
+    assert manifest.read_bytes() == closed + LINES
+    for written in range(len(LINES) + 1):
+        manifest.write_bytes(closed + LINES[:written])
+        part.with_suffix(f".at-{begin}.jsonl").write_bytes(LINES)
+        (left,) = parts(tmp_path, "1" * 12)
+        move_lines(left, manifest)
+        assert manifest.read_bytes() == closed + LINES
+        assert parts(tmp_path) == []
+
+
+def test_lines_are_moved_though_another_run_has_written_meanwhile(tmp_path: Path) -> None:
+    manifest, part = tmp_path / MANIFEST, tmp_path / f".run-{'1' * 12}.{'a' * 32}.at-0.jsonl"
+    manifest.write_bytes(LINES[:20])
+    append(manifest, {"image": 9})
+    part.write_bytes(LINES)
+    move_lines(part, manifest)
+    assert {line["image"] for line in read_lines(manifest)} == {1, 2, 9}
+    manifest.write_bytes(LINES + b'{"image": 9}\n')  # all were moved before
+    part.write_bytes(LINES)
+    move_lines(part, manifest)
+    assert [line["image"] for line in read_lines(manifest)] == [1, 2, 9]
+    assert parts(tmp_path) == []
+
+
+def test_readers_miss_no_line_that_is_being_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest was read first: lines that were moved into it meanwhile were in neither."""
+    record = RunRecord(tmp_path, {}, 4)
+    others = [other_process(record) for _ in range(3)]
+    for k, one in enumerate([record, *others]):
+        one.add(k, None, {})
+    for part in parts(tmp_path):
+        lines = read_manifest(tmp_path)
+        found = {next(lines)["image"]}
+        move_lines(part, tmp_path / MANIFEST)
+        assert found | {line["image"] for line in lines} == {0, 1, 2, 3}
+    named = others[0].manifest.with_suffix(".at-0.jsonl")
+    others[0].add(4, None, {})
+    read = manifest_module.read_lines
+
+    def rename_first(path: Path) -> Iterator[dict]:
+        if path == others[0].manifest:
+            path.rename(named)
+        return read(path)
+
+    monkeypatch.setattr(manifest_module, "read_lines", rename_first)
+    assert {line["image"] for line in read_manifest(tmp_path)} == {0, 1, 2, 3, 4}
+
+
+def test_a_part_that_another_process_has_moved_is_no_error(tmp_path: Path) -> None:
+    """Two processes may move the lines of a dead run: one that takes it up, and one that starts another."""
+    for name in (f".run-{'1' * 12}.{'a' * 32}.jsonl", f".run-{'1' * 12}.{'a' * 32}.at-0.jsonl"):
+        move_lines(tmp_path / name, tmp_path / MANIFEST)
+    assert (tmp_path / MANIFEST).read_bytes() == b""
+
+
+def test_a_network_drives_old_listing_hides_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS lists a folder as it was up to a minute ago, until this machine changes something in it."""
+    record = RunRecord(tmp_path, {}, 2)
+    old, listdir, unlink = os.listdir(tmp_path), os.listdir, Path.unlink
+    other_process(record).add(1, None, {})
+
+    def change(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        monkeypatch.setattr(os, "listdir", listdir)
+
+    monkeypatch.setattr(Path, "unlink", change)
+    monkeypatch.setattr(os, "listdir", lambda path: old)
+    assert parts(tmp_path) == []
+    record.gather()
+    assert record.missing() == [0]
+    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST, LOCK}
+
+
+def test_a_full_disk_keeps_the_lines_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = RunRecord(tmp_path, {"steps": 5}, 2)
+    with record.ending():
+        record.start(0)
+        other_process(record).add(1, None, {})
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.copyfileobj", full)
+            with pytest.raises(CannotWrite, match="No space left"):
+                record.gather()
+        assert [line["image"] for line in read_manifest(tmp_path)] == [1]
+    assert [line["image"] for line in read_lines(tmp_path / MANIFEST)] == [1]
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 DEAD = """
 import os, sys
 from pathlib import Path
@@ -128,6 +303,51 @@ def test_numbers_are_claimed_by_living_runs_alone(tmp_path: Path) -> None:
     with second.ending():
         second.start(5)
         assert second.first == 5
+
+
+DEAD_TEAM = """
+import os, pickle, sys
+from pathlib import Path
+from ldm.runs.manifest import RunRecord
+record = RunRecord(Path(sys.argv[1]), {"steps": 5}, 6)
+record.start(0)
+others = [pickle.loads(pickle.dumps(record)) for _ in range(2)]
+for k, one in enumerate([record, *others, *others]):
+    one.add(k, None, {})
+with others[0].manifest.open("ab") as file:
+    file.write(b'{"run": "' + record.run.encode() + b'", "image": 5, "fi')
+os._exit(9)
+"""
+
+
+def test_a_killed_run_of_many_is_taken_up_with_the_lines_of_all(tmp_path: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", DEAD_TEAM, str(tmp_path)]).returncode == 9
+    assert [line["image"] for line in read_lines(tmp_path / MANIFEST)] == [0]
+    record = RunRecord(tmp_path, {"steps": 5}, 6)
+    with record.ending():
+        assert record.resume()
+        assert record.missing() == [5]
+        record.add(5, None, {})
+    assert sorted(line["image"] for line in read_lines(tmp_path / MANIFEST)) == list(range(6))
+    assert parts(tmp_path) == []
+
+
+def test_the_lines_of_a_killed_run_are_moved_when_another_starts(tmp_path: Path) -> None:
+    """They stayed in hidden files for good where nobody took the run up. Those of a living run stay."""
+    living = RunRecord(tmp_path, {"steps": 5}, 2)
+    with living.ending():
+        living.start(0)
+        other_process(living).add(1, None, {})
+        (own,) = parts(tmp_path)
+        assert subprocess.run([sys.executable, "-c", DEAD_TEAM, str(tmp_path)]).returncode == 9
+        foreign = tmp_path / f".run-{'f' * 12}.{'0' * 32}.jsonl"
+        foreign.mkdir()
+        next_one = RunRecord(tmp_path, {"steps": 6}, 1)
+        with next_one.ending():
+            next_one.start(10)
+            assert sorted(line["image"] for line in read_lines(tmp_path / MANIFEST)) == [0, 1, 2, 3, 4]
+            left = [path for path in parts(tmp_path) if path.is_file()]
+            assert left == [own]
 
 
 def test_a_living_run_is_not_taken_up_and_keeps_its_numbers(tmp_path: Path) -> None:
@@ -331,7 +551,7 @@ def test_a_signal_ends_the_run_after_the_images_in_hand(model, tmp_path, name) -
     run = start(tmp_path / "out", model)
     wait_for(tmp_path / "out", 1)
     run.send_signal(getattr(signal, name))
-    _, err = run.communicate(timeout=30)
+    _, err = run.communicate(timeout=300)
     assert run.returncode == 130
     assert "ending after the images in hand; once more ends at once" in err
     assert "are missing; the same command with --resume makes them" in err

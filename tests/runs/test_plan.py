@@ -1,9 +1,13 @@
 """Which image of a run has which request, and which are sampled together."""
 
+import pickle
+import random
+import tracemalloc
 from dataclasses import replace
 
 import pytest
 
+from ldm.pipeline.batches import plan_batches
 from ldm.pipeline.request import MAX_SEED, ImageRequest
 from ldm.runs.plan import Plan, file_names, plan_run
 
@@ -103,3 +107,58 @@ def test_a_variation_does_not_depend_on_the_lines_number() -> None:
     request = ImageRequest("a", seed=7, variation_seed=9, variation_strength=0.5)
     plan = plan_run([request] * 3, 42, 2, 3, None)
     assert [(one.seed, one.variation_seed) for one in plan.requests] == [(7, 9)] * 3 + [(8, 10)] * 3
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_batches_that_are_worked_out_are_those_of_a_list(seed: int) -> None:
+    """Of rounds in which some requests may share a batch, with and without a batch size."""
+    rng = random.Random(seed)
+    keys, n_iter, size = (
+        [rng.choice("abc") for _ in range(rng.randint(1, 9))],
+        rng.randint(1, 5),
+        rng.randint(1, 4),
+    )
+    lines = [ImageRequest("a", scale=7.5, steps=10 + ord(key), fixed_code=True) for key in keys]
+    whole = plan_run(lines, 42, n_iter, 1, size)
+    assert whole.batches == plan_batches(keys * n_iter, size)
+    rounds = plan_run(lines, 42, n_iter, size, None)
+    of_round = plan_batches(keys, size)
+    shifted = [tuple(i * len(keys) + k for k in batch) for i in range(n_iter) for batch in of_round]
+    assert rounds.batches == shifted
+    for plan in (whole, rounds):
+        assert [plan.batches[i] for i in range(-len(plan.batches), len(plan.batches))] == list(
+            plan.batches
+        ) * 2
+        places = {k: place for batch in plan.batches for place, k in enumerate(batch)}
+        assert [request.start_seed - 42 for request in plan.requests] == [
+            places[k] for k in range(len(plan.requests))
+        ]
+        with pytest.raises(IndexError):
+            plan.batches[len(plan.batches)]
+        with pytest.raises(IndexError):
+            plan.requests[len(plan.requests)]
+
+
+def test_a_million_images_are_planned_in_little_memory() -> None:
+    """Each had a request, a batch and a name in memory, 1.4 GB, and each process was sent all of them."""
+    lines = requests(*map(str, range(1000)))
+    tracemalloc.start()
+    plan = plan_run(lines, 42, n_iter=1000, n_samples=4, batch_size=None)
+    names = file_names("{number:05}-{seed}-{prompt}", plan, 10, {"checkpoint": "x.ckpt"})
+    data = pickle.dumps((plan, plan.batches, names))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6
+    assert len(data) < 1e6
+    plan, batches, names = pickle.loads(data)
+    assert (len(plan.requests), len(batches), len(names)) == (1_000_000, 250_000, 1_000_000)
+    assert batches[-1] == (999_996, 999_997, 999_998, 999_999)
+    assert (plan.requests[-1].prompt, plan.requests[-1].seed) == ("999", 42 + 999_999)
+    assert names[123_456] == "123466-123498-456"
+
+
+def test_steps_are_counted_by_line() -> None:
+    lines = [*requests("a", "b"), *requests("c", steps=9)]
+    plan = plan_run(lines, 42, n_iter=5, n_samples=2, batch_size=None)
+    assert plan.images_of_lines(plan.batches) == {0: 10, 2: 5}
+    assert plan.images_of_lines(plan.remaining([2, 12])) == {2: 1, 0: 2}

@@ -13,15 +13,17 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from commands import SCRIPTS, Result, refused
 from run_helpers import data, manifest, start, wait_for
 
 from ldm.errors import InputError
-from ldm.runs.processes import NO_MORE, Place, Team, find_place, is_follower
+from ldm.runs.processes import NO_MORE, Counters, Place, Team, find_place, has_own_device, is_follower
 
 LAUNCHER = ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 LAUNCHER += ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 ROOT = Path(__file__).parents[2]
+LIMIT = 300  # seconds after which a run counts as hanging: on a busy machine it takes one or two minutes
 
 
 @pytest.fixture
@@ -63,6 +65,39 @@ def test_slurm_is_honoured_within_srun_only(environment) -> None:
     assert find_place(None, None) == Place()
     environment(SLURM_STEP_NUM_TASKS=8, SLURM_STEP_NUM_NODES=2, SLURM_PROCID=3)
     assert find_place(None, None) == Place(3, 4, 2, started=True)
+
+
+@pytest.mark.parametrize(
+    ("seen", "tasks", "variables", "own"),
+    [
+        (1, 4, {}, True),
+        (2, 4, {"SLURM_GPUS_PER_TASK": 2}, True),
+        (4, 4, {"SLURM_GPUS_PER_TASK": 1}, False),  # a Slurm that shows each task all of them
+        (2, 4, {}, False),  # too few: Fabric says so
+    ],
+)
+def test_a_task_may_see_its_own_gpu_alone(monkeypatch, environment, seen, tasks, variables, own) -> None:
+    environment(**variables)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert has_own_device("cuda", tasks) is own
+    assert not has_own_device("cpu", tasks)
+
+
+def test_a_task_with_its_own_gpu_joins_with_it(monkeypatch, environment) -> None:
+    """`srun --gpus-per-task=1` failed: local rank 3 asked for the fourth of the one GPU that it sees."""
+    environment(**slurm(3, SLURM_STEP_NUM_TASKS=4, SLURM_GPUS_PER_TASK=1, CUDA_VISIBLE_DEVICES=3))
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.setenv(name, "0")  # so that what joining sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    cuda = "lightning_fabric.accelerators.cuda"
+    monkeypatch.setattr(f"{cuda}.num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(f"{cuda}._get_all_visible_cuda_devices", lambda: [0])
+    team = Team(find_place(None, None))
+    monkeypatch.setattr(team, "_meet", lambda strategy: None)
+    team.join("cuda")
+    assert (team.place, team.device) == (Place(3, 4, 1, started=True), torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +191,41 @@ def test_the_leader_waits_and_reports_the_lost(monkeypatch, caplog) -> None:
     assert caplog.messages == ["1 of 3 processes ended before they were done"]
 
 
+class CountedStore(Counters):
+    """A store that counts what it is asked."""
+
+    def __init__(self):
+        self.asked: list[str] = []
+
+    def add(self, name: str, value: int) -> int:
+        self.asked.append(name)
+        return super().add(name, value)
+
+
+def test_steps_do_not_wait_for_the_store() -> None:
+    """Each step of each process asked it twice: 64 workers of 200 steps a second more than it can answer."""
+    leader, follower = Team(Place(0, 2)), Team(Place(1, 2))
+    leader.store = follower.store = store = CountedStore()
+    for k in range(1, 1001):
+        assert follower.tally("steps", 2) == 2 * k
+        follower.tally("images", 1)
+    assert len(store.asked) < 20
+    assert store["steps"] < 2000
+    follower.finish(lambda: None)
+    assert (store["steps"], store["images"], store["finished"]) == (2000, 1000, 1)
+    leader.tally("steps", 3)
+    leader.send_tallies()
+    assert leader.tally("steps", 0) == 2003
+
+
+def test_a_batch_costs_one_question() -> None:
+    team = Team(Place(1, 2))
+    team.store = CountedStore()
+    assert len(list(team.deal(range(1000)))) == 1000
+    assert team.store.asked.count("dealt") == 1001
+    assert len(team.store.asked) < 1020
+
+
 # --- refusals
 
 
@@ -234,7 +304,7 @@ class Processes:
     def end(self) -> list[dict]:
         """Once all have ended well, the facts of both."""
         for process in self.started:
-            _, err = process.communicate(timeout=120)
+            _, err = process.communicate(timeout=LIMIT)
             assert process.returncode == 0, err
         first, second = self.facts(0), self.facts(1)
         assert sorted(first["dealt"] + second["dealt"]) == list(range(40))
@@ -321,12 +391,12 @@ def test_followers_end_without_rank_0_though_the_store_stays(processes: Processe
     leader, follower = (
         processes.start(items=1_000_000, silence=3, RANK=rank, LOCAL_RANK=rank, **common) for rank in (0, 1)
     )
-    end = time.monotonic() + 90
+    end = time.monotonic() + LIMIT
     while not (processes.facts(0) and processes.facts(1)):
         assert time.monotonic() < end
         time.sleep(0.05)
     leader.kill()
-    _, err = follower.communicate(timeout=90)
+    _, err = follower.communicate(timeout=LIMIT)
     assert follower.returncode == 0, err
     assert len(processes.facts(1)["dealt"]) < 1_000_000
 
@@ -337,7 +407,7 @@ def test_a_child_that_fails_at_once_ends_the_meeting(processes: Processes) -> No
     early = 'import os, sys\nif os.environ.get("LOCAL_RANK") == "1":\n    sys.exit(3)\n'
     processes.script.write_text(early + script)
     run = processes.start(devices=2)
-    _, err = run.communicate(timeout=120)
+    _, err = run.communicate(timeout=LIMIT)
     assert run.returncode == 1
     assert "InputError: the 2 processes did not come together: some have ended" in err
 
@@ -357,7 +427,7 @@ def workers(run: subprocess.Popen) -> list[int]:
 
 def wait_for_share(folder: Path, pid: int) -> None:
     """Wait until a process writes a file, and so has a batch in hand."""
-    end = time.monotonic() + 90
+    end = time.monotonic() + LIMIT
     while not any(name.startswith(str(folder / "samples")) for name in open_files(pid)):
         assert time.monotonic() < end, "the process makes no images"
 
@@ -384,7 +454,7 @@ def whole(model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def test_two_processes_make_what_one_makes(model, tmp_path, whole) -> None:
     run = team_of(tmp_path, model, "--n_iter", 40, "--devices", 2)
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=LIMIT)
     assert (run.returncode, out) == (0, f"{tmp_path}\n")
     assert data(tmp_path) == whole
     lines = manifest(tmp_path)
@@ -401,7 +471,7 @@ def test_the_run_goes_on_without_a_killed_process(model, tmp_path, whole) -> Non
     (pid,) = workers(run)
     wait_for_share(tmp_path, pid)
     os.kill(pid, signal.SIGKILL)
-    _, err = run.communicate(timeout=120)
+    _, err = run.communicate(timeout=LIMIT)
     assert run.returncode == 0
     assert "1 of 2 processes ended before they were done" in err
     assert data(tmp_path) == whole
@@ -417,7 +487,7 @@ def test_a_killed_run_is_resumed_by_any_number(model, tmp_path, whole, again: in
     run.communicate()  # also waits for the other, which has the same stderr: without rank 0 it ends
     assert len(manifest(tmp_path)) < 160
     resumed = team_of(tmp_path, model, "--n_iter", 40, "--devices", again, "--resume")
-    resumed.communicate(timeout=180)
+    resumed.communicate(timeout=LIMIT)
     assert resumed.returncode == 0
     assert data(tmp_path) == whole
     assert sorted(line["image"] for line in manifest(tmp_path)) == list(range(160))
@@ -428,7 +498,7 @@ def test_sigterm_to_rank_0_ends_all(model, tmp_path) -> None:
     run = team_of(tmp_path, model, "--n_iter", 200, "--devices", 2)
     wait_for(tmp_path, 8)
     run.send_signal(signal.SIGTERM)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=LIMIT)
     assert run.returncode == 130
     assert err.count("ending after the images in hand") == 1
     assert "are missing; the same command with --resume makes them" in err
@@ -454,7 +524,7 @@ def test_torchrun(model, tmp_path, whole) -> None:
 
 def test_a_mistake_is_reported_once_and_starts_nobody(model, tmp_path) -> None:
     run = team_of(tmp_path, model, "--devices", 2, "--ckpt", tmp_path / "nowhere.ckpt")
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=LIMIT)
     assert run.returncode == 2
     assert len(err.splitlines()) == 1
     assert "no checkpoint at" in err
