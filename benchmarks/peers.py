@@ -81,16 +81,25 @@ class Ideas(Ours):
     """The plain toolkit with some of what makes it fast."""
 
     def __init__(self, files: dict[str, Path], precision: str, device: str, ideas: tuple[str, ...]):
-        from ldm.optimize import compile, context, graph, guidance, layers, memory, timesteps, upsampling
+        from ldm.optimize import (
+            attention,
+            compile,
+            context,
+            graph,
+            guidance,
+            layers,
+            memory,
+            timesteps,
+            upsampling,
+        )
 
         super().__init__(files, precision, device, ("--eager",))
         apply = {
             "memory kept": lambda model: memory.keep_memory() and memory.return_memory(model),
             "upsampling folded": upsampling.fold_upsampling,
-            "oneDNN convolutions": lambda model: layers.use_kernels(
-                model, layers.KERNELS["torch"]._replace(convolutions="onednn")
-            ),
+            "oneDNN convolutions": layers.use_onednn_convolutions,
             "oneDNN linear layers": lambda model: layers.use_onednn_linears(model, packed=True),
+            "attention in rows": attention.use_attention_in_rows,
             "prefix shared": guidance.share_prefix,
             "compiled": compile.compile_model,
             "graphs": graph.graph_unet,
@@ -106,7 +115,13 @@ def combinations(precision: str, device: str) -> list[tuple[str, ...]]:
     if device != "cpu":
         more = ("keys and values kept", "timesteps kept")
         return [(), ("graphs",), *(("graphs", one) for one in more), ("compiled", "graphs")]
-    more = ("upsampling folded", "oneDNN convolutions", "oneDNN linear layers", "prefix shared")
+    more = (
+        "upsampling folded",
+        "oneDNN convolutions",
+        "oneDNN linear layers",
+        "attention in rows",
+        "prefix shared",
+    )
     return [(), ("memory kept",), *(("memory kept", one) for one in more)]
 
 

@@ -16,7 +16,7 @@ import torch
 from ldm.cache import cache_folder
 
 MARGIN = 0.97  # the part of the time so far that a further kernel must stay below
-ROUNDS = 3  # readings of each kernel, after one that warms it up
+ROUNDS = 2  # readings of each kernel, after one that warms it up
 
 
 def processor() -> str:

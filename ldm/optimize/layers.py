@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import GEGLU, CrossAttention
-from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.diffusionmodules.model import Decoder, Encoder, Upsample
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel
 from ldm.optimize.attention import NO_ACTIVATION, SHORTEST, attention_kernels, use_attention_in_rows
 from ldm.optimize.kernels import choose
-from ldm.optimize.upsampling import fold_upsampling
+from ldm.optimize.upsampling import fold_upsampling, folded
 from ldm.weights.header import let_go
 
 GELU = ("gelu", [], "none")  # the exact one, by the error function
@@ -35,16 +35,17 @@ class Kernels(NamedTuple):
     """What a model's layers run on, each one of the names below."""
 
     convolutions: str
+    upsampling: str
     linears: str
     attention: str
 
 
-CONVOLUTIONS = ("torch", "onednn")  # oneDNN's: with channels last, weights reordered once
+UPSAMPLINGS = ("torch", "folded")  # folded: in one with the convolution after it
 LINEARS = ("torch", "onednn", "packed")  # packed: oneDNN's with weights reordered once
 ATTENTIONS = ("torch", "rows")
 KERNELS = {  # for --kernels
-    "torch": Kernels("torch", "torch", "torch"),
-    "onednn": Kernels("onednn", "packed", "rows"),
+    "torch": Kernels("torch", "torch", "torch", "torch"),
+    "onednn": Kernels("onednn", "folded", "packed", "rows"),
 }
 
 
@@ -64,6 +65,13 @@ def packed_conv(conv: nn.Conv2d) -> Forward:
         return torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, *geometry, *NO_ACTIVATION)
 
     return forward
+
+
+# a name to what gives a layer its forward; oneDNN's convolution has channels last, and weights reordered once
+CONVOLUTIONS: dict[str, Callable[[nn.Conv2d], Forward]] = {
+    "torch": lambda conv: conv.forward,
+    "onednn": packed_conv,
+}
 
 
 def packed_linear(layer: nn.Linear) -> Forward:
@@ -167,6 +175,24 @@ def conv_kernels(shapes: list[Shape], dtype: torch.dtype) -> Mapping[str, Callab
     return {name: partial(_call_all, calls) for name, calls in runs.items()}
 
 
+def upsampling_kernels(
+    shapes: list[Shape], dtype: torch.dtype, convolutions: str
+) -> Mapping[str, Callable[[], object]]:
+    """Calls of a 3x3 convolution after upsampling a quarter of each shape, one after the other and in one."""
+    runs = {name: [] for name in UPSAMPLINGS}
+    for channels, height, width in shapes:
+        with torch.device("meta"):
+            layer = Upsample(channels)
+        layer.conv = layer_of_ones(nn.Conv2d, channels, channels, 3, padding=1, dtype=dtype)
+        x = torch.ones(2, channels, -(-height // 4), width, dtype=dtype)
+        if convolutions == "onednn":
+            x = x.contiguous(memory_format=torch.channels_last)
+        runs["folded"].append(partial(folded(layer.conv, CONVOLUTIONS[convolutions]), x))
+        layer.conv.forward = CONVOLUTIONS[convolutions](layer.conv)
+        runs["torch"].append(partial(layer, x))
+    return {name: partial(_call_all, calls) for name, calls in runs.items()}
+
+
 def linear_kernels(shapes: list[Shape], dtype: torch.dtype) -> Mapping[str, Callable[[], object]]:
     """Calls of a linear layer over the pixels of each shape, to four times as many channels."""
     runs = {name: [] for name in LINEARS}
@@ -204,11 +230,16 @@ def choose_kernels(model: LatentDiffusion) -> Kernels:
     levels = ", ".join([kind, *("x".join(map(str, shape)) for shape in shapes)])
     attention = "torch"
     keys, width = model.image_size**2, head_width(unet)
-    if keys >= SHORTEST and dtype in (torch.float32, torch.bfloat16):
+    if width and keys >= SHORTEST and dtype in (torch.float32, torch.bfloat16):
         work = f"attention, {kind}, {keys}x{width}"
         attention = choose(work, ATTENTIONS, partial(attention_kernels, width, keys, dtype))
+    names = tuple(CONVOLUTIONS)
+    convolutions = choose(f"convolutions, {levels}", names, partial(conv_kernels, shapes, dtype))
+    small = [shape for shape in shapes if shape[2] < model.image_size] or shapes  # than the latents
+    upsampling = partial(upsampling_kernels, small, dtype, convolutions)
     return Kernels(
-        choose(f"convolutions, {levels}", CONVOLUTIONS, partial(conv_kernels, shapes, dtype)),
+        convolutions,
+        choose(f"upsampling by {convolutions}, {levels}", UPSAMPLINGS, upsampling),
         choose(f"linear layers, {levels}", LINEARS, partial(linear_kernels, shapes, dtype)),
         attention,
     )
@@ -222,10 +253,9 @@ def head_width(unet: UNetModel) -> int:
 
 def use_kernels(model: LatentDiffusion, kernels: Kernels) -> None:
     """Let `model` run on `kernels`. It is for inference only then: its weights must not change any more."""
-    if kernels.convolutions == "torch":
-        fold_upsampling(model)
-    else:
-        fold_upsampling(model, packed_conv)
+    if kernels.upsampling == "folded":
+        fold_upsampling(model, CONVOLUTIONS[kernels.convolutions])
+    if kernels.convolutions == "onednn":
         use_onednn_convolutions(model)
     if kernels.linears != "torch":
         use_onednn_linears(model, packed=kernels.linears == "packed")

@@ -38,7 +38,7 @@ def test_the_toolkit_takes_part_as_its_commands_set_it_up(files, tmp_path):
 @torch.no_grad()
 def test_no_idea_changes_a_step_beyond_rounding(files):
     ideas = tuple(dict.fromkeys(one for some in peers.combinations("full", "cpu") for one in some))
-    kernels = {"upsampling folded", "oneDNN convolutions", "oneDNN linear layers"}
+    kernels = {"upsampling folded", "oneDNN convolutions", "oneDNN linear layers", "attention in rows"}
     assert {"memory kept", "prefix shared", *kernels} == set(ideas)
     plain, fast = peers.Ideas(files, "full", "cpu", ()), peers.Ideas(files, "full", "cpu", ideas)
     for method in ("step", "decode"):

@@ -65,7 +65,12 @@ def test_a_linear_layer_gives_the_plain_result_to_rounding(make, dtype: torch.dt
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    "kernels", [*KERNELS.values(), Kernels("onednn", "onednn", "torch"), Kernels("torch", "packed", "torch")]
+    "kernels",
+    [
+        *KERNELS.values(),
+        Kernels("onednn", "torch", "onednn", "torch"),
+        Kernels("torch", "folded", "packed", "torch"),
+    ],
 )
 def test_unet_and_first_stage_are_as_exact_as_plain_ones(kernels: Kernels, dtype: torch.dtype) -> None:
     exact, plain, fast = tiny_model().double(), tiny_model().to(dtype), tiny_model().to(dtype)
@@ -182,5 +187,5 @@ def test_kernels_are_chosen_by_what_they_take(
         before = torch.get_rng_state()
         found = choose_kernels(model)
         assert torch.equal(torch.get_rng_state(), before)
-        wanted = Kernels("onednn", "packed", "torch") if last else KERNELS["torch"]
+        wanted = Kernels("onednn", "folded", "packed", "torch") if last else KERNELS["torch"]
         assert found == wanted  # the miniature has too few pixels for attention in rows
