@@ -149,7 +149,7 @@ def pipeline_of(model: LatentDiffusion, options: RuntimeOptions) -> Pipeline:
 
 def pipeline(check: Check, precision: str = "half", family: str = "v1", **options: Any) -> Pipeline:
     """The pipeline that a command with these options would have, on random weights; not eager: `--graphs`."""
-    options.setdefault("graphs", not options.get("eager"))
+    options.setdefault("graphs", not (options.get("eager") or options.get("low_vram")))
     chosen = RuntimeOptions(precision=precision, device=check.device, **options)
     model = random_model(check, family, weights_dtype(precision) or torch.float32)
     if chosen.low_vram:

@@ -45,6 +45,11 @@ def check_options(options: Options, device: torch.device) -> None:
             "--compile and --low_vram exclude each other: compiled code expects its weights to stay on the "
             f"{device.type} device; leave one of them out"
         )
+    if options.graphs and options.low_vram and device.type == "cuda":
+        raise InputError(
+            "--graphs and --low_vram exclude each other: a recorded step expects its weights to stay on the "
+            "device; leave one of them out"
+        )
 
 
 def apply(model: LatentDiffusion, options: Options, device: torch.device) -> None:
@@ -65,6 +70,10 @@ def apply(model: LatentDiffusion, options: Options, device: torch.device) -> Non
         tile_first_stage(model)
     if options.tome:
         merge_similar_tokens(model, options.tome)
+    if options.graphs and device.type != "cuda":
+        notice(f"--graphs: a {device.type} device records no steps; going on without")
+    if options.kernels != "measured" and (device.type != "cpu" or options.eager):
+        notice(f"--kernels {options.kernels}: for a CPU without --eager; going on without")
     if options.low_vram and device.type != "cpu":
         offload(model, device, by_layer=options.low_vram == "max")
     else:
@@ -82,7 +91,7 @@ def apply(model: LatentDiffusion, options: Options, device: torch.device) -> Non
 def speed_up(model: LatentDiffusion, options: Options, device: torch.device) -> None:
     """Apply what makes a model with our UNet fast on `device`, where it already is.
 
-    On CUDA no bit of the result changes; elsewhere, and with `compile`, the order of sums does.
+    On CUDA no bit of the result changes; elsewhere, and with `compile`, results change by rounding.
     """
     if options.compile and device.type == "cpu":
         # before what changes the weights that it converts
@@ -92,8 +101,7 @@ def speed_up(model: LatentDiffusion, options: Options, device: torch.device) -> 
     if device.type == "cpu":
         if keep_memory():
             return_memory(model)
-        if options.precision != "autocast":  # which knows torch's own layers
-            use_kernels(model, KERNELS.get(options.kernels) or choose_kernels(model))
+        use_kernels(model, KERNELS.get(options.kernels) or choose_kernels(model))
         share_prefix(model)
     if device.type == "cuda" and (options.graphs or options.compile):
         if options.precision == "autocast":

@@ -15,7 +15,7 @@ from ldm.modules.attention import CrossAttention
 
 ROWS = 1024  # of the attention matrix at once
 SHORTEST = 512  # a row of fewer keys is left to torch
-SAMPLED = 16  # one of so many keys is looked at for a row's shift
+SAMPLED = 17  # one of so many keys is looked at for a row's shift; no divisor of an image's width
 NO_ACTIVATION = ("none", [], "")
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,24 +37,31 @@ def attention_in_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T by oneDNN; torch would give float32 to MKL. Strided inputs would be very slow."""
+    """a b^T by oneDNN, [n, k] and [m, k] -> [n, m]; torch would give float32 to MKL.
+
+    Strided inputs would be very slow.
+    """
     return torch.ops.mkldnn._linear_pointwise(a, b, None, *NO_ACTIVATION)
 
 
 def plain_logits(q: Tensor, k: Tensor) -> Callable[[slice], Tensor]:
+    """Rows of q k^T / sqrt(d) by their slice, for q [n, d] and k [m, d]."""
     q = q * q.shape[1] ** -0.5
     return lambda rows: product(q[rows], k)
 
 
 def shifted_logits(q: Tensor, k: Tensor) -> Callable[[slice], Tensor]:
-    """Logits in 16 bits, each row near zero where it is largest.
+    """Rows of q k^T / sqrt(d) in 16 bits by their slice, each shifted to be near zero where it is largest.
 
-    A softmax does not change with a shift of its row, but a rounded logit's error grows with its size: by up
-    to 3 % of a weight at a logit of 8. So the largest logit of some of a row's keys is subtracted within the
-    product, as one more column. The weights that count are then as exact as those of logits in float32.
+    A softmax does not change with a shift of its row, but a rounded logit's error grows with its size: up to
+    3 % of a weight at a logit of 8. So the largest logit of some of a row's keys, and of the pixel's own, is
+    subtracted within the product, as one more column. The weights that count are then nearly as exact as
+    those of logits in float32.
     """
     scale, unused = q.shape[1] ** -0.5, q.new_empty(1)
     largest = torch.mm(q, k[::SAMPLED].t()).amax(-1, keepdim=True)
+    if len(q) == len(k):
+        largest = torch.maximum(largest, (q * k).sum(-1, keepdim=True))
     q, keys = torch.cat([q, -largest], 1), torch.cat([k, k.new_ones(len(k), 1)], 1).t()
     return lambda rows: torch.addmm(unused, q[rows], keys, beta=0, alpha=scale)
 

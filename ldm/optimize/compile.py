@@ -8,7 +8,7 @@ compiles: the others wait, and read what it made.
 import hashlib
 import os
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def compiled(
     """`plain`, compiled when it is first called with arguments of some shapes, for exactly those.
 
     Where that fails, `plain` itself is called from then on. Beyond torch's limit, 8 kinds of arguments,
-    others go without, too. `report` is given one message about either, in which the function is called
+    others run uncompiled, too. `report` is given one message about either, in which the function is called
     `name`. `identity` is what the code depends on besides the name and the arguments.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -83,11 +83,12 @@ def compiled(
             return result
         except FailOnRecompileLimitHit:
             if not left_out:
-                report(f"--compile: the {name} is compiled for {len(ready)} shapes; others go without")
+                report(f"--compile: the {name} is compiled for {len(ready)} shapes; others run uncompiled")
             left_out.add(kind)
         except TorchDynamoException as error:
             failed = True
-            report(f"--compile: the {name} goes on without: {' '.join(str(error).split()):.200}")
+            reason = " ".join(str(error).split())
+            report(f"--compile: the {name} is not compiled and goes on in plain PyTorch: {reason:.200}")
         return plain(*args, **kwargs)
 
     return forward
@@ -110,9 +111,10 @@ def first_compiles(name: str, key: Hashable, report: Callable[[str], None] = not
     from filelock import FileLock, Timeout
 
     digest = hashlib.sha256(repr((torch.__version__, device_name(), name, key)).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or cache_folder() / "inductor")
-    done, lock = folder / "toolkit" / f"{digest}.done", None
+    lock = None
     try:
+        folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or cache_folder() / "inductor")
+        done = folder / "toolkit" / f"{digest}.done"
         done.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(done.with_suffix(".lock"))
         try:
@@ -122,12 +124,13 @@ def first_compiles(name: str, key: Hashable, report: Callable[[str], None] = not
             lock.acquire()
         if done.exists():
             lock.release()
-    except (OSError, NotImplementedError):  # read-only, or a file system without locks
+    except (OSError, RuntimeError):  # read-only, no home folder, or a file system without locks
         lock = None
     try:
         yield
         if lock is not None and lock.is_locked:
-            done.touch()
+            with suppress(OSError):  # a full disk: the next process compiles once more
+                done.touch()
     finally:
         if lock is not None:
             lock.release()
@@ -147,7 +150,9 @@ def compile_model(
     `graph_unet`, which then records the compiled functions. With `fused_norms` weights of 16 bits on a GPU
     are normalised by `fuse_norms`; without, as the compiler does it.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        with suppress(RuntimeError):  # without a home folder torch keeps the code in a folder of its own
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")
     parts = {"UNet": model.model.diffusion_model}
     if isinstance(model.first_stage_model, AutoencoderKL):
         parts["decoder"] = model.first_stage_model.decoder

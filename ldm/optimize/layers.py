@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import GEGLU, CrossAttention
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, Upsample
@@ -47,6 +48,7 @@ KERNELS = {  # for --kernels
     "torch": Kernels("torch", "torch", "torch", "torch"),
     "onednn": Kernels("onednn", "folded", "packed", "rows"),
 }
+FOLDED = KERNELS["torch"]._replace(upsampling="folded")  # in float32 it is the faster one everywhere
 
 
 def packed_conv(conv: nn.Conv2d) -> Forward:
@@ -224,7 +226,7 @@ def choose_kernels(model: LatentDiffusion) -> Kernels:
     unet = model.model.diffusion_model
     dtype = unet.dtype
     if not has_onednn(dtype):
-        return KERNELS["torch"]
+        return FOLDED if dtype == torch.float32 else KERNELS["torch"]
     shapes = measured(unet, model.image_size)
     kind = str(dtype).removeprefix("torch.")
     levels = ", ".join([kind, *("x".join(map(str, shape)) for shape in shapes)])
@@ -252,7 +254,15 @@ def head_width(unet: UNetModel) -> int:
 
 
 def use_kernels(model: LatentDiffusion, kernels: Kernels) -> None:
-    """Let `model` run on `kernels`. It is for inference only then: its weights must not change any more."""
+    """Let `model` run on `kernels`. It is for inference only then: its weights must not change any more.
+
+    A notice, and torch's own, where this processor or torch cannot run them on the model's type.
+    """
+    dtype = model.model.diffusion_model.dtype
+    if kernels not in (KERNELS["torch"], FOLDED) and not has_onednn(dtype):
+        name = str(dtype).removeprefix("torch.")
+        notice(f"--kernels: oneDNN does not run {name} on this processor; torch's own are used")
+        kernels = KERNELS["torch"]
     if kernels.upsampling == "folded":
         fold_upsampling(model, CONVOLUTIONS[kernels.convolutions])
     if kernels.convolutions == "onednn":

@@ -17,6 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,11 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 
 FORMAT = 1  # of what is kept on disk; a change of the conversion counts it up
 KEPT = 6  # networks on disk: UNets and decoders of three models
+CHANGED = {
+    "UNet": "--tome, --deepcache or --attention_slicing looks inside it",
+    "decoder": "--attention_slicing looks inside it",
+}
+TILED = "--vae_tiling or the upscaler's tiles need its norms"
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 SECONDS, PARAMETERS_A_SECOND = 5, 15e6  # to convert any network, and for its size, on two cores
 
@@ -106,15 +112,25 @@ def as_float32(module: nn.Module) -> nn.Module:
     return module if next(module.parameters()).dtype == torch.float32 else copy.deepcopy(module).float()
 
 
+def locked(path: Path, name: str, report: Report) -> AbstractContextManager:
+    """The lock at `path`, taken; a line says so where another process has it for more than a second."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        report(f"--compile: another process converts the {name}; waiting for it")
+        return lock.acquire()
+
+
 def converted(name: str, module: nn.Module, example: Sequence[Tensor | None], report: Report) -> Path:
     """The module's file in the cache folder, converted if it is not there yet; one process does that."""
-    from filelock import FileLock
-
     folder = cache_folder() / "openvino"
     folder.mkdir(parents=True, exist_ok=True)
     found = folder / f"{name}-{key_of(module, example)}"
     path = found / "model.xml"
-    with FileLock(folder / "lock"):
+    with locked(folder / "lock", name, report):
         if path.exists():
             os.utime(found)
             report(f"--compile: the {name} is read from {folder}, as converted for OpenVINO before")
@@ -127,6 +143,7 @@ def converted(name: str, module: nn.Module, example: Sequence[Tensor | None], re
         unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder))
         try:
             convert(module, example, unfinished / path.name)
+            shutil.rmtree(found, ignore_errors=True)  # what is left where only some of its files went
             unfinished.rename(found)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -141,12 +158,14 @@ class StaticShapes:
     """Calls a converted network through OpenVINO, compiled for each kind of inputs at its first call.
 
     The `most` kinds that were used last are kept, each with its own copy of the weights. A kind is the shapes
-    and the precision, which is that of the first input, or autocast's. No gradients.
+    and the precision, which is that of the first input, or autocast's. No gradients. The file is read at
+    once, and not needed any more after that: another process may remove it.
     """
 
     def __init__(self, name: str, path: Path, most: int = 2, report: Report = notice):
         self.core = import_openvino().Core()
-        self.name, self.path, self.most, self.report = name, path, most, report
+        self.model = self.core.read_model(path)
+        self.name, self.most, self.report = name, most, report
         self.requests: OrderedDict[tuple, Any] = OrderedDict()
         self.hints: dict[str, str] = {}  # the precision that was asked for: the one that is computed in
 
@@ -170,10 +189,19 @@ class StaticShapes:
             self.hints[hint] = hint if able else "f32"
             if not able:
                 self.report(f"--compile: no {hint} in this processor: the {self.name} computes in float32")
-        model = self.core.read_model(self.path)
+        model = self.model.clone()
         model.reshape({i: list(shape) for i, shape in enumerate(shapes)})
         properties = {"INFERENCE_PRECISION_HINT": self.hints[hint]}
         return self.core.compile_model(model, "CPU", properties).create_infer_request()
+
+
+def read(name: str, path: Path, most: int, report: Report) -> StaticShapes:
+    """The network in a file of the cache, which is removed if it is damaged: the next run converts anew."""
+    try:
+        return StaticShapes(name, path, most, report)
+    except RuntimeError:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        raise
 
 
 def is_changed(module: nn.Module) -> bool:
@@ -199,19 +227,22 @@ def compile_with_openvino(
     parts = {"UNet": (unet, unet_example(model), is_changed(unet) or not unet_too)}
     if isinstance(first_stage, AutoencoderKL):
         decoder = first_stage.decoder
-        tiled = "decode_first_stage" in vars(model)  # tiles share statistics that are read inside
+        # tiles share statistics that are read inside; an upscaler's decoder works in tiles without an option
+        tiled = "decode_first_stage" in vars(model) or hasattr(model, "low_scale_model")
         z = torch.zeros(1, first_stage.shape.z_channels, 16, 16)
         parts["decoder"] = decoder, [z], is_changed(decoder) or tiled
     for name, (module, example, changed) in parts.items():
         if changed:
-            report(f"--compile: the {name} goes on without OpenVINO, as another option changes it")
+            reason = CHANGED[name] if name == "UNet" or is_changed(module) else TILED
+            report(f"--compile: the {name} goes on without OpenVINO, as {reason}")
             continue
         try:
-            path = converted(name, module, example, report)
-        except (RuntimeError, OSError, TypeError, ValueError) as error:
-            report(f"--compile: the {name} goes on without OpenVINO: {' '.join(str(error).split()):.200}")
+            call = read(name, converted(name, module, example, report), most, report)
+        except (RuntimeError, OSError, TypeError, ValueError, ImportError, MemoryError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            report(f"--compile: the {name} goes on without OpenVINO: {reason:.200}")
             continue
-        module.forward = positional(StaticShapes(name, path, most, report))
+        module.forward = positional(call)
         module.to("meta")
 
 

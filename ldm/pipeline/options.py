@@ -63,7 +63,7 @@ class RuntimeOptions:
     )
     eager: bool = setting(
         False,
-        "plain PyTorch, the reference, on a CPU too",
+        "plain PyTorch, the reference: no kernels chosen, nothing folded, shared, recorded or compiled",
         group="model",
     )
     graphs: bool = setting(

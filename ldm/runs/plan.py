@@ -81,7 +81,7 @@ class Batches(Computed[tuple[int, ...]]):
         raise IndexError(k)
 
 
-class Some(Computed[T]):
+class Selected(Computed[T]):
     """Those items of a sequence that have these numbers."""
 
     def __init__(self, items: Sequence[T], numbers: Sequence[int]):
@@ -134,8 +134,8 @@ class Plan:
             lacking[k] = True
         wanted = array("I", (i for i, batch in enumerate(self.batches) if any(lacking[k] for k in batch)))
         if self.requests.of_round[0].rng == "compvis":
-            return Some(self.batches, range(wanted[-1] + 1 if wanted else 0))
-        return Some(self.batches, wanted)
+            return Selected(self.batches, range(wanted[-1] + 1 if wanted else 0))
+        return Selected(self.batches, wanted)
 
     def images_of_lines(self, batches: Iterable[Sequence[int]]) -> Counter[int]:
         """How many images of these batches each request of the round stands for, going by first images."""

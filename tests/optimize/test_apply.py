@@ -24,7 +24,7 @@ DEFAULTS = {
     "eager": False,
     "compile": False,
     "precision": None,
-    "kernels": "onednn",
+    "kernels": "measured",
     "graphs": False,
 }
 
@@ -191,3 +191,17 @@ def test_autocast_reads_copies_of_the_weights(
     assert casts == []
     speed_up(model, options(precision="autocast", graphs=True), CUDA)
     assert casts == [model]
+
+
+def test_graphs_and_kernels_without_an_effect_are_reported(
+    model: LatentDiffusion, notices: list[str]
+) -> None:
+    apply(model, options(graphs=True, eager=True, kernels="onednn"), CPU)
+    assert len(notices) == 2
+    assert notices[0].startswith("--graphs: a cpu device records no steps")
+    assert notices[1].startswith("--kernels onednn: for a CPU without --eager")
+
+
+def test_graphs_need_weights_that_stay() -> None:
+    with pytest.raises(InputError, match="--graphs and --low_vram exclude each other"):
+        check_options(options(graphs=True, low_vram="max"), CUDA)

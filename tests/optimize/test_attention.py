@@ -41,6 +41,22 @@ def test_rows_are_as_exact_as_torch(spread: float, monkeypatch: pytest.MonkeyPat
 
 
 @torch.inference_mode()
+def test_rows_with_several_large_logits() -> None:
+    """As in a map whose neighbouring pixels are alike; a pixel's largest logit is its own."""
+    if not has_onednn(torch.bfloat16):
+        pytest.skip("oneDNN does not run bfloat16 on this processor")
+    generator = torch.Generator().manual_seed(0)
+    places = torch.cartesian_prod(torch.arange(32.0), torch.arange(32.0))
+    waves, phases = torch.randn(3, 2, 40, generator=generator), 6 * torch.rand(3, 1, 40, generator=generator)
+    q = 2 * torch.cos(1.2 * places @ waves + phases)[None]
+    v = torch.randn(1, 3, 1024, 40, generator=generator)
+    true = F.scaled_dot_product_attention(q.double(), q.double(), v.double())
+    short = [t.bfloat16() for t in (q, q, v)]
+    plain = error(F.scaled_dot_product_attention(*short), true)
+    assert error(attention_in_rows(*short), true) < 1.35 * plain
+
+
+@torch.inference_mode()
 def test_logits_of_any_size_give_no_nan() -> None:
     """Those of Stable Diffusion 2 were seen up to 1e5."""
     if not has_onednn(torch.bfloat16):

@@ -100,7 +100,7 @@ def test_where_compiling_fails_the_plain_model_is_called_and_that_is_reported(mo
     forward = compiled(lambda x: x + 1, "UNet", reported.append)
     assert [forward(1), forward(2)] == [2, 3]
     assert len(attempts) == len(reported) == 1
-    assert reported[0].startswith("--compile: the UNet goes on without: ")
+    assert reported[0].startswith("--compile: the UNet is not compiled and goes on in plain PyTorch: ")
     assert "no working C++ compiler" in reported[0]
 
 
@@ -181,13 +181,13 @@ def test_options_that_this_torch_lacks_are_left_out(monkeypatch: pytest.MonkeyPa
     torch.compile(lambda x: x, options=tuning())
 
 
-def test_beyond_the_limit_of_shapes_others_go_without(runs: list[int]) -> None:
+def test_beyond_the_limit_of_shapes_others_run_uncompiled(runs: list[int]) -> None:
     reported: list[str] = []
     double = compiled(lambda x: 2 * x, "double", reported.append)
     for _ in range(2):
         for size in range(1, 12):
             assert double(torch.ones(size)).tolist() == [2.0] * size
-    assert reported == ["--compile: the double is compiled for 8 shapes; others go without"]
+    assert reported == ["--compile: the double is compiled for 8 shapes; others run uncompiled"]
     assert runs == [*range(8), *range(8)]
 
 
@@ -229,6 +229,30 @@ def test_a_cache_that_cannot_be_written_holds_nobody_up(tmp_path: Path, monkeypa
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
     with first_compiles("UNet", "key"):
         pass
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_without_a_home_folder_nobody_waits(model: LatentDiffusion, monkeypatch) -> None:
+    monkeypatch.setattr(module, "cache_folder", no_home)
+    compile_model(model)  # with a folder that the user chose
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compile_model(model)  # torch chooses the folder
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with first_compiles("UNet", "key"):
+        pass
+
+
+def test_a_disk_that_is_full_after_compiling_ends_nothing(monkeypatch) -> None:
+    def touch(path: Path) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "touch", touch)
+    for _ in range(2):
+        with first_compiles("UNet", "key"):
+            pass
 
 
 def test_compiled_code_is_kept_in_the_users_cache(monkeypatch, tmp_path) -> None:

@@ -155,8 +155,22 @@ def test_a_torch_without_the_operators_leaves_the_model_plain(
     monkeypatch.setattr(layers, operator, missing)
     monkeypatch.setattr(layers, "has_onednn", has_onednn.__wrapped__)
     model = tiny_model()
-    assert choose_kernels(model) == KERNELS["torch"]
+    assert choose_kernels(model) == layers.FOLDED
     assert not has_onednn.__wrapped__(torch.bfloat16)
+
+
+def test_kernels_that_the_processor_lacks_are_not_used(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--kernels onednn was a traceback on a processor without 16-bit instructions, and on a Mac."""
+    notices: list[str] = []
+    monkeypatch.setattr(layers, "notice", notices.append)
+    monkeypatch.setattr(layers, "has_onednn", lambda dtype: False)
+    use_kernels(model, choose_kernels(model))
+    assert notices == []
+    use_kernels(model, KERNELS["onednn"])
+    assert notices == ["--kernels: oneDNN does not run float32 on this processor; torch's own are used"]
+    assert not [m for m in model.modules() if type(m) is nn.Conv2d and m.weight is None]
 
 
 def test_what_is_measured_are_the_models_own_shapes(bundled: LatentDiffusion) -> None:

@@ -1,6 +1,7 @@
 """`--compile` on a CPU, where OpenVINO is installed. Without it only the line that says so."""
 
 import copy
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from filelock import FileLock
 from tiny_sampling import normal, relative_difference
 from tiny_siblings import depth_section, upscaler_section
 from torch import Tensor
@@ -18,7 +20,8 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.optimize import openvino as module
 from ldm.optimize.approximate import merge_similar_tokens
 from ldm.optimize.layers import KERNELS, use_kernels
-from ldm.optimize.openvino import StaticShapes, compile_with_openvino, fingerprint
+from ldm.optimize.openvino import StaticShapes, compile_with_openvino, fingerprint, locked
+from ldm.optimize.slicing import slice_attention
 from ldm.optimize.tiling import tile_first_stage
 from ldm.util import instantiate_from_config
 
@@ -78,7 +81,8 @@ def test_every_family_is_within_rounding(family: str) -> None:
     plain = outputs(model)
     compile_with_openvino(model, report=reported.append)
     assert all(relative_difference(a, b) < 1e-4 for a, b in zip(outputs(model), plain, strict=True))
-    assert len(reported) == 4  # what is converted, and what that took, for the UNet and the decoder
+    # what is converted, and what that took, for the UNet and the decoder; the upscaler's decoder stays plain
+    assert len(reported) == (3 if family == "x4" else 4)
 
 
 @pytest.mark.slow
@@ -176,6 +180,88 @@ def test_where_converting_fails_the_plain_model_is_called(model: LatentDiffusion
     assert all(map(torch.equal, outputs(model), plain))
     assert reported[1] == "--compile: the UNet goes on without OpenVINO: No space left on device"
     assert [path.name for path in (cache_folder() / "openvino").iterdir()] == ["lock"]
+
+
+@pytest.mark.usefixtures("openvino")
+@pytest.mark.parametrize("error", [ImportError("libopenvino.so"), MemoryError()])
+def test_a_broken_package_and_too_little_memory_end_nothing(
+    model: LatentDiffusion, monkeypatch, error: Exception
+) -> None:
+    def broken(*inputs: object) -> None:
+        raise error
+
+    plain, reported = outputs(model), []
+    monkeypatch.setattr(module, "key_of", broken)
+    compile_with_openvino(model, report=reported.append)
+    assert all(map(torch.equal, outputs(model), plain))
+    reason = str(error) or "MemoryError"
+    assert reported == [
+        f"--compile: the {name} goes on without OpenVINO: {reason}" for name in ("UNet", "decoder")
+    ]
+
+
+@pytest.mark.usefixtures("openvino")
+def test_a_damaged_file_is_found_before_the_weights_go_and_converted_anew(model: LatentDiffusion) -> None:
+    """The first step ended in an error, when the plain weights were gone."""
+    first, again, reported = copy.deepcopy(model), copy.deepcopy(model), []
+    plain = outputs(model)
+    compile_with_openvino(first, report=lambda line: None)
+    (folder,) = (cache_folder() / "openvino").glob("UNet-*")
+    damaged = (folder / "model.bin").read_bytes()
+    (folder / "model.bin").unlink()  # `first` may have it in memory, as a map of the file
+    (folder / "model.bin").write_bytes(damaged[: len(damaged) // 2])
+    compile_with_openvino(model, report=reported.append)
+    assert [line.startswith("--compile: the UNet goes on without OpenVINO: ") for line in reported] == [
+        False,  # where it is read from
+        True,
+        False,  # where the decoder is read from
+    ]
+    assert torch.equal(outputs(model)[0], plain[0])
+    assert not folder.exists()
+    compile_with_openvino(again, report=reported.append)
+    assert reported[3].startswith("--compile: converting the UNet")
+    assert all(relative_difference(a, b) < 1e-4 for a, b in zip(outputs(again), plain, strict=True))
+
+
+@pytest.mark.usefixtures("openvino")
+def test_files_may_be_removed_once_they_are_read(model: LatentDiffusion) -> None:
+    plain = outputs(model)
+    compile_with_openvino(model, report=lambda line: None)
+    shutil.rmtree(cache_folder() / "openvino")
+    assert all(relative_difference(a, b) < 1e-4 for a, b in zip(outputs(model), plain, strict=True))
+
+
+@pytest.mark.usefixtures("openvino")
+def test_slicing_is_named_as_what_changed_both(model: LatentDiffusion) -> None:
+    reported: list[str] = []
+    slice_attention(model)
+    compile_with_openvino(model, report=reported.append)
+    assert len(reported) == 2
+    assert all("--attention_slicing" in line for line in reported)
+
+
+@pytest.mark.usefixtures("openvino")
+def test_an_upscalers_decoder_stays_as_it_is() -> None:
+    """Its tiles were each normalised by their own statistics, and drifted apart in colour."""
+    model, reported = built(SECTIONS["x4"]), []
+    compile_with_openvino(model, unet_too=False, report=reported.append)
+    assert reported[1].endswith("the upscaler's tiles need its norms")
+    assert not any(weight.is_meta for weight in model.first_stage_model.parameters())
+
+
+def test_who_waits_for_another_process_says_so(tmp_path: Path) -> None:
+    reported: list[str] = []
+    other = FileLock(tmp_path / "lock")
+    other.acquire()
+
+    def report(line: str) -> None:
+        reported.append(line)
+        other.release()
+
+    for _ in range(2):
+        with locked(tmp_path / "lock", "UNet", report):
+            pass
+    assert reported == ["--compile: another process converts the UNet; waiting for it"]
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_the_fallback_stays_with_offloaded_weights(
 ) -> None:
     """With --low_vram every batch was decoded twice, and the notice came again with each."""
     types = overflowing("decode_first_stage")
-    pipeline = load(precision=precision, batch_size=1)
+    pipeline = load(precision=precision, batch_size=1, kernels="torch")
     if precision == "autocast":  # which is for GPUs
         monkeypatch.setattr(Pipeline, "_autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
     offload(pipeline.model, torch.device("cpu"), transfer=PlainTransfer())

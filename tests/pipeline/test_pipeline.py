@@ -401,7 +401,7 @@ def test_compiling_on_a_cpu_changes_rounding_only(bundled: Command) -> None:
         assert psnr(image, other) > 50
 
 
-def test_what_a_gpu_does_unasked_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_change_no_bit_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps recorded, keys and values kept: as on a GPU, with a recorder that runs on a CPU."""
     from ldm.optimize import graph
     from ldm.optimize.apply import speed_up
@@ -415,7 +415,7 @@ def test_what_a_gpu_does_unasked_changes_no_bit(monkeypatch: pytest.MonkeyPatch)
     options = RuntimeOptions(device="cpu", batch_size=2, eager=True)
     pipeline = Pipeline.load(str(ROOT / BUNDLED_WEIGHTS), None, options, safety="off")
     plain = pixels(pipeline.generate(requests[:5]))
-    speed_up(pipeline.model, RuntimeOptions(), torch.device("cuda"))
+    speed_up(pipeline.model, RuntimeOptions(graphs=True), torch.device("cuda"))
     assert all(map(np.array_equal, pixels(pipeline.generate(requests[:5])), plain))
     # two images and one, each with guidance and without; three batches of 5 steps
     assert (recorder.captured, recorder.replayed) == (4, 15)

@@ -69,7 +69,7 @@ def test_a_folder_makes_the_same_images(
     folder = tmp_path / "folder"
     assert convert(source, folder, "--config", config)[0] == 0
     argv = ("txt2img", "--config", config, "--ckpt")
-    few = ("--steps", 2, "--n_samples", 1, "--n_iter", 1)
+    few = ("--steps", 2, "--n_samples", 1, "--n_iter", 1, "--kernels", "torch")
     ours, theirs = (command(*argv, path, *few, folder=f"images-{path.stem}") for path in (source, folder))
     assert (ours.code, theirs.code) == (0, 0)
     assert np.array_equal(ours.images[0], theirs.images[0])
