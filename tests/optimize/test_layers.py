@@ -1,6 +1,8 @@
 """Convolutions and linear layers by other kernels: real small models, against the same models left plain."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +23,7 @@ from ldm.optimize.layers import (
     packed_linear,
     use_kernels,
 )
+from ldm.weights.loading import ROOT
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -203,3 +206,15 @@ def test_kernels_are_chosen_by_what_they_take(
         assert torch.equal(torch.get_rng_state(), before)
         wanted = Kernels("onednn", "folded", "packed", "torch") if last else KERNELS["torch"]
         assert found == wanted  # the miniature has too few pixels for attention in rows
+
+
+def test_choosing_kernels_imports_no_compiler() -> None:
+    """torch's symbolic shapes came with the layers that are tried: a third of a second at every start."""
+    code = """
+import sys, torch
+from ldm.optimize.layers import has_onednn
+assert "sympy" not in sys.modules
+has_onednn(torch.float32)
+assert "sympy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
