@@ -4,6 +4,7 @@ torch's fused kernel splits the matrix into small squares, on which products run
 speed in bfloat16. Long rows need more memory, `ROWS` of them at once, and no second pass over the output.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -22,48 +23,50 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attention_in_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q [b, heads, n, d], k and v [b, heads, m, d], float32 or bfloat16."""
+    """softmax(q k^T / sqrt(d)) v for q [b, heads, n, d], k and v [b, heads, m, d], float32 or bfloat16.
+
+    A softmax does not change when its row is shifted, so any shift that keeps the exponentials finite will do
+    in place of the row's maximum, which would take a pass over the matrix. The shift is subtracted within the
+    first product, as one more column of q and k; the row's sum comes from the second one, as one more column
+    of v. Between them the matrix is read and written once, by the exponential.
+    """
     b, heads, n, d = q.shape
-    logits = shifted_logits if q.dtype == torch.bfloat16 else plain_logits
-    out = q.new_empty(b, n, heads, d).transpose(1, 2)
+    q, k, ones = q.contiguous(), k.contiguous(), k.new_ones(b, heads, k.shape[2], 1)
+    q = torch.cat([q, -shifts(q, k).unsqueeze(-1)], -1)
+    k = torch.cat([k, ones], -1)
+    values = torch.cat([v, ones], -1).transpose(-1, -2).contiguous()  # [b, heads, d + 1, m]
+    sums = q.new_empty(b, heads, n, d + 1)
     for i in range(b):
         for j in range(heads):
-            rows_of = logits(q[i, j].contiguous(), k[i, j].contiguous())
-            values = v[i, j].t().contiguous()  # [d, m]
             for start in range(0, n, ROWS):
                 rows = slice(start, start + ROWS)
-                out[i, j, rows] = product(torch.softmax(rows_of(rows), -1), values)
-    return out
+                weights = product(q[i, j, rows], k[i, j], d**-0.5 / math.log(2)).exp2_()
+                sums[i, j, rows] = product(weights, values[i, j])
+                if not torch.isfinite(sums[i, j, rows, d].sum()):  # a logit exceeds its row's shift by 88
+                    weights = torch.softmax(product(q[i, j, rows], k[i, j], d**-0.5), -1)
+                    sums[i, j, rows] = product(weights, values[i, j])
+    out = q.new_empty(b, n, heads, d).transpose(1, 2)
+    return torch.div(sums[..., :d], sums[..., d:], out=out)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T by oneDNN, [n, k] and [m, k] -> [n, m]; torch would give float32 to MKL.
+def shifts(q: Tensor, k: Tensor) -> Tensor:
+    """A lower bound of each row's largest logit times sqrt(d), mostly close to it: [b, heads, n].
+
+    It is the largest one of some keys and of the pixel's own. The closer it is the better in 16 bits, where a
+    rounded logit's error grows with its size: up to 3 % of a weight at a distance of 8 from the shift.
+    """
+    largest = torch.matmul(k[:, :, ::SAMPLED], q.transpose(-1, -2)).amax(-2)
+    return torch.maximum(largest, (q * k).sum(-1)) if q.shape[2] == k.shape[2] else largest
+
+
+def product(a: Tensor, b: Tensor, scale: float = 1) -> Tensor:
+    """scale a b^T by oneDNN, [n, k] and [m, k] -> [n, m]; torch would give float32 to MKL.
 
     Strided inputs would be very slow.
     """
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, *NO_ACTIVATION)
-
-
-def plain_logits(q: Tensor, k: Tensor) -> Callable[[slice], Tensor]:
-    """Rows of q k^T / sqrt(d) by their slice, for q [n, d] and k [m, d]."""
-    q = q * q.shape[1] ** -0.5
-    return lambda rows: product(q[rows], k)
-
-
-def shifted_logits(q: Tensor, k: Tensor) -> Callable[[slice], Tensor]:
-    """Rows of q k^T / sqrt(d) in 16 bits by their slice, each shifted to be near zero where it is largest.
-
-    A softmax does not change with a shift of its row, but a rounded logit's error grows with its size: up to
-    3 % of a weight at a logit of 8. So the largest logit of some of a row's keys, and of the pixel's own, is
-    subtracted within the product, as one more column. The weights that count are then nearly as exact as
-    those of logits in float32.
-    """
-    scale, unused = q.shape[1] ** -0.5, q.new_empty(1)
-    largest = torch.mm(q, k[::SAMPLED].t()).amax(-1, keepdim=True)
-    if len(q) == len(k):
-        largest = torch.maximum(largest, (q * k).sum(-1, keepdim=True))
-    q, keys = torch.cat([q, -largest], 1), torch.cat([k, k.new_ones(len(k), 1)], 1).t()
-    return lambda rows: torch.addmm(unused, q[rows], keys, beta=0, alpha=scale)
+    if a.dtype == torch.bfloat16:  # scaled before the result is rounded
+        return torch.addmm(a.new_empty(1), a, b.t(), beta=0, alpha=scale)
+    return torch.ops.mkldnn._linear_pointwise(a if scale == 1 else a * scale, b, None, *NO_ACTIVATION)
 
 
 def long_rows_apart(plain: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -29,7 +29,10 @@ def error(found: Tensor, true: Tensor) -> float:
 @torch.inference_mode()
 @pytest.mark.parametrize("spread", [0.1, 1, 6])
 def test_rows_are_as_exact_as_torch(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits rounded to bfloat16 without a shift are two to three times as far from the exact result."""
+    """Logits rounded to bfloat16 without a shift are two to three times as far from the exact result.
+
+    Ours are 1.2 to 1.5 times as far as torch's, which keeps logits and sums in float32.
+    """
     monkeypatch.setattr(module, "ROWS", 100)  # which does not divide the number of rows
     given = inputs(640, 576, spread)
     true = F.scaled_dot_product_attention(*(t.double() for t in given))
@@ -37,7 +40,7 @@ def test_rows_are_as_exact_as_torch(spread: float, monkeypatch: pytest.MonkeyPat
     if has_onednn(torch.bfloat16):
         short = [t.bfloat16() for t in given]
         plain = error(F.scaled_dot_product_attention(*short), true)
-        assert error(attention_in_rows(*short), true) < 1.35 * plain
+        assert error(attention_in_rows(*short), true) < 1.6 * plain
 
 
 @torch.inference_mode()
@@ -53,16 +56,30 @@ def test_rows_with_several_large_logits() -> None:
     true = F.scaled_dot_product_attention(q.double(), q.double(), v.double())
     short = [t.bfloat16() for t in (q, q, v)]
     plain = error(F.scaled_dot_product_attention(*short), true)
-    assert error(attention_in_rows(*short), true) < 1.35 * plain
+    assert error(attention_in_rows(*short), true) < 1.6 * plain
 
 
 @torch.inference_mode()
 def test_logits_of_any_size_give_no_nan() -> None:
-    """Those of Stable Diffusion 2 were seen up to 1e5."""
-    if not has_onednn(torch.bfloat16):
-        pytest.skip("oneDNN does not run bfloat16 on this processor")
-    q, k, v = (t.bfloat16() for t in inputs(512, 512, 1e5))
-    assert attention_in_rows(q, k, v).isfinite().all()
+    """Those of Stable Diffusion 2 were seen up to 1e5: exponentials overflow, and a softmax takes over."""
+    q, k, v = inputs(512, 512, 1e5)
+    true = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert error(attention_in_rows(q, k, v), true) < 1e-2
+    if has_onednn(torch.bfloat16):
+        assert attention_in_rows(q.bfloat16(), k.bfloat16(), v.bfloat16()).isfinite().all()
+
+
+@torch.inference_mode()
+def test_only_rows_that_overflow_take_a_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key 1 is in nobody's sample and exceeds all shifts of the first head by far more than 88."""
+    monkeypatch.setattr(module, "ROWS", 64)
+    q, k, v = (t.contiguous() for t in inputs(128, 576, 1))
+    k[:, 0, 1] = 4000 * q[:, 0, 0]
+    softmaxes, softmax = [], torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda x, dim: softmaxes.append(x.shape) or softmax(x, dim))
+    found = attention_in_rows(q, k, v)
+    assert 1 <= len(softmaxes) <= 4  # of two images with one such head of two parts
+    assert error(found, F.scaled_dot_product_attention(q.double(), k.double(), v.double())) < 3e-6
 
 
 @torch.inference_mode()
