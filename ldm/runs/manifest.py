@@ -16,7 +16,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -30,9 +32,11 @@ from ldm.errors import InputError
 from ldm.images.outputs import CannotWrite, cannot_write
 from ldm.pipeline.infotext import without_folders
 from ldm.runs.lease import Lease, state
+from ldm.runs.options import RunOptions
 
 MANIFEST, RUNS, LOCK = "manifest.jsonl", ".runs.jsonl", ".runs.lock"
 PART = re.compile(r"\.run-(?P<run>[0-9a-f]+)\.[0-9a-f]{32}(\.at-(?P<begin>\d+))?\.jsonl")
+SYNC_INTERVAL = 1.0  # seconds; a power cut costs the images since the last time, which are made again
 POLL = 0.005  # seconds between two looks whether the folder's lock is free, which is held for about one
 
 
@@ -58,6 +62,7 @@ class RunRecord:
         self.resumed = False
         self.manifest = outdir / MANIFEST  # where this process writes its lines
         self._lease: Lease | None = None
+        self._synced = 0.0  # when this process's own file last went to the disk
 
     def __getstate__(self) -> dict[str, Any]:
         """For the other processes of the run: what they need of it, as there may be hundreds of them.
@@ -67,7 +72,7 @@ class RunRecord:
         return vars(self) | {"_lease": None, "lines": [], "done": dict.fromkeys(self.done)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state | {"_synced": 0.0})  # clocks of other machines differ
         self.manifest = self.outdir / f".run-{self.run}.{uuid.uuid4().hex}.jsonl"
 
     def start(self, next_number: int | Callable[[], int]) -> None:
@@ -173,7 +178,12 @@ class RunRecord:
         `failed` if it came to nothing. Returns its line of the manifest.
         """
         line = {"run": self.run, "image": image, "file": file, **without_folders(facts)}
-        append(self.manifest, line, shared=self.manifest.name == MANIFEST)
+        if self.manifest.name == MANIFEST:
+            append(self.manifest, line)
+        else:
+            due = time.monotonic() >= self._synced + SYNC_INTERVAL
+            append(self.manifest, line, shared=False, sync=due)
+            self._synced = time.monotonic() if due else self._synced
         if failed:
             self.failed.add(image)
         else:
@@ -258,6 +268,16 @@ def last_settings(outdir: str | Path) -> dict[str, Any]:
     return runs[-1] if runs else {}
 
 
+def chosen_seed(options: RunOptions) -> tuple[int, bool]:
+    """The seed of a run, and whether it was chosen just now: -1 leaves it to chance, or to the run that is
+    taken up.
+    """
+    seed = options.seed
+    if seed == -1 and options.resume:
+        seed = last_settings(options.outdir).get("seed", -1)
+    return (secrets.randbelow(2**32), True) if seed == -1 else (seed, False)
+
+
 def as_read(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as JSON gives them back."""
     return json.loads(json.dumps(settings))
@@ -289,11 +309,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def append(path: Path, line: dict[str, Any], shared: bool = True) -> None:
-    """Add one line, which is on the disk when this returns; a torn one before it is closed off first.
+def append(path: Path, line: dict[str, Any], shared: bool = True, sync: bool = True) -> None:
+    """Add one line, with `sync` on the disk when this returns; a torn one before it is closed off first.
 
-    A file that is not `shared` is written by this process alone. CannotWrite if the disk is full or the file
-    cannot be written.
+    Without `sync` a line outlives its process, but not a power cut. A file that is not `shared` is written by
+    this process alone. CannotWrite if the disk is full or the file cannot be written.
     """
     data = json.dumps(line).encode() + b"\n"
     alone = folder_lock(path.parent) if shared else nullcontext()
@@ -302,7 +322,8 @@ def append(path: Path, line: dict[str, Any], shared: bool = True) -> None:
             _close_off(file)
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
     except OSError as error:
         raise cannot_write(path, error) from error
 

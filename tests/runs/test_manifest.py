@@ -90,6 +90,19 @@ def test_torn_lines_are_closed_off(tmp_path: Path) -> None:
     assert [line["image"] for line in read_lines(path)] == [0, 2]
 
 
+def test_a_process_of_a_team_syncs_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync for each of 1,280 images/s cost 64 workers 6 % of their time; the lines are all written."""
+    clock, synced = [100.0], []
+    monkeypatch.setattr("ldm.runs.manifest.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("ldm.runs.manifest.os.fsync", synced.append)
+    record = pickle.loads(pickle.dumps(RunRecord(tmp_path, {"steps": 5}, 40)))
+    for k in range(40):
+        record.add(k, None, {})
+        clock[0] += 0.1
+    assert len(synced) == 4
+    assert [line["image"] for line in read_lines(record.manifest)] == list(range(40))
+
+
 def test_differences_are_said_in_words() -> None:
     words = differences({"steps": 50, "scale": 7.5, "a": 1}, {"steps": 20, "scale": 7.5, "b": "x" * 80})
     assert words.startswith("steps 50, now 20; a 1, now null; b null, now")
