@@ -37,8 +37,9 @@ class Setting:
     default_text: str | None = None  # shown in place of the default, where that is found at run time
     per_image: bool = False  # images of one batch may differ in it
     takes_objects: bool = False  # anything that is no text is accepted as it is, such as an image
+    recorded: bool = True  # also at its default; else an image's settings have it only where it differs
     name: str = ""
-    kind: type = str  # int, float, str, bool, or tuple for a list of floats
+    kind: type = str  # int, float, str, bool, tuple for a list of floats, or list for a list of texts
     default: Any = None
 
     @property
@@ -50,7 +51,7 @@ class Setting:
         """The default as users read it; empty if there is none."""
         if self.default_text is not None:
             return self.default_text
-        if self.default is None or self.default is False or self.default == "":
+        if self.default is None or self.default is False or self.default in ("", ()):
             return ""
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
@@ -66,7 +67,7 @@ class Setting:
             raise ValueError(f"{text} is no value for a switch")
         if self.kind is tuple:
             return tuple(self._number(word, float) for word in text.replace(",", " ").split())
-        if self.kind is str:
+        if self.kind in (str, list):  # of a list this is one text: its flag is given several times
             if self.choices and text not in self.choices:
                 raise ValueError(f"invalid choice: {text!r} (choose from {', '.join(self.choices)})")
             return text
@@ -82,6 +83,14 @@ class Setting:
             return tuple(self._number(one, float) for one in value)
         if self.kind is tuple and isinstance(value, int | float) and not isinstance(value, bool):
             return (self._number(value, float),)
+        if self.kind is list:
+            texts = (
+                (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
+            )
+            objects = self.takes_objects or all(isinstance(text, str) for text in texts)
+            if not objects or (not texts and value not in ((), [])):
+                raise ValueError(f"{value!r} is no list of texts")
+            return tuple(self.parse(text) if isinstance(text, str) else text for text in texts)
         if isinstance(value, bool) or self.kind is bool:
             raise ValueError(f"{value!r} is not {'true or false' if self.kind is bool else 'a value for it'}")
         if self.kind in (int, float) and not isinstance(value, str):
@@ -117,23 +126,26 @@ def setting(default: Any, help: str, **facts: Any) -> Any:
 
 @cache
 def settings_of(owner: type) -> Mapping[str, Setting]:
-    """The settings of a dataclass by name, in the order of its fields."""
+    """The settings of a dataclass by name, in the order of its fields; those given only by name come last."""
     hints = get_type_hints(owner)
+    fields = sorted(dataclasses.fields(owner), key=lambda field: field.kw_only)
     return {
         field.name: dataclasses.replace(
             field.metadata["setting"], name=field.name, kind=_kind(hints[field.name]), default=field.default
         )
-        for field in dataclasses.fields(owner)
+        for field in fields
         if "setting" in field.metadata
     }
 
 
 def _kind(hint: Any) -> type:
-    """int, float, str, bool or tuple out of an annotation such as `int | None`."""
+    """int, float, str, bool, tuple or list out of an annotation such as `int | None` or `tuple[str, ...]`."""
     if get_origin(hint) in (Union, UnionType):
         kinds = [_kind(part) for part in get_args(hint) if part is not NoneType]
-        return next((kind for kind in (tuple, int, float, bool) if kind in kinds), str)
+        return next((kind for kind in (tuple, list, int, float, bool) if kind in kinds), str)
     origin = get_origin(hint) or hint
+    if origin is tuple and get_args(hint)[:1] == (str,):
+        return list
     return origin if origin in (int, float, bool, tuple) else str
 
 

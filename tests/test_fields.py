@@ -20,6 +20,7 @@ class Cake:
     candles: tuple[float, ...] | None = setting(None, "heights")
     vegan: bool = setting(False, "without eggs")
     photo: str | Any | None = setting(None, "printed on it", takes_objects=True)
+    names: tuple[str, ...] = setting((), "written on it")
     baker: str = "nobody"  # no setting
 
     def __post_init__(self) -> None:
@@ -36,6 +37,7 @@ def test_kinds_are_read_from_the_annotations() -> None:
         "candles": tuple,
         "vegan": bool,
         "photo": str,
+        "names": list,
     }
 
 
@@ -47,11 +49,14 @@ def test_values_come_into_their_types() -> None:
     assert cake.photo is photo
     assert Cake(candles="3, 2 1").candles == (3.0, 2.0, 1.0)
     assert Cake(candles=3).candles == (3.0,)
+    assert (Cake().names, Cake(names="a").names, Cake(names=["a", "b"]).names) == ((), ("a",), ("a", "b"))
 
 
 @pytest.mark.parametrize(
     ("own", "message"),
     [
+        ({"names": 3}, "names: 3 is no list of texts"),
+        ({"names": ["a", 3]}, r"names: \['a', 3\] is no list of texts"),
         ({"layers": 0}, "layers: 0 is not a whole number in range: 1 … 9"),
         ({"layers": 2.5}, "layers: 2.5 is not a whole number in range"),
         ({"layers": "x"}, "layers: x is not a whole number in range"),
@@ -95,6 +100,7 @@ def test_defaults_as_users_read_them() -> None:
         "candles": "",
         "vegan": "",
         "photo": "",
+        "names": "",
     }
     assert Setting("", default=0.5).shown_default == "0.5"
 

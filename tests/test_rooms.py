@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 OURS = sorted((ROOT / "ldm").rglob("*.py"))
 ORDER = [  # a room may import those in the rows above it, and itself
     {"errors", "fields", "log", "util", "cache", "ldm"},
-    {"modules", "sampling", "images"},
+    {"modules", "sampling", "images", "prompts"},
     {"models"},
     {"weights"},
     {"optimize"},
