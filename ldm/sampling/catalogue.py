@@ -48,6 +48,9 @@ def resolve(name: str) -> tuple[str, str | None]:
                 if stem.startswith(prefix) and (sampler := _KNOWN.get(stem.removeprefix(prefix))):
                     return sampler, schedule
     near = _nearest(plain, _KNOWN)
+    if plain.endswith("cfgpp"):  # ComfyUI's names: euler_cfg_pp
+        text = "{sampler} {given} is not known: CFG++ is {cfg_pp} with ddim, ddpm, euler or euler_ancestral"
+        raise FieldError(text, given=name)
     text = "{sampler} {given} is not known; {near} (--list_samplers shows all)"
     raise FieldError(text, given=name, near=near)
 

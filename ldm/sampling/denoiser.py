@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.sampling.schedule import Discretization
+
+if TYPE_CHECKING:
+    from ldm.sampling.guidance import FurtherGuidance
 
 # what a UNet is given besides latents and timesteps; a mapping has c_crossattn, c_concat (lists) and c_adm
 Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Sequence[Tensor] | Tensor]
@@ -149,7 +152,8 @@ class Denoiser:
     `cond` and `uncond` go to `model.apply_model`, in one batch. `scale` is one for all images, or a sequence
     of one for each; where all are exactly 1 `uncond` is left out, as it is at sigmas outside `interval`,
     (above, up to) (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724). `rescale` is
-    `rescale_guidance`'s phi. `discretization` replaces the model's own schedule.
+    `rescale_guidance`'s phi. `discretization` replaces the model's own schedule. `factor` is one on the scale
+    by sigma (`guidance.plus_plus`), and `further` what else guides.
     """
 
     def __init__(
@@ -162,10 +166,12 @@ class Denoiser:
         rescale: float = 0.0,
         interval: tuple[float, float] = (-math.inf, math.inf),
         discretization: Discretization | None = None,
+        factor: Callable[[float], float] | None = None,
+        further: FurtherGuidance | None = None,
     ):
         scales = set(scale) if isinstance(scale, Sequence) else {scale}
         self.model = model
-        self.guided = uncond is not None and scales != {1.0}
+        self.guided = uncond is not None and (scales != {1.0} or factor is not None)
         self.cond = cond
         self.both = stack(uncond, cond) if self.guided else None  # one object: what is made of it can be kept
         key = getattr(model, "conditioning_key", "crossattn")
@@ -174,7 +180,7 @@ class Denoiser:
             self.scale = scales.pop()
         else:
             self.scale = torch.tensor(scale, device=model.alphas_cumprod.device)[:, None, None, None]
-        self.rescale = rescale
+        self.rescale, self.factor, self.further = rescale, factor, further
         self.interval = interval
         self.discretization = discretization or Discretization(model.alphas_cumprod.cpu().numpy())
 
@@ -183,10 +189,31 @@ class Denoiser:
         c_in = (1.0 + sigma**2) ** -0.5  # sqrt(alpha)
         guided = self.guided and self.interval[0] < sigma <= self.interval[1]
         cond, scale = (self.both, self.scale) if guided else (self.cond, None)
+        if guided and self.factor is not None:
+            scale = scale * self.factor(sigma)
         rows, equal_halves = (2 * len(x), self.equal_halves) if guided else (len(x), False)
         t = timesteps(self.discretization.timestep(sigma), rows, x.device, equal_halves)
+        if guided and self.further is not None:
+            return self._guide_further(x, t, c_in, sigma, scale)
         if whole_step := getattr(self.model, "denoise_step", None):
             return whole_step(x, t, cond, c_in, sigma, scale, self.rescale)
         x_model = model_input(x, c_in, guided)
         output = self.model.apply_model(x_model, t, cond)
         return to_x0(self.model.parameterization, x, x_model, output, c_in, sigma, scale, self.rescale)
+
+    def _guide_further(
+        self, x: Tensor, t: Tensor, c_in: float, sigma: float, scale: float | Tensor
+    ) -> Tensor:
+        """x0 as `further` combines the predictions of the two halves."""
+
+        def x0(output: Tensor) -> Tensor:
+            return to_x0(self.model.parameterization, x, x_model[: len(x)], output, c_in, sigma, None, 0.0)
+
+        x_model = model_input(x, c_in, guided=True)
+        uncond, cond = self.model.apply_model(x_model, t, self.both).float().chunk(2)
+        guided = self.further.combine(x0(uncond), x0(cond), scale)
+        if not self.rescale:
+            return guided
+        v = self.model.parameterization == "v"
+        of_guided = (x_model[: len(x)] - guided / c_in) / sigma if v else (x - guided) / sigma
+        return x0(rescale_guidance(of_guided, cond, self.rescale))

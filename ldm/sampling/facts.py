@@ -28,6 +28,7 @@ class SamplerFacts:
     noise: str = ""  # "": none, "plain": independent draws, "brownian": increments of one path
     automatic: str | None = None  # the schedule that A1111's "Schedule type: Automatic" means for it
     ends_only: bool = False  # of `sigmas` only the ends count, and how many there are
+    by_timesteps: bool = False  # is given the model's `discretization`
     adaptive: bool = False  # chooses its own steps, by the whole batch: images are sampled one at a time
     # (steps, eta) -> how often the original's sampler draws noise only to multiply it by zero
     unused_draws: Callable[[int, float], int] = lambda steps, eta: 0

@@ -23,9 +23,14 @@ def image_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed if seed < 2**32 else zlib.crc32(seed.to_bytes(8, "little")))
 
 
+def place_seed(seed: int, place: bytes) -> int:
+    """The seed, below 2^32, of one thing about an image."""
+    return zlib.crc32(seed.to_bytes(8, "little") + place)
+
+
 def place_generator(seed: int, place: bytes) -> torch.Generator:
     """A CPU generator for one thing about an image, which other draws do not move."""
-    return torch.Generator().manual_seed(zlib.crc32(seed.to_bytes(8, "little") + place))
+    return torch.Generator().manual_seed(place_seed(seed, place))
 
 
 class BrownianPath:

@@ -42,7 +42,9 @@ def sample(
     """
     if run.steps == 0:
         return init
-    facts, options = catalogue.SAMPLERS[sampler], options or {}
+    facts, options = catalogue.SAMPLERS[sampler], dict(options or {})
+    if facts.by_timesteps:
+        options["discretization"] = denoiser.discretization
     if facts.adaptive:
         run = own_steps(run, denoiser.discretization)
     first, last = run.sigmas[0], run.sigmas[-1]

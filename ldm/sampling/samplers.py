@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ldm.sampling import euler, exponential, facts
+from ldm.sampling import distilled, euler, exponential, facts, multistep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     name: function
-    for module in (euler, exponential)
+    for module in (euler, exponential, multistep, distilled)
     for name, function in vars(module).items()
-    if name in facts.SAMPLERS
+    if name in facts.SAMPLERS and function.__module__ == module.__name__
 }

@@ -7,6 +7,7 @@ Samplers work on the same latent divided by `sqrt(a_t)`, that is `x0 + sigma eps
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -45,6 +46,13 @@ class Discretization:
         """The fractional timestep of a sigma, clamped to the schedule's ends."""
         log_alpha = -np.log1p(sigma**2)
         return float(np.interp(-log_alpha, -self.log_alphas, np.arange(self.num_timesteps)))
+
+
+@cache
+def published() -> Discretization:
+    """Of Stable Diffusion v1 and v2: 1000 timesteps, the roots of the betas even in 0.00085 … 0.012."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    return Discretization(np.cumprod(1.0 - betas))
 
 
 def leading_timesteps(steps: int, num_timesteps: int = 1000) -> np.ndarray:
@@ -90,6 +98,7 @@ def linspace(d: Discretization, steps: int) -> np.ndarray:
 
 @schedule(
     "even timesteps that start at the last one",
+    "simple",
     a1111="Simple",  # rounds timesteps up: one apart where steps do not divide 1000
 )
 def trailing(d: Discretization, steps: int) -> np.ndarray:
@@ -125,6 +134,43 @@ def polyexponential(d: Discretization, steps: int, rho: float = 1.0) -> np.ndarr
 def sgm_uniform(d: Discretization, steps: int) -> np.ndarray:
     """The grid of Stability's generative-models: even, fractional timesteps without timestep 0."""
     return np.append(d.sigma(np.linspace(d.num_timesteps - 1, 0, steps + 1)[:-1]), 0.0)
+
+
+def beta_quantile(q: np.ndarray, a: float = 0.6) -> np.ndarray:
+    """Quantiles, for q in 0 … 1, of the symmetric beta distribution whose parameters both are a.
+
+    Its distribution function's power series converges fast up to 1/2, where bisection inverts it.
+    """
+    n = np.arange(64)
+    terms = np.cumprod(np.append(1.0, (n[1:] - a) / n[1:])) / (a + n)
+    scale = math.gamma(2 * a) / math.gamma(a) ** 2
+    small = np.minimum(q, 1 - q)
+    low, high = np.zeros_like(small), np.full_like(small, 0.5)
+    for _ in range(80):  # halvings of the interval: quantiles near 0 are tiny
+        middle = (low + high) / 2
+        below = scale * middle**a * (middle[:, None] ** n @ terms) < small
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(q <= 0.5, high, 1 - high)
+
+
+@schedule("timesteps of a beta distribution: more steps at both ends than in the middle")
+def beta(d: Discretization, steps: int) -> np.ndarray:
+    """Quantiles of Beta(0.6, 0.6) as timesteps (Lee et al. 2024, https://arxiv.org/abs/2407.12173).
+
+    As in ComfyUI, which rounds them to whole timesteps and drops those that coincide.
+    """
+    quantiles = beta_quantile(1 - np.arange(steps) / steps)
+    return np.append(d.sigma(quantiles * (d.num_timesteps - 1)), 0.0)
+
+
+@schedule("even in arctan sigma", a1111="KL Optimal")
+def kl_optimal(d: Discretization, steps: int) -> np.ndarray:
+    """Optimal in the Kullback-Leibler divergence for normal data (Sabour et al. 2024, theorem 3.1).
+
+    https://arxiv.org/abs/2404.14507. The data's standard deviation is 1, as latents are scaled to be.
+    """
+    low, high = np.arctan(d.sigma(0)), np.arctan(d.sigma(d.num_timesteps - 1))
+    return np.append(np.tan(np.linspace(high, low, steps)), 0.0)
 
 
 # Noise levels for Stable Diffusion 1.5 (Sabour et al. 2024, https://arxiv.org/abs/2404.14507)

@@ -14,6 +14,7 @@ from ldm.sampling import SAMPLERS, SCHEDULES, catalogue
 from ldm.sampling.facts import USER_OPTIONS
 
 NOT_OPTIONS = {"denoise", "x", "sigmas", "noise", "callback", "order", "rtol", "atol", "lower_order_final"}
+NOT_OPTIONS |= {"gamma", "discretization"}
 
 # What A1111, ComfyUI, k-diffusion, InvokeAI, Stability and diffusers call them
 NAMES = {
@@ -62,6 +63,12 @@ NAMES = {
     ],
     "unipc": ["UniPC", "unipc", "uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler"],
     "lcm": ["LCM", "lcm", "sample_lcm", "LCMScheduler"],
+    "deis": ["DEIS", "deis", "sample_deis", "DEISMultistepScheduler"],
+    "ipndm": ["IPNDM", "iPNDM", "ipndm", "sample_ipndm", "IPNDMScheduler"],
+    "res_multistep": ["Res Multistep", "RES multistep", "res_multistep", "sample_res_multistep"],
+    "gradient_estimation": ["Gradient Estimation", "gradient_estimation", "sample_gradient_estimation"],
+    "er_sde": ["ER SDE", "ER-SDE", "er_sde", "sample_er_sde"],
+    "tcd": ["TCD", "tcd", "sample_tcd", "TCDScheduler"],
 }
 WITH_SCHEDULE = [
     ("LMS Karras", "lms", "karras"),
@@ -113,7 +120,7 @@ def test_what_is_stochastic_is_so_by_default(sampler):
     if option:
         assert parameters[option].default == 0
     elif "eta" in facts.options:
-        assert parameters["eta"].default == 1
+        assert parameters["eta"].default == (0.3 if sampler == "tcd" else 1)
     assert (facts.stochastic == "no") == (not facts.noise)
 
 
@@ -170,6 +177,12 @@ def test_an_unknown_sampler_is_an_error_that_names_near_ones(name, near):
     assert near in str(error.value).split("nearest")[1]
 
 
+@pytest.mark.parametrize("name", ["euler_cfg_pp", "DPM++ 2M CFG++"])
+def test_names_with_cfg_plus_plus_say_how_it_is_asked_for(name):
+    with pytest.raises(InputError, match=r"is not known: CFG\+\+ is .*cfg_pp.* with ddim, ddpm, euler or"):
+        catalogue.resolve(name)
+
+
 @pytest.mark.parametrize(
     "name", ["", " ", "karras", "k_", "sample_", "zzzzzzzz", "++", "サンプラー", "uniform"]
 )
@@ -180,7 +193,10 @@ def test_names_that_are_near_nothing_are_errors_too(name):
 
 @pytest.mark.parametrize(
     ("name", "schedule"),
-    [("karras", "karras"), ("Karras", "karras"), ("SGM Uniform", "sgm_uniform"), ("AYS", "ays")],
+    [
+        *(("karras", "karras"), ("Karras", "karras"), ("SGM Uniform", "sgm_uniform"), ("AYS", "ays")),
+        ("simple", "trailing"),
+    ],
 )
 def test_a_schedule_is_found_in_any_spelling(name, schedule):
     assert catalogue.resolve_schedule(name) == schedule
@@ -253,6 +269,7 @@ def test_a1111s_names_of_schedules():
         "polyexponential": "Polyexponential",
         "sgm_uniform": "SGM Uniform",
         "ays": "Align Your Steps",
+        "kl_optimal": "KL Optimal",
     }
 
 

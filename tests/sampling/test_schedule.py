@@ -9,14 +9,18 @@ from closed_form import V1, V1_ALPHAS
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from golden_files import case
+from scipy import stats
 
 from ldm.modules.diffusionmodules.util import make_beta_schedule
 from ldm.sampling import SCHEDULES, Discretization
 from ldm.sampling.catalogue import RHO
 from ldm.sampling.schedule import (
     ays,
+    beta,
+    beta_quantile,
     exponential,
     karras,
+    kl_optimal,
     lcm,
     leading,
     leading_timesteps,
@@ -253,6 +257,31 @@ def test_align_your_steps_are_log_linear_in_between():
     ten, twenty = ays(V1, 10), ays(V1, 20)
     assert twenty[::2] == pytest.approx(ten)
     assert twenty[1:-2:2] == pytest.approx(np.sqrt(twenty[0:-3:2] * twenty[2:-1:2]))
+
+
+# --- the beta distribution, the arctangent
+
+
+@pytest.mark.parametrize("a", [0.5, 0.6, 1.0, 2.0])
+def test_quantiles_of_the_beta_distribution_are_scipys(a):
+    q = np.concatenate([[1e-9, 1e-4], np.arange(1, 1000) / 1000, [0.9999, 1.0]])
+    assert beta_quantile(q, a) == pytest.approx(stats.beta.ppf(q, a, a), rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 20, 50])
+def test_beta_is_comfyuis_but_for_its_rounding(steps):
+    """Whole timesteps of the quantiles, those that coincide once; from the last one down."""
+    theirs = [round(q * 999) for q in stats.beta.ppf(1 - np.arange(steps) / steps, 0.6, 0.6)]
+    assert timesteps(beta(V1, steps)) == pytest.approx(theirs, abs=0.5 + 1e-6)
+    assert beta(V1, steps)[-1] == 0
+
+
+@pytest.mark.parametrize("steps", [2, 5, 10, 50])
+def test_kl_optimal_is_even_in_the_arctangent(steps):
+    """ComfyUI's and A1111's, number by number."""
+    part = [k / (steps - 1) for k in range(steps)]
+    expected = [math.tan(p * math.atan(FIRST) + (1 - p) * math.atan(LAST)) for p in part] + [0.0]
+    assert kl_optimal(V1, steps) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 50])
