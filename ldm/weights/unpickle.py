@@ -148,9 +148,22 @@ class StoredWithAttributes(Inert):
         return function(*arguments) if known else super().__new__(cls)
 
 
+class StoredParameters(dict):
+    """A `torch.nn.ParameterDict`: what is in it, by name."""
+
+    def __init__(self, *_: object):
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        inside = state.get("_parameters") if isinstance(state, dict) else None
+        if isinstance(inside, dict):
+            self.update(inside)
+
+
 KNOWN_GLOBALS = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): Tuple,
+    ("torch.nn.modules.container", "ParameterDict"): StoredParameters,
     ("torch._utils", "_rebuild_tensor_v2"): StoredTensor,
     ("torch._utils", "_rebuild_tensor_v3"): StoredBytes,
     ("torch._utils", "_rebuild_parameter"): StoredParameter,
@@ -204,7 +217,7 @@ class Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: tuple) -> Any:
         """The values of ("storage", dtype, key, device, count); before torch 1.6, a view or None follows."""
         if pid[0] == "module":  # before 1.6: a class and its source text
-            return Inert
+            return StoredParameters if pid[1] is StoredParameters else Inert
         _, dtype, key, _, numel, *view = pid
         if numel < 0:
             raise ValueError(f"a storage of {numel} values")

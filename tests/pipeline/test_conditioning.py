@@ -10,13 +10,14 @@ from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import ImageRequest
 from ldm.pipeline.conditioning import conditions
+from ldm.pipeline.settings.text import Reading
 from ldm.sampling import Denoiser
 from ldm.util import instantiate_from_config
 
 REQUESTS = [ImageRequest("a", scale=3.0), ImageRequest("long b", scale=5.0, negative_prompt="c")]
 
 
-def embed(prompt: str) -> Tensor:
+def embed(prompt: str, reading: Reading = Reading()) -> Tensor:  # noqa: B008
     """A context of the miniature's width, of its own for each prompt."""
     return normal(1, 154 if prompt.startswith("long") else 77, 32, seed=sum(map(ord, prompt)))
 

@@ -1,5 +1,7 @@
 """CLIP's text transformer (Radford et al. 2021, arXiv:2103.00020) with the key names of the checkpoints."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -11,6 +13,19 @@ from ldm.errors import InputError
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """The approximation that OpenAI's CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
+
+
+Vectors = Sequence[tuple[int, int, torch.Tensor]]  # row, first column, [k, width]
+
+
+def put_vectors(x: torch.Tensor, vectors: Vectors) -> torch.Tensor:
+    """Token embeddings x [b, n, width] with learned vectors in the place of some, in the same memory.
+
+    Textual inversion (Gal et al. 2022, https://arxiv.org/abs/2208.01618).
+    """
+    for row, column, vector in vectors:
+        x[row, column : column + len(vector)] = vector.to(x)
+    return x
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
@@ -79,8 +94,9 @@ class Embeddings(nn.Module):
             nn.init.normal_(self.token_embedding.weight, std=0.02)
             nn.init.normal_(self.position_embedding.weight, std=0.01)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+    def forward(self, ids: torch.Tensor, vectors: Vectors = ()) -> torch.Tensor:
+        x = put_vectors(self.token_embedding(ids), vectors)
+        return x + self.position_embedding.weight[: ids.shape[1]]
 
 
 class Encoder(nn.Module):
@@ -88,8 +104,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, heads, activation) for _ in range(layers))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
+    def forward(self, x: torch.Tensor, skip: int = 0) -> torch.Tensor:
+        """The states after all layers but the last `skip`."""
+        for layer in self.layers[: len(self.layers) - skip]:
             x = layer(x)
         return x
 
@@ -117,5 +134,6 @@ class CLIPTextTransformer(nn.Module):
         self.encoder = Encoder(width, layers, heads, activation)
         self.final_layer_norm = nn.LayerNorm(width)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+    def forward(self, ids: torch.Tensor, vectors: Vectors = (), clip_skip: int = 1) -> torch.Tensor:
+        """`vectors` take the place of tokens; the layer `clip_skip` from the end is read, 1 is the last."""
+        return self.final_layer_norm(self.encoder(self.embeddings(ids, vectors), clip_skip - 1))

@@ -1,5 +1,6 @@
 """Text encoders as a config names them."""
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -7,13 +8,22 @@ from torch import nn
 
 from ldm.errors import InputError
 from ldm.modules.encoders.bert import BERTTextTransformer
-from ldm.modules.encoders.clip import CLIPTextTransformer
+from ldm.modules.encoders.clip import CLIPTextTransformer, Vectors
 from ldm.modules.encoders.openclip import OpenCLIPTextTransformer
 from ldm.modules.encoders.tokenizer import BERTTokenizer, CLIPTokenizer
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
 VIT_H_14 = "ViT-H-14"
 CONTEXT_LENGTH = 77  # tokens that the position embedding covers
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts that are tokens already, for `encode` of CLIP's encoders."""
+
+    ids: torch.Tensor  # int64 [b, n]
+    vectors: Vectors = ()  # in the place of some of them
+    clip_skip: int | None = None  # the layer to read, from the end; None: the encoder's own
 
 
 class TextEncoder(nn.Module):
@@ -45,8 +55,10 @@ class TextEncoder(nn.Module):
         """Embeddings [b, n, width] of token ids [b, n], n up to 77."""
         raise NotImplementedError
 
-    def forward(self, texts: str | list[str]) -> torch.Tensor:
+    def forward(self, texts: str | list[str] | Tokens) -> torch.Tensor:
         """Embeddings [b, max_length, width]; longer texts are cut, `tokenizer.cut_off` gives the rest."""
+        if isinstance(texts, Tokens):
+            return self.forward_tokens(texts.ids.to(self.device), texts.vectors, texts.clip_skip)
         texts = [texts] if isinstance(texts, str) else texts
         return self.forward_tokens(self.tokenizer(texts).to(self.device))
 
@@ -85,9 +97,19 @@ class FrozenCLIPEmbedder(TextEncoder):
     def tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer(self.max_length)
 
-    def forward_tokens(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [b, n, width] of token ids [b, n], n up to 77."""
-        return self.transformer.text_model(ids)
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.transformer.text_model.encoder.layers
+
+    @property
+    def width(self) -> int:
+        return self.transformer.text_model.final_layer_norm.weight.shape[0]
+
+    def forward_tokens(
+        self, ids: torch.Tensor, vectors: Vectors = (), clip_skip: int | None = None
+    ) -> torch.Tensor:
+        """Embeddings [b, n, width] of token ids [b, n], n up to 77, and `Tokens`' further fields."""
+        return self.transformer.text_model(ids, vectors, clip_skip or 1)
 
 
 class FrozenOpenCLIPEmbedder(TextEncoder):
@@ -120,9 +142,19 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
     def tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer(self.max_length, pad_id=0)
 
-    def forward_tokens(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [b, n, width] of token ids [b, n], n up to 77."""
-        return self.model(ids)
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.transformer.resblocks
+
+    @property
+    def width(self) -> int:
+        return self.model.ln_final.weight.shape[0]
+
+    def forward_tokens(
+        self, ids: torch.Tensor, vectors: Vectors = (), clip_skip: int | None = None
+    ) -> torch.Tensor:
+        """Embeddings [b, n, width] of token ids [b, n], n up to 77, and `Tokens`' further fields."""
+        return self.model(ids, vectors, clip_skip)
 
 
 class BERTEmbedder(TextEncoder):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.errors import InputError
-from ldm.modules.encoders.clip import causal_attention, check_heads
+from ldm.modules.encoders.clip import Vectors, causal_attention, check_heads, put_vectors
 
 LAYERS = ("last", "penultimate")
 
@@ -100,8 +100,17 @@ class OpenCLIPTextTransformer(nn.Module):
         names = (name for name, _ in self.named_parameters())
         return (n for n in names if n in ("text_projection", "logit_scale") or n.startswith(unread))
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
-        for block in self.transformer.resblocks[: self.read]:
+    def forward(self, ids: torch.Tensor, vectors: Vectors = (), clip_skip: int | None = None) -> torch.Tensor:
+        """`vectors` take the place of tokens; the block `clip_skip` from the end is read, by default
+        `layer`'s. InputError for one whose weights the checkpoint lacks."""
+        blocks = self.transformer.resblocks
+        read = self.read if clip_skip is None else len(blocks) - clip_skip + 1
+        if read > self.read and not blocks[read - 1].ln_1.weight.any():
+            raise InputError(
+                f"--clip_skip {clip_skip}: the checkpoint lacks the weights of that layer, which the model "
+                "does not read; take a larger number"
+            )
+        x = put_vectors(self.token_embedding(ids), vectors) + self.positional_embedding[: ids.shape[1]]
+        for block in blocks[:read]:
             x = block(x)
         return self.ln_final(x)

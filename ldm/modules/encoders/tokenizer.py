@@ -84,12 +84,15 @@ class CLIPTokenizer:
         """int64 [b, max_length]; longer texts are cut so that the end token is last."""
         return rows_of([self.encode(text) for text in texts], self)
 
-    def cut_off(self, text: str) -> str:
-        """The part of the text that does not fit, in its cleaned form; "" if all of it does."""
+    def cut_off(self, text: str, kept: int | None = None) -> str:
+        """The part of the text that does not fit, in its cleaned form; "" if all of it does.
+
+        `kept` tokens of it fit, by default all but two of `max_length`.
+        """
         text = clean(text)
         words = list(self.words.finditer(text))
         found = self.bpe.encode([word.group() for word in words], is_pretokenized=True)
-        kept = self.max_length - 2
+        kept = self.max_length - 2 if kept is None else kept
         if len(found.ids) <= kept:
             return ""
         return text[words[found.word_ids[kept]].start() + found.offsets[kept][0] :]
