@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
-from ldm.fields import listed_by_name
-from ldm.pipeline.request import ImageRequest
+from ldm.fields import Setting, listed_by_name
+from ldm.pipeline.request import IMAGE_SETTINGS, ImageRequest
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,20 @@ class Line:
     prompt: str
     options: tuple[tuple[str, Any], ...] = ()
     place: str = ""  # where it stands, for error messages: "prompts.jsonl, line 7"
+    # with --expand, beside the options:
+    negative: str = ""
+    templates: tuple[str, str] = ("", "")  # of prompt and negative prompt, where they have been expanded
 
 
-def read_prompts(path: str, owner: type[ImageRequest] = ImageRequest) -> list[Line]:
+def read_prompts(path: str, known: Mapping[str, Setting] | None = None) -> list[Line]:
     """The prompts of a UTF-8 text file, or of standard input for "-", in order, without blank lines.
 
     Plain text has one prompt per line; what is in a line stays as it is. If the first line is a JSON object,
     or the file's name ends in .jsonl or .json, each line is one, with "prompt" and options named as on the
-    command line: numbers and texts, true or false for `owner`'s switches, lists for its lists of numbers. A
-    byte order mark and the line ends of any system are fine. InputError, with the number of the line, if the
-    file cannot be read, is not UTF-8 text or JSON, or holds no prompt.
+    command line: numbers and texts, true or false for switches, lists for lists. Images that
+    it names are looked for beside the file, then in the working folder. A byte order mark and the line ends
+    of any system are fine. InputError, with the number of the line, if the file cannot be read, is not UTF-8
+    text or JSON, holds no prompt, or names an image that is not there.
     """
     try:
         data = _standard_input() if path == "-" else Path(path).read_bytes()
@@ -50,8 +55,9 @@ def read_prompts(path: str, owner: type[ImageRequest] = ImageRequest) -> list[Li
     # In JSON text, what Unicode has for line ends beside these stands for itself.
     json_lines = _numbered(re.split(r"\r\n|\n|\r", text))
     if path.endswith((".jsonl", ".json")) or isinstance(_json(json_lines[0][1]), dict):
-        kinds = {name: each.kind for name, each in listed_by_name(owner).items()}
-        return [_json_line(line, f"{path}, line {i}", kinds) for i, line in json_lines]
+        known = listed_by_name(ImageRequest) if known is None else known
+        folder = Path() if path == "-" else Path(path).parent
+        return [_json_line(line, f"{path}, line {i}", known, folder) for i, line in json_lines]
     return [Line(line, place=f"{path}, line {i}") for i, line in lines]
 
 
@@ -75,7 +81,7 @@ def _json(text: str) -> Any:
         return None
 
 
-def _json_line(text: str, place: str, kinds: Mapping[str, type]) -> Line:
+def _json_line(text: str, place: str, known: Mapping[str, Setting], folder: Path) -> Line:
     content = _json(text)
     if not isinstance(content, dict):
         raise InputError(f'--from-file {place}: no JSON object such as {{"prompt": "a red cube", "seed": 7}}')
@@ -83,11 +89,29 @@ def _json_line(text: str, place: str, kinds: Mapping[str, type]) -> Line:
     if not isinstance(prompt, str):
         raise InputError(f'--from-file {place}: its "prompt" is missing or no text')
     for name, value in content.items():
-        if not _fits(value, kinds.get(name)):
+        each = known.get(name)
+        if not _fits(value, each and each.kind):
             shown = f"{json.dumps(name)[1:-1]:.50} {json.dumps(value):.50}"  # of one line, whatever they hold
             raise InputError(f"--from-file {place}: the {shown} is no number or text")
+        if each and each.name in IMAGE_SETTINGS and isinstance(value, str):
+            content[name] = _beside(folder, value, name, place)
     options = ((name, tuple(value) if isinstance(value, list) else value) for name, value in content.items())
     return Line(prompt, tuple(options), place)
+
+
+def _beside(folder: Path, name: str, option: str, place: str) -> str:
+    """The path of a file, or folder, that a line names. InputError if it is nowhere."""
+    if not name or os.path.isabs(name):
+        return name
+    path = os.path.join(folder, name)
+    if os.path.exists(path):
+        return path
+    if os.path.exists(name):
+        return name
+    where = f"the working folder {os.getcwd()}"
+    if folder != Path():
+        where = f"{folder}, beside the prompts, or in {where}"
+    raise InputError(f"--from-file {place}: {option} {name} is not there; it was looked for in {where}")
 
 
 def _fits(value: Any, kind: type | None) -> bool:
@@ -95,7 +119,8 @@ def _fits(value: Any, kind: type | None) -> bool:
     if isinstance(value, bool):
         return kind is bool
     if isinstance(value, list):
-        return kind is tuple and all(type(one) in (int, float) for one in value)
+        kinds = {tuple: (int, float), list: (str,)}.get(kind, ())
+        return bool(kinds) and all(type(one) in kinds for one in value)
     return isinstance(value, str | int | float)
 
 
