@@ -13,12 +13,19 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.optimize.graph import autocast_state
+from ldm.optimize.replaced import after_replacing
 
 
 def cast_once(layer: nn.Linear | nn.Conv2d) -> Callable[[Tensor], Tensor]:
     """The layer's forward, which under autocast, and without gradients, reads copies of its weights."""
     plain = layer.forward
     copies: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    def refresh() -> None:  # in place: recordings read the copies
+        for weight, _ in copies.values():
+            weight.copy_(layer.weight)
+
+    after_replacing(layer, refresh)
 
     def forward(x: Tensor) -> Tensor:
         enabled, dtype = autocast_state(x.device.type)

@@ -42,6 +42,9 @@ class CallState:
     def end(self) -> None:
         """Clear the state, also after a `begin` that failed."""
 
+    def forget(self) -> None:
+        """Drop what was computed with weights that have changed since."""
+
     @contextmanager
     def around(self, call: Call) -> Iterator[Hashable]:
         """Inside, `call` may be made, or a recording of it replayed; gives what `begin` returns."""

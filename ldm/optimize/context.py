@@ -41,9 +41,9 @@ class Kept:
 class KeptContext(CallState):
     """A UNet's calls with kept keys and values of the context that is given to it.
 
-    A context is recognised as an object, so one that is passed from step to step is projected once. Neither
-    it nor the UNet's weights may change in place. With gradients, or without a context, the plain layers are
-    called.
+    A context is recognised as an object, so one that is passed from step to step is projected once. It may
+    not change in place; where the UNet's weights do, call `forget`. With gradients, or without a context, the
+    plain layers are called.
     """
 
     def __init__(self, unet: nn.Module):
@@ -81,6 +81,10 @@ class KeptContext(CallState):
 
     def end(self) -> None:
         self.current = None
+
+    def forget(self) -> None:
+        for kept in self.kept.values():
+            kept.context = None
 
 
 def keep_context(model: LatentDiffusion) -> None:

@@ -22,6 +22,7 @@ from ldm.modules.diffusionmodules.model import Decoder, Encoder, Upsample
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel
 from ldm.optimize.attention import NO_ACTIVATION, SHORTEST, attention_kernels, use_attention_in_rows
 from ldm.optimize.kernels import choose
+from ldm.optimize.replaced import Made
 from ldm.optimize.upsampling import fold_upsampling, folded
 from ldm.weights.header import let_go
 
@@ -51,15 +52,21 @@ KERNELS = {  # for --kernels
 FOLDED = KERNELS["torch"]._replace(upsampling="folded")  # in float32 it is the faster one everywhere
 
 
+dense = Tensor.to_dense  # of a weight in oneDNN's order, exactly
+
+
 def packed_conv(conv: nn.Conv2d) -> Forward:
     """The convolution [b, c_in, h, w] -> [b, c_out, h, w] with a reordered copy of its weight."""
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1:
         return packed_pointwise(conv)
     padding, stride, dilation = list(conv.padding), list(conv.stride), list(conv.dilation)
     geometry = (padding, stride, dilation, conv.groups)
-    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(conv.weight.detach().to_mkldnn(), *geometry)
+    made = Made(
+        conv, lambda weight: torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry), dense
+    )
 
     def forward(x: Tensor) -> Tensor:
+        packed = made.value
         if x.dtype != packed.dtype:  # an autoencoder that yielded NaN continues in float32
             weight = packed.to_dense().to(x.dtype)
             return F.conv2d(x, weight, conv.bias, stride, padding, dilation, conv.groups)
@@ -78,9 +85,10 @@ CONVOLUTIONS: dict[str, Callable[[nn.Conv2d], Forward]] = {
 
 def packed_linear(layer: nn.Linear | nn.Conv2d) -> Forward:
     """The linear layer [..., n_in] -> [..., n_out], or a 1x1 convolution on rows, with a reordered weight."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().flatten(1))
+    made = Made(layer, lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1)), dense)
 
     def forward(x: Tensor) -> Tensor:
+        packed = made.value
         if x.dtype != packed.dtype:
             return F.linear(x, packed.to_dense().to(x.dtype), layer.bias)
         return torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, *NO_ACTIVATION)
@@ -90,10 +98,15 @@ def packed_linear(layer: nn.Linear | nn.Conv2d) -> Forward:
 
 def packed_geglu(layer: GEGLU) -> Forward:
     """The gated layer as two products: the gate's ends in its GELU, the other's output is gated at once."""
-    (value, gate), biases = layer.proj.weight.detach().chunk(2), layer.proj.bias.detach().chunk(2)
-    value, gate = (torch.ops.mkldnn._reorder_linear_weight(w.contiguous()) for w in (value, gate))
+    biases = layer.proj.bias.detach().chunk(2)
+
+    def pack(weight: Tensor) -> list[Tensor]:
+        return [torch.ops.mkldnn._reorder_linear_weight(half.contiguous()) for half in weight.chunk(2)]
+
+    made = Made(layer.proj, pack, lambda halves: torch.cat([half.to_dense() for half in halves]))
 
     def forward(x: Tensor) -> Tensor:
+        value, gate = made.value
         gates = torch.ops.mkldnn._linear_pointwise(x, gate, biases[1], *GELU)
         return torch.ops.mkldnn._linear_pointwise.binary(x, gates, value, biases[0], "mul")
 

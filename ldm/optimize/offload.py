@@ -233,3 +233,4 @@ def offload(
         parts["first_stage_model"].pack()
 
     model.first_stage_to = first_stage_to
+    model.bring_home = stage.leave  # all weights to host memory, where they may be changed in place

@@ -60,6 +60,9 @@ class KeptTimesteps(CallState):
     def end(self) -> None:
         self.current = None
 
+    def forget(self) -> None:
+        self.kept.clear()
+
     def offsets(self, timesteps: Tensor, dtype: torch.dtype) -> dict[nn.Module, Tensor]:
         """What each residual block adds, [b, c], at the address where calls of this kind always read it."""
         device = timesteps.device

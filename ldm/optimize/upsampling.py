@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules import model as first_stage
 from ldm.modules.diffusionmodules import openaimodel as unet
+from ldm.optimize.replaced import Made
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -32,12 +33,17 @@ def folded(conv: nn.Conv2d, make: Callable[[nn.Conv2d], Forward] = lambda conv: 
 
     `make` gives each of its four small convolutions the kernel that it runs on.
     """
-    quarters = []
-    for kernel in quarter_kernels(conv.weight.detach().float()):
-        quarter = nn.Conv2d(*kernel.shape[1::-1], 2, device="meta")
-        quarter.weight = nn.Parameter(kernel.to(conv.weight.dtype), requires_grad=False)
-        quarter.bias = conv.bias
-        quarters.append(make(quarter))
+
+    def in_quarters(weight: Tensor) -> list[Forward]:
+        quarters = []
+        for kernel in quarter_kernels(weight.float()):
+            quarter = nn.Conv2d(*kernel.shape[1::-1], 2, device="meta")
+            quarter.weight = nn.Parameter(kernel.to(weight.dtype), requires_grad=False)
+            quarter.bias = conv.bias
+            quarters.append(make(quarter))
+        return quarters
+
+    made = Made(conv, in_quarters)
     places = [(i, j) for i in (0, 1) for j in (0, 1)]
 
     def forward(x: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ def folded(conv: nn.Conv2d, make: Callable[[nn.Conv2d], Forward] = lambda conv: 
             b, conv.out_channels, 2 * h, 2 * w, dtype=x.dtype, device=x.device, memory_format=layout
         )
         padded = F.pad(x, (1, 1, 1, 1))
-        for (i, j), quarter in zip(places, quarters, strict=True):
+        for (i, j), quarter in zip(places, made.value, strict=True):
             out[:, :, i::2, j::2] = quarter(padded[:, :, i : i + h + 1, j : j + w + 1])
         return out
 

@@ -95,16 +95,21 @@ class Header:
     def is_pickle(self) -> bool:
         return self.locate is not None
 
-    def map(self) -> dict[str, torch.Tensor]:
+    def map(self, copy: bool = False) -> dict[str, torch.Tensor]:
         """The tensors, in the memory of the mapped file: pages load when used, and nothing is written back.
 
-        InputError for a damaged file or one without tensors.
+        With `copy` they are in memory of their own, so that the file may be written to later. InputError for
+        a damaged file or one without tensors.
         """
         if not self.tensors:
             found = ", ".join(repr(name)[:60] for name in self.others[:5]) or "nothing"
             raise InputError(f"{self.path} is not a model checkpoint: it holds no tensors (found: {found})")
         with user_file(self.path), self.path.open("rb") as file:
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if copy:
+                buffer = bytearray(self.path.stat().st_size)
+                file.readinto(buffer)
+            else:
+                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         with _damage_named(self.path, self.buffer):
             if self.locate is None:
                 state = {name: each.map(buffer) for name, each in self.tensors.items()}
@@ -113,7 +118,8 @@ class Header:
                 for name, each in self.tensors.items():
                     place = self.locate(each.values)
                     state[name] = each.map(buffer, place) if isinstance(place, int) else each.map(place, 0)
-        _register(buffer)
+        if not copy:
+            _register(buffer)
         return state
 
 
@@ -270,6 +276,8 @@ def _header_of(
             step = content["global_step"]
         inner = [content.get(key) for key in WRAPPERS] if isinstance(content, dict) else []
         content = next((value for value in inner if isinstance(value, dict)), content)
+    if isinstance(content, StoredTensor) and content.is_usable:  # as an embedding may be saved
+        return Header(path, {}, buffer, locate, nested={"tensor": content})
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no state dict: save the model's state_dict() instead of the model")
     tensors = _tensors(content)

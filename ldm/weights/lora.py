@@ -1,0 +1,304 @@
+"""LoRA files: what they add to the weights of a model.
+
+    LoRA    up down                       Hu et al. 2021, https://arxiv.org/abs/2106.09685
+    LoCon   the same of convolutions, with a kernel in the middle (Tucker, or CP, decomposition)
+    LoHa    (a b) * (c d), elementwise    Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098
+    LoKr    a Kronecker product           Yeh et al. 2023, https://arxiv.org/abs/2309.14859
+    DoRA    any of them, the sum's rows (or columns) scaled to a length of their own
+                                          Liu et al. 2024, https://arxiv.org/abs/2402.09353
+
+The header of a file says which layers it is for; the values are read when they are merged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import InputError
+from ldm.weights import lora_names
+from ldm.weights.files import user_file
+from ldm.weights.header import Header, read_header
+from ldm.weights.lora_names import Shape, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RANK = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # parts whose first axis is the rank
+EPSILON = 2.0**-23  # LyCORIS adds it to the lengths that it divides by
+
+
+@dataclass(frozen=True)
+class Match:
+    """The layers of a file that a model has."""
+
+    layers: Mapping[str, Target]  # by the file's names of them
+    total: int  # layers in the file
+    left_out: tuple[str, ...]  # names in the file that are for nothing in the model, or do not fit
+    notice: str  # how many these are, in words
+
+    @property
+    def for_text(self) -> bool:
+        return any(target.name.startswith(lora_names.TEXT) for target in self.layers.values())
+
+
+@dataclass(eq=False)
+class LoraFile:
+    """A LoRA file as it was when its header was read. InputError if it is missing, damaged, or no LoRA."""
+
+    path: Path
+    header: Header = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = self._state_now()
+        self.header = read_header(self.path)
+        self.layers, self.unknown = lora_names.layers_of(self.header.tensors)
+        if not self.layers:
+            from ldm.weights.families import family_of, in_words
+
+            what = (
+                in_words(family_of(self.header.tensors)) if self.header.tensors else "a file without weights"
+            )
+            raise InputError(f"{self.path} holds no LoRA that is known here; it looks like {what}")
+
+    def _state_now(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """Time of change, size and inode of the file, and of the settings that peft keeps beside it."""
+        files = [self.path]
+        if self.path.stem == "adapter_model":
+            files.append(self.path.with_name("adapter_config.json"))
+        found = []
+        for file in files:
+            with user_file(file):
+                status = file.stat() if file.exists() else None
+            found.append(status and (status.st_mtime_ns, status.st_size, status.st_ino))
+        return tuple(found)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the file is another one by now, or gone."""
+        return self._state_now() != self.state
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int] | None]:
+        """Rows and columns of what is added to each layer's weight; None where a part of it lacks."""
+        tensors = self.header.tensors
+        return {
+            layer: lora_names.change_shape({part: tensors[key].shape for part, key in parts.items()})
+            for layer, parts in self.layers.items()
+        }
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The values, in memory of their own: a mapped file that is overwritten would end the process.
+
+        InputError if the file has changed since its header was read.
+        """
+        if self.has_changed:
+            raise InputError(f"{self.path} has changed while it was in use; start again")
+        return self.header.map(copy=True)
+
+    def let_go(self) -> None:
+        """Free the memory of the values; they are read again when they are needed."""
+        vars(self).pop("tensors", None)
+
+    def match(self, targets: Mapping[str, Target]) -> Match:
+        """The layers that a model's `targets` have. InputError for a file that is for another model."""
+        found = {layer: targets[layer] for layer in self.layers if layer in targets}
+        fitting = {layer: target for layer, target in found.items() if self._fits(layer, target)}
+        theirs = lora_names.context_width(self.shapes)
+        ours = lora_names.context_width({name: _matrix(target.shape) for name, target in targets.items()})
+        family = lora_names.family(self.shapes)
+        if not fitting or (theirs and ours and theirs != ours):
+            if theirs and ours and theirs != ours:
+                widths = f"its layers read text of width {theirs}, this model's of {ours}"
+            elif found:
+                layer = next(iter(found))
+                widths = (
+                    f"its {layer} is {_sides(self.shapes[layer])}, this model's {_sides(found[layer].shape)}"
+                )
+            else:
+                first = next(iter(self.layers))
+                widths = f"none of its {len(self.layers)} layers is in this model (first {first})"
+            kind = f" is a LoRA for {family}" if family else " is a LoRA for another model"
+            raise InputError(f"{self.path}{kind}: {widths}")
+        left_out = [layer for layer in self.layers if layer not in fitting]
+        parts = []
+        if absent := [layer for layer in left_out if layer not in found]:
+            parts.append(f"{_count(absent, 'is', 'are')} not in this model (such as {absent[0]})")
+        if misshapen := [layer for layer in left_out if layer in found]:
+            parts.append(f"{_count(misshapen, 'has', 'have')} another shape (such as {misshapen[0]})")
+        if self.unknown:
+            parts.append(f"{len(self.unknown)} values are of no kind known here (such as {self.unknown[0]})")
+        return Match(fitting, len(self.layers), (*left_out, *self.unknown), "; ".join(parts))
+
+    def _fits(self, layer: str, target: Target) -> bool:
+        if self.shapes[layer] != _matrix(target.shape):
+            return False
+        for part in ("dora_scale", "magnitude"):
+            if key := self.layers[layer].get(part):
+                return self.header.tensors[key].numel in (target.shape[0], target.shape[1])
+        return True
+
+    def change(self, layer: str) -> Change:
+        """What the file adds to a layer's weight."""
+        parts = {part: self.tensors[key] for part, key in self.layers[layer].items()}
+        return Change(parts, self._peft_scale(layer))
+
+    def _peft_scale(self, layer: str) -> float | None:
+        """alpha / rank by the settings that peft and diffusers keep beside weights; None without them."""
+        settings = self._peft_settings
+        if not settings:
+            return None
+        rank, alpha = settings.get("r"), settings.get("lora_alpha", settings.get("alpha"))
+        for name, pattern in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
+            for ending, value in (settings.get(pattern) or {}).items():
+                own = lora_names.flat(ending).partition("_")[2]
+                if layer.endswith(own):
+                    rank, alpha = (value, alpha) if name == "rank" else (rank, value)
+        try:
+            return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else float(rank))
+        except (TypeError, ValueError, ZeroDivisionError):
+            return None
+
+    @cached_property
+    def _peft_settings(self) -> dict[str, Any]:
+        """Those of peft's adapter_config.json beside an adapter_model, or of diffusers in the file itself."""
+        beside = self.path.with_name("adapter_config.json")
+        text = self.header.metadata.get("lora_adapter_metadata", "{}")
+        try:
+            if self.path.stem == "adapter_model" and beside.exists():
+                found = json.loads(beside.read_text())
+            else:  # "unet.r", "text_encoder.r", …, which agree but for the text encoder's rank
+                found = {name.rpartition(".")[2]: value for name, value in json.loads(text).items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+class Change:
+    """What is added to one weight, in factors. `parts` are as `lora_names.layers_of` names them."""
+
+    def __init__(self, parts: Mapping[str, Tensor], peft_scale: float | None = None):
+        self.parts, self.peft_scale = parts, peft_scale
+
+    def add_to(self, total: Tensor, plain: Tensor, weight: float) -> None:
+        """Add `weight` times the change to `total`, float32, by the unchanged weight `plain`."""
+        matrix = total.view(total.shape[0], -1)
+        plain = plain.reshape(matrix.shape)
+        if not self.is_product:
+            matrix.add_(self.delta(plain.float(), total.shape), alpha=weight)
+            return
+        up, down = (self._part(name, total).flatten(1) for name in ("up", "down"))
+        matrix.addmm_(up, down, alpha=weight * self.scale)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is one product of matrices, which needs no memory of its own."""
+        return self.parts.keys() <= {"up", "down", "alpha"}
+
+    def delta(self, plain: Tensor, shape: Shape) -> Tensor:
+        """What is added at a weight of 1, float32 [rows, columns], to `plain` of this shape as a matrix."""
+        change = self.scale * self._undecomposed(plain, shape)
+        if "magnitude" in self.parts:  # peft's, of the rows
+            return _with_length(plain + change, self._part("magnitude", plain), True, 0.0) - plain
+        if "dora_scale" in self.parts:  # LyCORIS': [o, 1, …], in its older versions [1, i, …]
+            lengths = self._part("dora_scale", plain)
+            return _with_length(plain + change, lengths, len(lengths) == len(plain), EPSILON) - plain
+        return change
+
+    @property
+    def scale(self) -> float:
+        """alpha over the rank; 1 without an alpha."""
+        if "alpha" in self.parts:
+            rank = next((len(self.parts[name]) for name in RANK if name in self.parts), 0)
+            return float(self.parts["alpha"]) / rank if rank else 1.0  # LyCORIS: without factors no scale
+        return 1.0 if self.peft_scale is None else self.peft_scale
+
+    def _part(self, name: str, like: Tensor) -> Tensor:
+        import torch
+
+        return self.parts[name].to(like.device, torch.float32)
+
+    def _undecomposed(self, plain: Tensor, shape: Shape) -> Tensor:
+        """The change without its scale and without DoRA's lengths, [rows, columns]."""
+        import torch
+
+        parts = {name: self._part(name, plain) for name in self.parts if name != "alpha"}
+        if "diff" in parts:
+            return parts["diff"].flatten(1)
+        if "hada_w1_a" in parts:
+            factors = []
+            for i in "12":
+                a, b = parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"]
+                factors.append(
+                    _tucker(parts[f"hada_t{i}"], a, b).flatten(1) if f"hada_t{i}" in parts else a @ b
+                )
+            return factors[0] * factors[1]
+        if "up" in parts:
+            up, down = parts["up"].flatten(1), parts["down"].flatten(1)
+            if "mid" in parts:
+                return torch.einsum("op,pqkl,qi->oikl", up, parts["mid"], down).flatten(1)
+            return up @ down
+        one, two = (_factor(parts, side) for side in ("lokr_w1", "lokr_w2"))
+        kernel = shape[2:]
+        two = two.reshape(two.shape[0], -1, *kernel)
+        return torch.kron(one.reshape(*one.shape, *(1 for _ in kernel)), two.contiguous()).flatten(1)
+
+
+def _factor(parts: Mapping[str, Tensor], side: str) -> Tensor:
+    """One factor of a Kronecker product, whole or in factors itself."""
+    if side in parts:
+        return parts[side]
+    a, b = parts[f"{side}_a"], parts[f"{side}_b"]
+    return _tucker(parts["lokr_t2"], a, b) if side == "lokr_w2" and "lokr_t2" in parts else a @ b
+
+
+def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """core [r, s, k, l] with its first axes multiplied by a [r, o] and b [s, i]: [o, i, k, l]."""
+    import torch
+
+    return torch.einsum("pqkl,po,qi->oikl", core, a, b)
+
+
+def _with_length(weight: Tensor, lengths: Tensor, rows: bool, epsilon: float) -> Tensor:
+    """A weight [o, i k k] whose rows have these lengths, or else its input channels with their kernels."""
+    if rows:
+        return weight * (lengths.reshape(-1, 1) / (weight.norm(dim=1, keepdim=True) + epsilon))
+    channels = weight.reshape(weight.shape[0], lengths.numel(), -1)
+    norm = channels.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, 1) + epsilon
+    return (channels * (lengths.reshape(1, -1, 1) / norm)).reshape(weight.shape)
+
+
+def merge(
+    plain: Tensor, changes: Sequence[tuple[Change, float, int | None]], overwrite: bool = False
+) -> Tensor:
+    """`plain` with changes at their weights, of its shape and type; the sum is made in float32.
+
+    A change with a number is of the first, second or last third of the rows. With `overwrite` the memory of
+    `plain` may be the result's.
+    """
+    import torch
+
+    copy = not (overwrite and all(change.is_product for change, *_ in changes))  # others read `plain`
+    total = plain.to(torch.float32, copy=copy, memory_format=torch.contiguous_format)
+    for change, weight, third in changes:
+        part, unchanged = (total, plain) if third is None else (total.chunk(3)[third], plain.chunk(3)[third])
+        change.add_to(part, unchanged, weight)
+    return total.to(plain.dtype)
+
+
+def _matrix(shape: Shape) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _sides(shape: Shape | None) -> str:
+    return "x".join(map(str, shape)) if shape else "incomplete"
+
+
+def _count(layers: Sequence[str], one: str, many: str) -> str:
+    return f"1 layer {one}" if len(layers) == 1 else f"{len(layers)} layers {many}"

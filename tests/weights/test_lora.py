@@ -1,0 +1,211 @@
+import os
+from pathlib import Path
+
+import lora_files
+import pytest
+import torch
+from lora_files import KINDS, RANK, difference, factors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldm.errors import InputError
+from ldm.weights.lora import Change, LoraFile, merge
+from ldm.weights.lora_names import Target, layers_of
+
+SHAPES = [(12, 8), (12, 8, 1, 1), (12, 8, 3, 3)]
+
+
+def change(parts: dict[str, Tensor]) -> Change:
+    layers, unknown = layers_of(f"lora_unet_x.{part}" for part in parts)
+    assert not unknown
+    return Change({part: parts[key.removeprefix("lora_unet_x.")] for part, key in layers["unet_x"].items()})
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_added_is_what_the_papers_say(kind: str, shape: tuple[int, ...]) -> None:
+    if "tucker" in kind and len(shape) == 2:
+        pytest.skip("these are of convolutions")
+    plain, parts = torch.randn(shape), factors(kind, shape)
+    expected = plain + 0.7 * difference(parts, shape)
+    torch.testing.assert_close(merge(plain, [(change(parts), 0.7, None)]), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_side_branch_that_was_trained_gives_the_same_output(shape: tuple[int, ...]) -> None:
+    """x -> layer(x) + weight * alpha / rank * up(mid(down(x))), as LoCon is defined."""
+    parts = factors("locon", shape)
+    if len(shape) == 2:
+        layer, x = nn.Linear(8, 12), torch.randn(5, 8)
+        branch = x @ parts["lora_down.weight"].T @ parts["lora_up.weight"].T
+    else:
+        pad = shape[2] // 2
+        layer, x = nn.Conv2d(8, 12, shape[2], padding=pad), torch.randn(2, 8, 6, 6)
+        branch = nn.functional.conv2d(x, parts["lora_down.weight"])
+        branch = nn.functional.conv2d(branch, parts["lora_mid.weight"], padding=pad)
+        branch = nn.functional.conv2d(branch, parts["lora_up.weight"])
+    with torch.no_grad():
+        expected = layer(x) + 0.6 * 2.0 / RANK * branch
+        layer.weight.copy_(merge(layer.weight, [(change(parts), 0.6, None)]))
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("axis", ["rows", "columns", "peft"])
+def test_dora_gives_rows_or_channels_their_lengths(shape: tuple[int, ...], axis: str) -> None:
+    plain, parts = torch.randn(shape), factors("lora", shape)
+    moved = plain + difference(parts, shape)
+    dims = [dim for dim in range(len(shape)) if dim != (1 if axis == "columns" else 0)]
+    lengths = torch.rand(shape[1] if axis == "columns" else shape[0]) + 0.5
+    sizes = [-1 if dim == (1 if axis == "columns" else 0) else 1 for dim in range(len(shape))]
+    expected = moved / moved.square().sum(dims, keepdim=True).sqrt() * lengths.reshape(sizes)
+    if axis == "peft":
+        stored = lengths.reshape(1, -1, 1, 1) if len(shape) == 4 else lengths
+        parts["lora_magnitude_vector"] = stored
+    else:
+        parts["dora_scale"] = lengths.reshape(sizes)
+    torch.testing.assert_close(merge(plain, [(change(parts), 1.0, None)]), expected)
+    half = merge(plain, [(change(parts), 0.5, None)])  # half of the way
+    torch.testing.assert_close(half, (plain + expected) / 2)
+
+
+def test_several_add_up_and_a_weight_of_zero_adds_nothing() -> None:
+    plain, one, two = torch.randn(12, 8), factors("lora", (12, 8), 1), factors("lokr", (12, 8), 2)
+    both = merge(plain, [(change(one), 0.5, None), (change(two), -0.3, None)])
+    expected = plain + 0.5 * difference(one, (12, 8)) - 0.3 * difference(two, (12, 8))
+    torch.testing.assert_close(both, expected)
+    assert torch.equal(merge(plain, [(change(one), 0.0, None)]), plain)
+
+
+def test_a_third_of_the_rows() -> None:
+    plain, parts = torch.randn(24, 8), factors("lora", (8, 8))
+    merged = merge(plain, [(change(parts), 1.0, 1)])
+    assert torch.equal(merged[:8], plain[:8])
+    assert torch.equal(merged[16:], plain[16:])
+    torch.testing.assert_close(merged[8:16], plain[8:16] + difference(parts, (8, 8)))
+
+
+def test_16_bits_are_rounded_once() -> None:
+    plain, parts = torch.randn(12, 8).bfloat16(), factors("lora", (12, 8))
+    merged = merge(plain, [(change(parts), 0.5, None), (change(parts), 0.5, None)])
+    assert torch.equal(merged, (plain.float() + difference(parts, (12, 8))).bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["locon", "loha", "loha-tucker", "lokr", "lokr-tucker", "dora"])
+def test_lycoris_makes_the_same_of_the_same_factors(kind: str) -> None:
+    pytest.importorskip("lycoris")
+    from lycoris.modules import loha, lokr
+    from lycoris.modules.locon import LoConModule
+
+    makers = {"loha": loha.LohaModule, "lokr": lokr.LokrModule}
+    maker = makers.get(kind.partition("-")[0], LoConModule)
+    conv = nn.Conv2d(8, 12, 3, padding=1)
+    tucker = "tucker" in kind or kind == "locon"
+    facts = {"decompose_both": tucker, "factor": 4} if "lokr" in kind else {}
+    module = maker("x", conv, 1.0, 2, 1.0, use_tucker=tucker, weight_decompose=kind == "dora", **facts)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        weight = conv.weight.clone()
+        x = torch.randn(2, 8, 6, 6)
+        state = {name: value.detach() for name, value in module.state_dict().items() if "org" not in name}
+        module.eval()
+        expected = module(x)
+        merged = merge(weight, [(change(state), 1.0, None)])
+        mine = nn.functional.conv2d(x, merged, conv.bias, padding=1)
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+# Files
+
+
+def test_a_match_says_what_is_left_out(tmp_path: Path) -> None:
+    layers = {f"lora_unet_{x}": (12, 8) for x in "abcd"}
+    path = lora_files.write(tmp_path / "some.safetensors", layers)
+    known = {
+        "unet_a": Target("a", (12, 8)),
+        "unet_b": Target("b", (12, 8, 1, 1)),
+        "unet_c": Target("c", (12, 9)),
+    }
+    match = LoraFile(path).match(known)
+    assert list(match.layers) == ["unet_a", "unet_b"]
+    assert match.total == 4
+    assert (
+        match.notice
+        == "1 layer is not in this model (such as unet_d); 1 layer has another shape (such as unet_c)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "words"),
+    [(2048, "Stable Diffusion XL"), (1024, "Stable Diffusion v2")],
+)
+def test_a_lora_for_another_family_is_named_with_both_widths(tmp_path: Path, width: int, words: str) -> None:
+    layer = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    path = lora_files.write(tmp_path / "other.safetensors", {f"lora_unet_{layer}": (640, width)})
+    with pytest.raises(InputError) as error:
+        LoraFile(path).match({f"unet_{layer}": Target(layer, (640, 768))})
+    for word in ("other.safetensors is a LoRA for", words, f"text of width {width}, this model's of 768"):
+        assert word in str(error.value)
+
+
+def test_a_file_of_which_nothing_matches(tmp_path: Path) -> None:
+    path = lora_files.write(tmp_path / "odd.safetensors", {"lora_unet_nowhere": (4, 4)})
+    with pytest.raises(InputError, match=r"none of its 1 layers is in this model .first unet_nowhere"):
+        LoraFile(path).match({"unet_a": Target("a", (4, 4))})
+
+
+def test_a_file_that_is_no_lora(tmp_path: Path) -> None:
+    save_file({"first_stage_model.encoder.conv_in.weight": torch.ones(2)}, tmp_path / "vae.safetensors")
+    with pytest.raises(InputError, match=r"holds no LoRA .* it looks like an autoencoder alone"):
+        LoraFile(tmp_path / "vae.safetensors")
+
+
+def test_peft_keeps_alpha_beside_the_weights(tmp_path: Path) -> None:
+    key = "base_model.model.mid_block.attentions.0.proj_in"
+    parts = factors("lora", (12, 8), alpha=None)
+    stored = {
+        f"{key}.lora_A.weight": parts["lora_down.weight"],
+        f"{key}.lora_B.weight": parts["lora_up.weight"],
+    }
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(stored, path)
+    for config, scale in (
+        ("", 1.0),
+        ('{"r": 3, "lora_alpha": 6}', 2.0),
+        ('{"r": 4, "lora_alpha": 6, "use_rslora": true}', 3.0),
+        ('{"r": 3, "lora_alpha": 6, "alpha_pattern": {"attentions.0.proj_in": 3}}', 1.0),
+    ):
+        if config:
+            path.with_name("adapter_config.json").write_text(config)
+        assert LoraFile(path).change("unet_mid_block_attentions_0_proj_in").scale == pytest.approx(scale)
+    stored["x.alpha"] = torch.tensor(1.0)
+    metadata = {"lora_adapter_metadata": '{"unet.r": 3, "unet.lora_alpha": 12}'}
+    save_file(stored, tmp_path / "diffusers.safetensors", metadata)
+    file = LoraFile(tmp_path / "diffusers.safetensors")
+    assert file.change("unet_mid_block_attentions_0_proj_in").scale == 4.0
+
+
+def test_values_are_in_memory_of_their_own(tmp_path: Path) -> None:
+    """They were in the mapped file, whose overwriting changed them, or ended the process with SIGBUS."""
+    path = lora_files.write(tmp_path / "one.safetensors", {"lora_unet_a": (12, 8)})
+    file, late = LoraFile(path), LoraFile(path)
+    before = {name: value.clone() for name, value in file.tensors.items()}
+    size = path.stat().st_size
+    with path.open("r+b") as opened:  # in place
+        opened.seek(size // 2)
+        opened.write(b"\xff" * (size - size // 2))
+    os.utime(path, (1, 1))  # the clock of the file system may not have ticked
+    assert all(torch.equal(file.tensors[name], value) for name, value in before.items())
+    assert file.has_changed
+    with pytest.raises(InputError, match="has changed while it was in use"):
+        late.change("unet_a")
+
+
+def test_settings_beside_a_file_are_part_of_it(tmp_path: Path) -> None:
+    path = lora_files.write(tmp_path / "adapter_model.safetensors", {"lora_unet_a": (12, 8)})
+    file = LoraFile(path)
+    assert not file.has_changed
+    (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 6}')
+    assert file.has_changed

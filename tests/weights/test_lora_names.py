@@ -1,0 +1,74 @@
+import pytest
+from diffusers_pipelines import tiny_config, tiny_pipeline
+from lora_files import kohya
+
+from ldm.pipeline.adapters import changeable
+from ldm.util import instantiate_from_config
+from ldm.weights.lora_names import change_shape, context_width, family, flat, layers_of, targets
+
+BLOCK = "unet_mid_block_attentions_0_transformer_blocks_0"
+DOTS = "mid_block.attentions.0.transformer_blocks.0"
+TEXT = "te_encoder_layers_3_self_attn_q_proj"
+TEXT_2 = "te2_text_model_encoder_layers_3"
+TEXT_DOTS = "text_model.encoder.layers.3.self_attn"
+
+
+@pytest.mark.parametrize(
+    ("key", "layer", "part"),
+    [
+        (f"lora_{BLOCK}_attn1_to_q.lora_down.weight", f"{BLOCK}_attn1_to_q", "down"),
+        (f"lora_{BLOCK}_attn1_to_q.alpha", f"{BLOCK}_attn1_to_q", "alpha"),
+        (f"lora_{BLOCK}_ff_net_0_proj.dora_scale", f"{BLOCK}_ff_net_0_proj", "dora_scale"),
+        ("lora_unet_mid_block_resnets_0_conv1.lora_mid.weight", "unet_mid_block_resnets_0_conv1", "mid"),
+        (f"lora_{BLOCK}_attn1_to_q.hada_w1_a", f"{BLOCK}_attn1_to_q", "hada_w1_a"),
+        (f"lycoris_{BLOCK.removeprefix('unet_')}_attn1_to_q.lokr_w2_b", f"{BLOCK}_attn1_to_q", "lokr_w2_b"),
+        (f"unet.{DOTS}.attn1.to_q.lora_A.weight", f"{BLOCK}_attn1_to_q", "down"),
+        (f"unet.{DOTS}.attn1.to_q.lora_B.default.weight", f"{BLOCK}_attn1_to_q", "up"),
+        (f"unet.{DOTS}.attn1.to_out.0.lora.up.weight", f"{BLOCK}_attn1_to_out_0", "up"),
+        (f"unet.{DOTS}.attn1.processor.to_out_lora.up.weight", f"{BLOCK}_attn1_to_out_0", "up"),
+        (f"{DOTS}.attn2.processor.to_k_lora.down.weight", f"{BLOCK}_attn2_to_k", "down"),
+        (f"base_model.model.{DOTS}.attn2.to_k.lora_A.weight", f"{BLOCK}_attn2_to_k", "down"),
+        (f"unet.{DOTS}.attn2.to_k.lora_magnitude_vector", f"{BLOCK}_attn2_to_k", "magnitude"),
+        (f"{DOTS}.attn2.to_k.lora_magnitude_vector.default.weight", f"{BLOCK}_attn2_to_k", "magnitude"),
+        ("diffusion_model.middle_block.1.proj_in.lora_up.weight", "unet_middle_block_1_proj_in", "up"),
+        ("lora_te_text_model_encoder_layers_3_self_attn_q_proj.lora_up.weight", TEXT, "up"),
+        ("lora_te1_text_model_encoder_layers_3_self_attn_q_proj.lora_up.weight", TEXT, "up"),
+        (f"text_encoder.{TEXT_DOTS}.q_proj.lora_linear_layer.down.weight", TEXT, "down"),
+        (f"text_encoder.{TEXT_DOTS}.to_q_lora.down.weight", TEXT, "down"),
+        (f"base_model.model.{TEXT_DOTS}.q_proj.lora_B.weight", TEXT, "up"),
+        (f"lora_{TEXT_2}_mlp_fc1.alpha", f"{TEXT_2}_mlp_fc1", "alpha"),
+    ],
+)  # fmt: skip
+def test_spellings(key: str, layer: str, part: str) -> None:
+    assert layers_of([key]) == ({layer: {part: key}}, [])
+
+
+def test_keys_of_no_kind_known_here() -> None:
+    keys = ["lora_unet_conv_in.oft_blocks", "emb_params"]
+    assert layers_of(keys) == ({}, keys)
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_every_layer_that_diffusers_names_is_found(kind: str) -> None:
+    pipe = tiny_pipeline(kind)
+    model = instantiate_from_config(tiny_config(kind))
+    known = targets({name: shape for name, (_, _, shape) in changeable(model).items()})
+    layers = kohya(pipe.unet, "unet") | kohya(pipe.text_encoder, "te")
+    assert len(layers) > 60
+    for layer, shape in layers.items():
+        found = known[flat(layer)].shape
+        assert change_shape({"diff": found}) == change_shape({"diff": shape})
+
+
+def test_families() -> None:
+    def keys(width: int) -> dict:
+        return {f"{BLOCK}_attn2_to_k": (1280, width)}
+
+    assert context_width(keys(2048)) == 2048
+    assert [family(keys(width)) for width in (768, 1024, 2048, 5)] == [
+        *("Stable Diffusion v1", "Stable Diffusion v2", "Stable Diffusion XL", "")
+    ]
+    assert family({flat("lora_te2_text_model_encoder_layers_3_mlp_fc1"): None}) == "Stable Diffusion XL"
+    assert family({flat("lora_unet_double_blocks_0_img_attn_proj"): None}) == "FLUX"
+    assert family({flat("transformer.single_transformer_blocks.3.attn.to_q"): None}) == "FLUX"
+    assert family({flat("lora_unet_joint_blocks_0_x_block_mlp_fc1"): None}) == "Stable Diffusion 3"
