@@ -1,0 +1,125 @@
+"""ControlNets from files: the original's layout or diffusers', whole checkpoints or the network alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ldm.errors import InputError
+from ldm.weights import diffusers_names as names
+from ldm.weights.diffusers_layout import read_json, weight_files
+from ldm.weights.families import Shapes, identify, recognise
+from ldm.weights.files import exists
+from ldm.weights.header import let_go, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.modules.controlnet import ControlNet
+
+T = TypeVar("T")
+ORIGINAL = "control_model."  # before the names in the original's files
+UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+CONTEXT = re.compile(r"(input_blocks|middle_block)\..*\.attn2\.to_k\.weight")
+BLOCKS = 6  # of diffusers' controlnet_cond_embedding
+
+
+def to_ours(state: Mapping[str, T]) -> dict[str, T]:
+    """A ControlNet's weights under our names: those of the original without `control_model.`."""
+    if any(name.startswith(ORIGINAL) for name in state):
+        return {name.removeprefix(ORIGINAL): t for name, t in state.items() if name.startswith(ORIGINAL)}
+    if not any(name.startswith("controlnet_cond_embedding.") for name in state):
+        return dict(state)
+    levels = names.unet_levels(state)
+    pairs = names.unet_pairs(levels)
+    pairs |= {"input_hint_block.0": "controlnet_cond_embedding.conv_in"}
+    pairs |= {f"input_hint_block.{2 * i + 2}": f"controlnet_cond_embedding.blocks.{i}" for i in range(BLOCKS)}
+    pairs |= {f"input_hint_block.{2 * BLOCKS + 2}": "controlnet_cond_embedding.conv_out"}
+    skips = sum(level.blocks + 1 for level in levels)
+    pairs |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(skips)}
+    pairs |= {"middle_block_out.0": "controlnet_mid_block"}
+    return names.rename(state, names.inverted(pairs))
+
+
+def network(config: Mapping[str, Any]) -> ControlNet:
+    """The ControlNet for the model of a `model:` section, on the meta device. InputError if there is none."""
+    import torch
+
+    from ldm.modules.controlnet import ControlNet
+
+    params = config.get("params") or {}
+    unet = params.get("unet_config") or {}
+    if unet.get("target") != UNET:
+        raise InputError("a ControlNet is for a model with the UNet of this toolkit, described by its config")
+    with torch.device("meta"):
+        net = ControlNet(params.get("channels", 4), **(unet.get("params") or {}))
+    return net.eval().requires_grad_(False)
+
+
+def check_controlnet(path: str | Path, config: Mapping[str, Any]) -> None:
+    """InputError unless a file, or diffusers folder, is a ControlNet for the model of a `model:` section.
+
+    Only headers are read, and the network is built without values.
+    """
+    path = Path(path)
+    tensors = _read(path, lambda file: dict(read_header(file).tensors))
+    state = to_ours(tensors)
+    if "input_hint_block.0.weight" not in state:
+        raise InputError(f"{path} looks like {identify(tensors)}, and is no ControlNet")
+    if "difference" in tensors:
+        raise InputError(
+            f"{path} holds a ControlNet's difference to a model: give the whole ControlNet as published"
+        )
+    params = config.get("params") or {}
+    unet = (params.get("unet_config") or {}).get("params") or {}
+    context = next((t.shape[1] for name, t in state.items() if CONTEXT.fullmatch(name)), None)
+    wanted = {name: tuple(t.shape) for name, t in network(config).state_dict().items()}
+    if context != unet.get("context_dim"):
+        theirs = recognise(Shapes(params.get("channels", 4), context)).name
+        ours = recognise(Shapes(unet.get("in_channels"), unet.get("context_dim"))).name
+        raise InputError(
+            f"{path} is a ControlNet for {theirs} ({context} channels of text), but the model is "
+            f"{ours} ({unet.get('context_dim')})"
+        )
+    given = {name: tuple(t.shape) for name, t in state.items()}
+    faults = [name for name, shape in wanted.items() if given.get(name) != shape]
+    if faults:
+        raise InputError(
+            f"the ControlNet {path} does not fit the model: {len(faults)} of its {len(wanted)} weights are "
+            f"missing or have another shape (first {faults[0]})"
+        )
+
+
+def load_controlnet(path: str | Path, config: Mapping[str, Any], dtype: torch.dtype) -> ControlNet:
+    """A checked file's ControlNet on the CPU with weights in `dtype`, mapped where they have it."""
+    state = to_ours(_read(Path(path), lambda file: read_header(file).map()))
+    net = network(config)
+    filled = {}
+    for name in net.state_dict():
+        filled[name] = state[name].to(dtype)
+        if filled[name] is not state[name]:
+            let_go(state[name])
+    net.load_state_dict(filled, assign=True)
+    return net.requires_grad_(False)
+
+
+def _read(path: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
+    """The weights of a file, or of all files of a diffusers folder, by the names that they have there."""
+    if not path.is_dir():
+        if not exists(path):
+            raise InputError(f"no ControlNet at {path}: there is no such file")
+        return read(path)
+    if exists(path / "config.json") and read_json(path / "config.json").get("global_pool_conditions"):
+        raise InputError(f"{path} averages what it adds over the image (shuffle), which is not supported")
+    found: dict[str, T] = {}
+    for file in weight_files(path):
+        found |= read(file)
+    return found
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file that stands for a ControlNet where one is needed: its weights, or their first shard."""
+    path = Path(path)
+    return weight_files(path)[0] if path.is_dir() else path
