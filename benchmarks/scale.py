@@ -72,7 +72,9 @@ class StubPipeline:
         self.steps, self.images, self.timed = steps, 0, 0
         self.wall = self.cpu = self.between = 0.0
 
-    def batches(self, batches: Any, on_step: Callable[[int], None] | None) -> Iterator[list[Any]]:
+    def batches(
+        self, batches: Any, on_step: Callable[[int], None] | None, on_x0: Any = None
+    ) -> Iterator[list[Any]]:
         from ldm.pipeline.generated import GeneratedImage
 
         time.sleep(self.late)

@@ -2,10 +2,11 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import script
+from commands import Result, script
 
 from ldm.cli.arguments import parse
 from ldm.cli.tables import COMMANDS, options_page
@@ -47,6 +48,23 @@ def test_commands_are_taken(page: Path, monkeypatch: pytest.MonkeyPatch) -> None
             parse(PARSERS[name](), argv).request  # noqa: B018
         elif name == "compare.py":
             script("compare").parse(argv)
+
+
+def test_prompt_files_are_as_shown(
+    command: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page showed images that its command does not draw, and JSON lines that no command took."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/prompt-files.md").read_text()
+    argv, lines = re.search(r"^python scripts/txt2img\.py (.+)\n((?:\d.*\n)+)", text, re.M).groups()
+    assert command("txt2img", *shlex.split(argv)).out == lines.splitlines()
+    files = re.findall(r"`(\w+)\.py --from-file \w+\.jsonl`[^`]*```\n((?:\{.*\}\n)+)```", text)
+    assert [name for name, _ in files] == ["txt2img", "inpaint"]
+    for name, lines in files:
+        (tmp_path / "lines.jsonl").write_text(lines)
+        argv = ["--from-file", tmp_path / "lines.jsonl", "--n_iter", 1, "--dry_run"]
+        result = command(name, *argv)
+        assert (result.code, len(result.out)) == (0, lines.count("\n")), result.err
 
 
 def test_the_table_of_options_is_the_codes() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +31,13 @@ from ldm.weights.loading import (
 )
 
 if TYPE_CHECKING:
+    from ldm.cli.expansion import Expansion
     from ldm.pipeline.pipeline import Pipeline
     from ldm.pipeline.pixel_upscaler import PixelUpscaler
 
 FLAGS_OF_THE_ORIGINAL = ("plms", "dpm_solver", "ddim_eta")
 LAION_OUTDIR = {"outdir": "outputs/txt2img-samples-laion400m"}  # the original's
+TEMPLATES = ("prompt_template", "negative_template")  # which are recorded, not given
 WHOLE_RUN = ("rng", "fixed_code", "start_seed")  # settings that no single line can have of its own
 
 
@@ -50,7 +52,8 @@ class Arguments:
     runtime: RuntimeOptions
     like: Mapping[str, Any]  # what the image of --like records; empty without one
     weights: str | None = None  # "raw" or "ema"; None is the config's choice
-    sources: tuple[str, ...] = ()  # files and folders of init images, where a command takes several
+    sources: tuple[str, ...] = ()  # files and folders of init images, where there are several
+    rounds: int = 1  # with --expand random, whose prompts differ from round to round: n_iter
 
     @property
     def owner(self) -> type[ImageRequest]:
@@ -64,16 +67,61 @@ class Arguments:
     @cached_property
     def lines(self) -> list[Line]:
         """One round of prompts: the file's, or the command's for each of `n_samples`."""
-        if not self.given.get("from_file"):
-            lines = [Line(self.request.prompt)]
+        if self.given.get("from_file"):
+            if len(self.sources) > 1 or any(map(os.path.isdir, self.sources)):
+                raise InputError("--from-file with several images: give one, or an init_img in each line")
+            lines = read_prompts(self.given["from_file"], self._line_options)
+            times = self.given.get("repeat", 1)
+        else:
+            lines, times = [Line(self._text("prompt", PROMPT))], self.run.n_samples
             if self.sources:
                 files, _ = self._images
-                lines = [Line(self.request.prompt, (("init_img", file),)) for file in files]
-            return [line for line in lines for _ in range(self.run.n_samples)]
-        if len(self.sources) > 1 or any(map(os.path.isdir, self.sources)):
-            raise InputError("--from-file with several images: give one, or an init_img in each line")
-        lines = read_prompts(self.given["from_file"], self.owner)
-        return [line for line in lines for _ in range(self.given.get("repeat", 1))]
+                lines = [replace(lines[0], options=((self._source, file),)) for file in files]
+        lines = self._paired(lines)
+        if self.expansion is not None:
+            general = {"negative_prompt": self._text("negative_prompt")}
+            own = [{**general, **dict(line.options)}["negative_prompt"] for line in lines]
+            lines = [replace(line, negative=str(text)) for line, text in zip(lines, own, strict=True)]
+            lines = self.expansion.lines(lines)
+        return [line for line in lines for _ in range(times)]
+
+    def _text(self, name: str, default: str = "") -> str:
+        """The command's prompt or negative prompt, before anything in it is expanded."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    @cached_property
+    def expansion(self) -> Expansion | None:
+        """How prompts are expanded; None if they are to stay as they are."""
+        mode = expand_mode(self.given)
+        if mode is None:
+            return None
+        from ldm.cli.expansion import Expansion
+
+        return Expansion(mode, self.given.get("wildcards"))
+
+    @property
+    def _source(self) -> str:
+        """The setting that has the `sources`: without init images there may be a folder of depth maps."""
+        return "init_img" if self.given.get("init_img") is not None else "depth"
+
+    def _paired(self, lines: Sequence[Line]) -> list[Line]:
+        """The lines with a mask, or depth map, of their init image's name where a folder of them is given."""
+        lines = list(lines)
+        for name in ("mask", "depth"):
+            groups: dict[str, list[tuple[int, str]]] = {}
+            for i, line in enumerate(lines):
+                own = dict(line.options)
+                folder, image = (own.get(key, self.values.get(key)) for key in (name, "init_img"))
+                if isinstance(folder, str) and isinstance(image, str) and os.path.isdir(folder):
+                    groups.setdefault(folder, []).append((i, image))
+            for folder, members in groups.items():
+                from ldm.cli.sources import paired_files
+
+                files = paired_files([image for _, image in members], folder, name)
+                for (i, _), file in zip(members, files, strict=True):
+                    lines[i] = replace(lines[i], options=(*lines[i].options, (name, file)))
+        return lines
 
     @cached_property
     def _images(self) -> tuple[list[str], list[str]]:
@@ -110,6 +158,10 @@ class Arguments:
     def variant(self, own: Mapping[str, Any]) -> ImageRequest:
         """The request with other values for some settings, as users write them. FieldError."""
         values = {"prompt": PROMPT, **self.values, **own}
+        if self.expansion is not None:  # which gives each line its plain texts
+            values |= {"prompt": "", "negative_prompt": ""}
+        elif "negative_prompt" in own:
+            values.pop("negative_template", None)  # of the image of --like
         if values.get("init_img") is None:  # the command's defaults for init images, which lines may bring
             given = own if self.given.get("from_file") else {**self.given, **own}
             masks = [name for name, each in settings_of(self.owner).items() if each.group == MASK]
@@ -133,6 +185,7 @@ class Arguments:
             self.runtime,
             weights=self.weights,
             vae=self.given.get("vae"),
+            lora_folder=self.given.get("lora_folder"),
             allow_target=self.given.get("allow_target", ()),
             safety=self.run.safety,
             max_pixels=self.max_pixels,
@@ -142,21 +195,57 @@ class Arguments:
     def requests(self, pipeline: Pipeline) -> Iterator[ImageRequest]:
         """One round of the run's requests, resolved; a JSON line's options go over the command's.
 
-        InputError that names the line. A notice if the image of --like is by another model.
+        With --expand random these are the requests of all rounds. InputError that names the line. A notice if
+        the image of --like is by another model.
         """
         found = self._images[1] if self.sources and not self.given.get("from_file") else []
         for line in [*ignored_options(self.given), *found]:
             notice(line)
         self.warn_of_another_model(pipeline)
+        if self.expansion is not None and not self.expansion.changes(self.lines):
+            notice("--expand: no prompt has choices such as {red|blue}, or wildcards such as __name__")
         variants = self._variants(pipeline)
-        before: Line | None = None
-        seed: int | None = None
-        for line in self.lines:
-            key = repr(line.options)
-            # a line that comes again has the next seed
-            seed = variants[key].seed if line is not before or seed is None else image_seed(seed, 1)
-            before = line
-            yield variants[key].twin(prompt=line.prompt, seed=seed)
+        self.warn_of_other_loras(pipeline, variants.values())
+        for iteration in range(self.rounds):
+            before: Line | None = None
+            seed: int | None = None
+            for i, line in enumerate(self.lines):
+                variant = variants[repr(line.options)]
+                # a line that comes again has the next seed
+                seed = variant.seed if line is not before or seed is None else image_seed(seed, 1)
+                before = line
+                request = variant.twin(prompt=line.prompt, seed=seed)
+                if self.expansion is not None:
+                    request = self._expanded(request, line, iteration, iteration * len(self.lines) + i)
+                try:
+                    request.check_text()
+                    request.check_walk()
+                except InputError as error:
+                    from ldm.cli.expansion import placed
+
+                    raise placed(line, error) from error
+                yield request
+
+    def _expanded(self, request: ImageRequest, line: Line, iteration: int, k: int) -> ImageRequest:
+        """The request of image k with plain texts: the line's, or with `random` what its own seed draws."""
+        prompt_template, negative_template = line.templates
+        if request.prompt_to:
+            self.expansion.check_plain("prompt_to", request.prompt_to, line)
+        request = request.twin(
+            negative_prompt=line.negative,
+            prompt_template=prompt_template,
+            negative_template=negative_template,
+        )
+        if self.expansion.mode == "random":
+            if request.seed is None:
+                seed = image_seed(self.run.seed, k)
+            else:  # which would rise from round to round, as that of a variation
+                seed = image_seed(request.seed, iteration)
+                request = request.twin(seed=seed)
+                if request.variation_seed is not None:
+                    request = request.twin(variation_seed=image_seed(request.variation_seed, iteration))
+            request = self.expansion.draw(request, seed)
+        return request
 
     def _variants(self, pipeline: Pipeline) -> dict[str, ImageRequest]:
         """The resolved request of each set of options that lines have. The checkpoint is read last."""
@@ -174,7 +263,7 @@ class Arguments:
         return {
             spelling: each
             for spelling, each in listed_by_name(self.owner).items()
-            if each.name not in (*WHOLE_RUN, "prompt")
+            if each.name not in (*WHOLE_RUN, *TEMPLATES, "prompt")
             and (each.group not in EXTRA_GROUPS or each.group in self.parser.groups)
         }
 
@@ -224,6 +313,14 @@ class Arguments:
         elif recorded:
             pipeline.hash.then(compare)
 
+    def warn_of_other_loras(self, pipeline: Pipeline, requests: Iterable[ImageRequest]) -> None:
+        """A notice if LoRAs of the image of --like have other contents here."""
+        recorded = str(self.like.get("lora_hashes") or "")
+        with_loras = [request for request in requests if recorded and request.loras]
+        for request in with_loras:
+            for line in pipeline.adapters.differences(request, recorded):
+                notice(f"--like: {line}: it will differ")
+
 
 def _naming(line: Line, function: Callable[..., Any], *args: Any) -> Any:
     """The function's result; its InputError names the line, if that has options."""
@@ -265,6 +362,10 @@ def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
             raise InputError("--init-img is missing, or has no value")
         sources = tuple(given["init_img"])
         given = {**given, "init_img": sources[0]}
+    else:
+        folder = given.get("init_img") or (None if given.get("from_file") else given.get("depth"))
+        if folder and os.path.isdir(folder):
+            sources = (folder,)
     for name in ("ckpt", "config"):
         if given.get("model") and given.get(name):
             raise InputError(f"--model {given['model']} and --{name} are different models; give one of them")
@@ -285,22 +386,48 @@ def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
     with _naming_like(given):
         defaults = dict(parser.command_defaults)
         one = {"n_samples": 1, "n_iter": 1} if given.get("like") else {}
+        if sources and given.get("init_img") and parser.task != "upscale":
+            one["filename"] = "{init_img}"  # the names of a folder's images stay
         if "seed" in found:
             one["seed"] = found.pop("seed")
         known = {*settings_of(parser.owner), *FLAGS_OF_THE_ORIGINAL}
         values = {**parser.request_defaults, **found, **given}
         values = {name: value for name, value in values.items() if name in known}
         values.pop("seed", None)  # the run's
+        run, rounds = _options(RunOptions, {**defaults, **one, **given}), 1
+        if mode := expand_mode(given):
+            for name, template in (("prompt", "prompt_template"), ("negative_prompt", "negative_template")):
+                values[name] = values.pop(template, None) or values.get(name)  # the image's of --like
+            if mode == "random":
+                run, rounds = replace(run, n_iter=1, seed=_chosen_seed(run)), run.n_iter
         return Arguments(
             given,
             values,
             parser,
-            _options(RunOptions, {**defaults, **one, **given}),
+            run,
             _options(RuntimeOptions, {**found, **given}),
             like,
             _checked(WEIGHTS, {**found, **given}.get("weights")),
             sources,
+            rounds,
         )
+
+
+def expand_mode(given: Mapping[str, Any]) -> str | None:
+    """How choices and wildcards in prompts are expanded: random, all, or None for not at all."""
+    return given.get("expand") or ("random" if given.get("wildcards") else None)
+
+
+def _chosen_seed(options: RunOptions) -> int:
+    """The run's seed, chosen now if it is left to chance: prompts are drawn by it."""
+    if options.seed != -1 or is_follower():
+        return options.seed
+    from ldm.runs.manifest import chosen_seed
+
+    seed, is_new = chosen_seed(options)
+    if is_new and not options.quiet:
+        notice(f"seed {seed}")
+    return seed
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
@@ -10,6 +11,8 @@ from ldm.fields import settings_of
 from ldm.pipeline.infotext import read_settings
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import DEPTH, IMAGE_SETTINGS, INIT, MASK, SAMPLER_OPTIONS, UPSCALE, ImageRequest
+from ldm.pipeline.settings.passes import LANCZOS, LATENT, PASSES
+from ldm.pipeline.settings.text import EmbeddingFile
 
 LEVELS = ("schedule", "rho", "timesteps", "sigmas")
 # where the user gives the first, the image's second have no say
@@ -19,7 +22,9 @@ OVERRIDES = {
     **dict.fromkeys(("timesteps", "sigmas"), ("steps", *LEVELS)),
     "steps": ("steps", "timesteps", "sigmas"),
     "ddim_eta": ("eta",),
-    "from_file": ("prompt",),
+    "prompt": ("prompt_template",),
+    "negative_prompt": ("negative_template",),
+    "from_file": ("prompt", "prompt_template"),
     "seed": ("seed", "start_seed"),
     "rng": ("rng", "variation_seed", "variation_strength", "start_seed"),
 }
@@ -56,6 +61,19 @@ def settings_like(
     for name in IMAGE_SETTINGS:
         if name in recorded and name not in given:
             raise InputError(f"it was made from {recorded[name]}; give that as {spelling(owner, name)}")
+    if recorded.get("embedding") and "embedding" not in given:
+        for text in _texts(recorded["embedding"]):
+            if not Path(EmbeddingFile.parse(text).path).is_file():
+                raise InputError(f"it was made with the textual inversion {text}; give that as --embedding")
+    if recorded.get("control") and "control" not in given:
+        used = " ".join(_texts(recorded["control"])) or recorded["control"]
+        raise InputError(f"it was made with the ControlNet {used}; give that as --control")
+    upscaler = recorded.get("hires_upscaler")
+    if upscaler not in (None, LATENT, LANCZOS) and "hires_upscaler" not in given and UPSCALE not in groups:
+        raise InputError(
+            f"its second pass was over an enlargement by {upscaler}; give that file, {LATENT} or {LANCZOS} "
+            "as --hires_upscaler"
+        )
     if recorded.get("vae") and "vae" not in given:
         raise InputError(f"its autoencoder was {recorded['vae']}; give that as --vae")
     alone = recorded.get("image", 0) == 0 and recorded.get("batch_size", recorded.get("n_samples", 1)) == 1
@@ -66,12 +84,17 @@ def settings_like(
         )
     left_alone = {name for option in given for name in OVERRIDES.get(option, ())} | {*given, *IMAGE_SETTINGS}
     if UPSCALE in groups and recorded.get("noise_level") is None and recorded.get("upscaler") is None:
-        left_alone |= {"height", "width", "strength"}  # of the small image
+        left_alone |= {"height", "width", "strength", *PASSES, "tiling", "panorama"}  # of the small image
     absent = {group for group, *_ in MADE_BY.values()}.difference(groups)
     names = [name for name, each in settings_of(owner).items() if each.group not in absent]
     names += [*(name for name in settings_of(RuntimeOptions) if name in RUNTIME), "weights"]
     found = {name: recorded.get(name) for name in names if name not in left_alone}
     return {name: value for name, value in found.items() if value is not None and value is not False}
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a list, or the only one; a file may have anything in their place."""
+    return [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
 
 
 def spelling(owner: type[ImageRequest], name: str) -> str:

@@ -10,6 +10,7 @@ from ldm.errors import FieldError, InputError, ValueFieldError
 from ldm.fields import Setting, settings_of
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import DEPTH, INIT, MASK, UPSCALE, ImageRequest
+from ldm.pipeline.settings.passes import PASSES
 from ldm.runs.options import RunOptions
 
 PROMPT = "a painting of a virus monster playing guitar"  # the original's
@@ -109,6 +110,8 @@ def add_options(
             facts |= {"type": option_type(each), "metavar": each.metavar}
             if each.choices:
                 facts |= {"choices": each.choices, "type": str}
+            if each.kind is list:
+                facts["action"] = "append"
             if each.bare is not None:
                 facts |= {"nargs": "?", "const": each.bare}
         group.add_argument(*each.spellings, **facts)
@@ -221,6 +224,17 @@ def _image_parser(
     )
     add("--repeat", type=number(int, 1), metavar="N", help="each prompt of the file N times (1)")
     add(
+        "--expand",
+        choices=("random", "all"),
+        help="choices in prompts, {red|blue}, and wildcards: random draws them anew for each image, by its "
+        "seed; all makes every combination (default: random with --wildcards, else none)",
+    )
+    add(
+        "--wildcards",
+        metavar="DIR",
+        help="folder of text files: __name__ in a prompt becomes a line of name.txt",
+    )
+    add(
         "--like",
         metavar="IMAGE",
         help="take every setting from an image made here, or by a tool that writes A1111 text; "
@@ -236,15 +250,17 @@ def _image_parser(
     others = set(EXTRA_GROUPS).difference(groups)
     absent = [name for name, each in settings.items() if each.group in others]
     if task == "upscale":
-        absent.append("strength")  # an image is enlarged from pure noise
-    leave_out = ("prompt", "seed", "init_img", *absent)
+        # an image is enlarged from pure noise, and in tiles where that needs them
+        absent += ["strength", "tiling", "panorama", *PASSES]
+    leave_out = ("prompt", "prompt_template", "negative_template", "seed", "init_img", *absent)
     add_options(parser, ImageRequest, leave_out=leave_out, defaults=parser.request_defaults)
     if INIT in groups:
         add = group_of(parser, INIT).add_argument
         if task == "upscale":
             add("--init-img", nargs="+", metavar="FILE", help="images to enlarge, or folders of them")
         else:
-            add("--init-img", nargs="?", metavar="FILE", help=settings["init_img"].help)
+            text = f"{settings['init_img'].help}, or a folder of such images"
+            add("--init-img", nargs="?", metavar="FILE", help=text)
         add(
             "--max_pixels",
             type=number(int, 1),
@@ -269,6 +285,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=f"{WEIGHTS.help} (default: the config's use_ema)",
     )
     add("--vae", metavar="FILE", help="another autoencoder: a file of it, or a diffusers folder")
+    add(
+        "--lora_folder",
+        metavar="DIR",
+        help="where LoRAs are looked for by name, and below (models/loras)",
+    )
     add("--C", type=number(int, 1), help="latent channels (default: the model's)")
     add("--f", type=number(int, 1), help="downsampling factor (default: the model's)")
     add(

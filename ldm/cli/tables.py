@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from ldm.cli.arguments import WHOLE_RUN
+from ldm.cli.arguments import TEMPLATES, WHOLE_RUN
 from ldm.cli.parser import (
     depth2img_parser,
     img2img_parser,
@@ -23,7 +23,11 @@ those of the first two. Where an option is not for all of them, the commands tha
 meaning. This page is made from the code by `python -m ldm.cli.tables > docs/options.md`, and a test holds it
 equal. A line of a JSON prompt file may have, under their names without the dashes: {line_options}.
 """
-ORDER = ("prompt", "size", "sampling", "init image", "inpainting", "depth", "upscaling", "model", "output")
+ORDER = (
+    *("prompt", "size", "sampling", "further guidance", "init image", "inpainting", "depth", "upscaling"),
+    "control",
+    *("model", "output"),
+)
 COMMANDS = {
     "txt2img": txt2img_parser,
     "img2img": img2img_parser,
@@ -46,7 +50,7 @@ def options_page() -> str:
     own = [
         each.spellings[0].lstrip("-").replace("-", "_")
         for each in settings_of(ImageRequest).values()
-        if each.name not in WHOLE_RUN
+        if each.name not in (*WHOLE_RUN, *TEMPLATES)
     ]
     lines = [HEADING.format(line_options=", ".join(f"`{name}`" for name in own))]
     for title, options in groups.items():

@@ -91,8 +91,19 @@ class OutputFolder:
     def save_depth(self, depth: np.ndarray, image: Path) -> Path:
         """Writes a depth map, uint16 [H, W], as depth/<name of the image>.png, in place of an older one."""
         path = (self.path / "depth" / image.relative_to(self.path / "samples")).with_suffix(".png")
+        return self._save_beside(depth, path)
+
+    def save_control(self, seen: np.ndarray, image: Path, number: int) -> Path:
+        """Writes a control image, uint8 [H, W, 3], as control/<name of the image>.png, like `save_depth`.
+
+        Those of further ControlNets, `number` from 1, have it behind the name.
+        """
+        path = self.path / "control" / image.relative_to(self.path / "samples")
+        return self._save_beside(seen, path.with_name(path.stem + (f"-{number}" if number else "") + ".png"))
+
+    def _save_beside(self, pixels: np.ndarray, path: Path) -> Path:
         file = io.BytesIO()
-        Image.fromarray(depth).save(file, format="PNG", compress_level=PNG_LEVEL)
+        Image.fromarray(pixels).save(file, format="PNG", compress_level=PNG_LEVEL)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _temporary_file(path.parent, file.getvalue(), self.owner) as temporary:
@@ -101,13 +112,14 @@ class OutputFolder:
             raise cannot_write(path, error) from error
         return path
 
-    def save_grid(self, grid: np.ndarray, texts: tuple[str, str] | None) -> Path:
-        """Writes a grid, uint8 [H, W, 3], with its texts, as the next grid; returns its path.
+    def save_grid(self, grid: np.ndarray, texts: tuple[str, str] | None, name: str | None = None) -> Path:
+        """Writes a grid, uint8 [H, W, 3], with its texts, as the next grid or under a name; returns its path.
 
-        One that is too large for the folder's format is a PNG file.
+        A name stands without suffix; if another file has it, it becomes name-2 and so on. A
+        grid that is too large for the folder's format is a PNG file.
         """
         format = self.format if max(grid.shape) <= LARGEST.get(self.format, max(grid.shape)) else "png"
-        return self._grids.save(encode_image(grid, texts, format, self.quality), format, self.owner)
+        return self._grids.save(encode_image(grid, texts, format, self.quality), format, self.owner, name)
 
 
 class _NumberedFiles:

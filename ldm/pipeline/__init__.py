@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
+    "Control": "settings.control",
     "GeneratedImage": "generated",
     "ImageRequest": "request",
     "Pipeline": "pipeline",

@@ -31,6 +31,8 @@ class GeneratedImage:
     depth: np.ndarray | None = field(default=None, repr=False, compare=False)
     # bool [H, W]: the pixels that are not the init image's own, where that was painted anew in part
     painted: np.ndarray | None = field(default=None, repr=False, compare=False)
+    # what each of its ControlNets saw, uint8 [h, w, 3]
+    controls: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def seed(self) -> int:
@@ -41,7 +43,8 @@ class GeneratedImage:
     def settings(self) -> dict[str, Any]:
         """All that is needed to make the image again, as image files and the manifest record it."""
         flags = {} if self.nsfw is None else {"nsfw_content_detected": self.nsfw}
-        return self.pipeline.facts | self.request.settings() | flags
+        loras = self.pipeline.adapters.recorded(self.request) if self.request.loras else {}
+        return self.pipeline.facts | self.request.settings() | loras | flags
 
     def save(self, path: str | Path, quality: int = 95) -> None:
         """Write a PNG, JPEG or WebP file with watermark and settings. InputError if it cannot be written."""

@@ -19,9 +19,14 @@ from typing import Any
 from ldm.errors import InputError
 from ldm.fields import Setting, settings_of
 from ldm.pipeline.request import IMAGE_SETTINGS, ImageRequest
+from ldm.pipeline.settings.adapters import a1111_loras, from_a1111_loras
+from ldm.pipeline.settings.control import a1111_controls, parse_control
+from ldm.pipeline.settings.passes import a1111_second_pass, second_pass
+from ldm.pipeline.settings.text import A1111
 from ldm.sampling import catalogue
 
-FILE_SETTINGS = ("config", "checkpoint", "vae", *IMAGE_SETTINGS)  # by name: folders are private
+# by name: folders are private
+FILE_SETTINGS = ("config", "checkpoint", "vae", "hires_upscaler", *IMAGE_SETTINGS)
 
 # The web UI's order. Other names follow in the order of their fields, and the version is the last.
 ORDER = (
@@ -33,8 +38,10 @@ NOT_REQUESTED = {
     "Model": "checkpoint",
     "VAE": "vae",
     "VAE hash": "vae_hash",
+    "Lora hashes": "lora_hashes",
     "Version": "version",
 }  # texts, as they are
+OWN_VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
 SIZE = "Size"  # stands for width and height
 ETA_DDIM, DDIM_FAMILY = "Eta DDIM", ("ddim", "plms")  # the samplers whose eta has a name of its own
 NEGATIVE_PROMPT = "Negative prompt:"
@@ -56,7 +63,14 @@ def image_texts(settings: Mapping[str, Any], request: type[ImageRequest] = Image
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with files by their names alone: where they lie is nobody's business, and may change."""
-    return {**settings, **{key: PurePath(settings[key]).name for key in FILE_SETTINGS if settings.get(key)}}
+    bare = {key: PurePath(settings[key]).name for key in FILE_SETTINGS if settings.get(key)}
+    if settings.get("control"):
+        bare["control"] = [str(parse_control(one).without_folders()) for one in settings["control"]]
+    if settings.get("embedding"):
+        bare["embedding"] = [PurePath(one).name for one in settings["embedding"]]
+    if settings.get("lora"):
+        bare["lora"] = [PurePath(one).name for one in settings["lora"]]
+    return {**settings, **bare}
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
@@ -86,9 +100,20 @@ def read_settings(path: str | Path, request: type[ImageRequest] = ImageRequest) 
     if parameters is None or not parameters.strip():
         raise NoSettings(f"{path} carries no settings: neither this project's nor an A1111 text")
     try:
-        return parse_a1111(parameters, request)
+        return read_as_written(parse_a1111(parameters, request))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def read_as_written(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an A1111 text with how its prompts are read: by the web UI's rules, unless it is ours.
+
+    Ours has the version as three numbers, "0.1.0", where the web UI has "v1.10.1", its descendants have
+    other words and many tools have nothing, and names the syntax where it is not the plain one.
+    """
+    if "prompt_syntax" in settings or OWN_VERSION.fullmatch(settings.get("version", "")):
+        return settings
+    return {"prompt_syntax": A1111, "long_prompts": True, **settings}
 
 
 def _parse_json(text: str) -> dict[str, Any] | None:
@@ -122,6 +147,8 @@ def a1111_parameters(settings: Mapping[str, Any], request: type[ImageRequest] = 
     known = catalogue.SAMPLERS.get(sampler)
     values = {name: settings.get(each.name) for name, each in _names(request).items()}
     values |= {name: settings.get(key) for name, key in NOT_REQUESTED.items()}
+    if settings.get("hires"):
+        values |= a1111_second_pass(settings)
     values["Sampler"] = known.aliases[0] if known else sampler
     values["Schedule type"] = _schedule_type(settings)
     values[SIZE] = f"{settings['width']}x{settings['height']}"
@@ -129,8 +156,9 @@ def a1111_parameters(settings: Mapping[str, Any], request: type[ImageRequest] = 
         values["Model"] = PurePath(checkpoint).name.removesuffix(".ckpt").removesuffix(".safetensors")
     eta, version = values.pop("Eta", None), values.pop("Version")
     rest = {_eta_name(sampler): eta} | {name: value for name, value in values.items() if name not in ORDER}
+    rest |= a1111_controls(settings.get("control") or (), settings.get("control_preprocess") or ())
     fields = {name: values.get(name) for name in ORDER} | rest | {"Version": version}
-    lines = [settings["prompt"]]
+    lines = [settings["prompt"] + a1111_loras(settings.get("lora") or ())]
     if settings.get("negative_prompt"):
         lines.append(f"{NEGATIVE_PROMPT} {settings['negative_prompt']}")
     lines.append(
@@ -179,7 +207,7 @@ def parse_a1111(text: str, request: type[ImageRequest] = ImageRequest) -> dict[s
     at = next((i for i in reversed(range(len(lines))) if _first_name(lines[i]) in begins), None)
     words, fields = (lines, {}) if at is None else (lines[:at], _fields(lines[at]))
     negative = next((i for i, line in enumerate(words) if line.startswith(NEGATIVE_PROMPT)), len(words))
-    settings: dict[str, Any] = {"prompt": "\n".join(words[:negative])}
+    settings: dict[str, Any] = from_a1111_loras("\n".join(words[:negative]))
     if negative < len(words):
         first = words[negative].removeprefix(NEGATIVE_PROMPT).removeprefix(" ")
         settings["negative_prompt"] = "\n".join([first, *words[negative + 1 :]])
@@ -198,8 +226,9 @@ def parse_a1111(text: str, request: type[ImageRequest] = ImageRequest) -> dict[s
             settings[NOT_REQUESTED[name]] = value
         else:
             settings.setdefault("other", {})[name] = value
-    if any(name.startswith("Hires ") for name in fields):
-        settings.pop("strength", None)  # of a second pass, not of an init image
+    if any(name.startswith("Hires ") for name in fields):  # the strength is the second pass's
+        strength = settings.pop("strength", None)
+        settings |= second_pass(settings, strength, fields.get("Hires resize", ""))
     return settings | sampling
 
 
@@ -236,6 +265,8 @@ def _value(name: str, text: str, setting: Setting) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if setting.kind is tuple:
             return setting.parse(text)
+        if setting.kind is list:
+            return tuple(json.loads(text))
         value = setting.kind(text)
         if setting.kind is float and not math.isfinite(value):
             raise ValueError

@@ -5,23 +5,33 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.errors import FieldError, InputError
-from ldm.fields import settings_of
 from ldm.images.pixels import finite_images, to_uint8
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.optimize.graph import free_recordings
-from ldm.pipeline import inpainting, upscaling
-from ldm.pipeline.batches import check_one_stream, plan_batches, with_start_seeds
-from ldm.pipeline.conditioning import check_task, conditions
+from ldm.pipeline import drawing, inpainting, passes, seams, upscaling
+from ldm.pipeline.adapters import Adapters
+from ldm.pipeline.batches import (
+    Steps,
+    check_one_stream,
+    half_of,
+    parts_of,
+    plan_batches,
+    probe,
+    with_start_seeds,
+)
+from ldm.pipeline.conditioning import check_task
+from ldm.pipeline.control import Controls
 from ldm.pipeline.depth import DepthMaps, has_estimator
 from ldm.pipeline.device import arithmetic, choose_device, precision_of, precision_on, weights_dtype
 from ldm.pipeline.first_stage import FirstStage
@@ -29,12 +39,15 @@ from ldm.pipeline.generated import GeneratedImage
 from ldm.pipeline.init_images import InitImages
 from ldm.pipeline.memory import all_memory, is_out_of_memory, largest_batch
 from ldm.pipeline.options import RuntimeOptions
-from ldm.pipeline.request import DEPTH, INIT, MASK, UPSCALE, ImageRequest, image_seed
+from ldm.pipeline.prompts import PromptReader
+from ldm.pipeline.request import ImageRequest, image_seed
 from ldm.pipeline.safety import Safety, safety_for
-from ldm.sampling import Denoiser, Discretization, Trajectory, catalogue, sample
-from ldm.sampling.noise import CompvisStream, ImageNoise, ImageSeeds
+from ldm.pipeline.settings.guidance import CFG_PP_SCALE
+from ldm.pipeline.settings.text import Reading
+from ldm.sampling import Discretization, Trajectory, sample
 from ldm.sampling.schedule import zero_terminal_snr
-from ldm.sampling.trajectory import guidance_interval, plan_trajectory
+from ldm.sampling.trajectory import plan_trajectory
+from ldm.util import instantiate_from_config
 from ldm.weights.description import TASKS, Description, Prediction, describe, prediction_of
 from ldm.weights.hashes import FileHash
 from ldm.weights.loading import (
@@ -47,10 +60,12 @@ from ldm.weights.loading import (
 )
 from ldm.weights.vae import check_vae, vae_file
 
+if TYPE_CHECKING:
+    from ldm.sampling.steps import Callback
+
 SCALE, INIT_SCALE = 7.5, 5.0  # the original's, for text to image and image to image
 TASK_SCALE = {"depth": 9.0, "upscale": 9.0}  # of Stability's demos
 DEFAULT_SEED = 42
-INPUTS = (INIT, MASK, DEPTH, UPSCALE)  # groups of settings that decide what the UNet is given
 KEPT_EMBEDDINGS = 2048  # 0.2 MB each for v1
 LARGEST_BATCH = 64  # beyond 16 a GPU gains nothing, and what is lost to an interrupt only grows
 
@@ -71,6 +86,7 @@ class Pipeline:
         *,
         weights: str | None = None,
         vae: str | None = None,
+        lora_folder: str | None = None,
         allow_target: Iterable[str] = (),
         safety: str = "auto",
         max_pixels: int = 64_000_000,
@@ -83,6 +99,9 @@ class Pipeline:
         self.init_pixels = InitImages(max_pixels)
         self.canvases = inpainting.Canvases(self.init_pixels)
         self.depth_maps = DepthMaps(self.init_pixels)
+        self.controls = Controls(self.init_pixels)
+        self.adapters = Adapters(lora_folder)
+        self.pixel_upscalers = passes.PixelUpscalers(options)
         self.expected = dict(expected or {})
         self.hash = FileHash(files.weights)
         if vae:
@@ -90,7 +109,8 @@ class Pipeline:
             self.vae_hash = FileHash(vae_file(vae))
         self.described = describe(config)
         self._check_expected({"C": self.described.channels, "f": self.described.factor})
-        self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
+        self.prompts = PromptReader(self._text_encoder)
+        self._embeddings: OrderedDict[tuple, Tensor] = OrderedDict()
         self._largest: dict[tuple, int] = {}  # batches that may fit, once one did not
 
     @classmethod
@@ -104,7 +124,8 @@ class Pipeline:
         """The pipeline of a checkpoint and a model YAML, or of the linked or bundled model without either.
 
         `choices` are the constructor's: weights ("raw" or "ema"), vae (a file or folder with another
-        autoencoder), allow_target (prefixes of classes that the YAML may name besides ours), safety ("auto",
+        autoencoder), lora_folder (where LoRAs are looked for by name), allow_target (prefixes of classes that
+        the YAML may name besides ours), safety ("auto",
         "on", "off", "flag"). InputError for what cannot be used.
         """
         files = choose_model(config, ckpt, None)
@@ -164,17 +185,19 @@ class Pipeline:
         check_options(self.options, self.device)
         if self.files.notice:
             notice(self.files.notice)
-        model = load_model(
-            self.config,
-            self.files.weights,
-            self.weights,
-            self.allow_target,
-            weights_dtype(self.precision),
-            self.files.undecided,
-            self.vae,
-        )
-        self._check_expected({"C": model.channels, "f": model.first_stage_model.factor})
-        apply(model, self.options, self.device)
+        # A tensor of inference mode cannot be replaced later, as a LoRA replaces weights.
+        with torch.inference_mode(False), torch.no_grad():
+            model = load_model(
+                self.config,
+                self.files.weights,
+                self.weights,
+                self.allow_target,
+                weights_dtype(self.precision),
+                self.files.undecided,
+                self.vae,
+            )
+            self._check_expected({"C": model.channels, "f": model.first_stage_model.factor})
+            apply(model, self.options, self.device)
         return model
 
     @cached_property
@@ -241,15 +264,23 @@ class Pipeline:
                 "there is only noise; rescaling to zero terminal SNR is for v-prediction models"
             )
         check_task(self.described.task, request)
+        self.prompts.check(request.reading)
+        self.adapters.check(self, request)
         found: dict[str, Any] = {}
         found["height"], found["width"] = self._size(request)
         if request.scale is None:
             # what is painted anew is made of the text, as a rule from pure noise
             found["scale"] = self._scales[request.init_img is not None and not request.repaints]
+            if request.cfg_pp:
+                found["scale"] = CFG_PP_SCALE
         if self.described.task == "upscale":
             found["tile"] = self._tile(request.twin(**found))
         if self.described.task == "depth":
             self._check_depth(request.twin(**found))
+        self._check_shape(request.twin(**found))
+        if request.control:
+            self.controls.check(self, request.twin(**found))
+            self.controls.check(self, self.last_pass(request.twin(**found)))
         if request.zero_snr is None:
             found["zero_snr"] = self._prediction.zero_snr
         found = {name: value for name, value in found.items() if getattr(request, name) != value}
@@ -285,29 +316,62 @@ class Pipeline:
                 checkpoint=self.files.weights,
             )
 
+    def _check_shape(self, request: ImageRequest) -> None:
+        """InputError for a second pass, seams or windows of a sized request that cannot be."""
+        if request.hires is not None:
+            factor, most = self.described.factor or 8, self.init_pixels.max_pixels
+            passes.check_second_pass(request, factor, most, self.pixel_upscalers)
+        if request.tiling != "none" or request.panorama:
+            seams.check_seams(request, self.options, self.device)
+
     def image_size(self, request: ImageRequest) -> tuple[int, int]:
         """Height and width of a resolved request's image: with a mask it is pasted into the init image."""
         if request.repaints:
             return self.canvases(request, self.described).whole.shape[:2]
-        return request.height, request.width
+        return passes.final_size(request, self.described.factor or 8)
 
-    def embed(self, prompt: str) -> Tensor:
-        """The embedding of a prompt, [1, n, d]; those used last are kept."""
-        if prompt not in self._embeddings:
-            self._embeddings[prompt] = self.model.get_learned_conditioning([prompt])
+    def last_pass(self, request: ImageRequest) -> ImageRequest:
+        """A resolved request as the last of its passes sees it: with the size of its image."""
+        return passes.second_pass(request, self.described.factor or 8)
+
+    def _text_encoder(self) -> torch.nn.Module:
+        """The model's, or before it is built one without weights."""
+        if "model" in self.__dict__:
+            return self.model.cond_stage_model
+        if "_bare_encoder" not in self.__dict__:
+            with torch.device("meta"):
+                section = self.config["params"]["cond_stage_config"]
+                self._bare_encoder = instantiate_from_config(section, self.allow_target)
+        return self._bare_encoder
+
+    def embed(self, prompt: str, reading: Reading = Reading()) -> Tensor:  # noqa: B008
+        """The embedding of a prompt without schedules, [1, n, d]; those used last are kept."""
+        key = self.adapters.text_key, prompt, reading
+        if key not in self._embeddings:
+            encode = self.model.get_learned_conditioning
+            plain = reading == Reading()
+            found = encode([prompt]) if plain else self.prompts.embed(encode, prompt, reading)
+            self._embeddings[key] = found
             while len(self._embeddings) > KEPT_EMBEDDINGS:
                 self._embeddings.popitem(last=False)
-        self._embeddings.move_to_end(prompt)
-        return self._embeddings[prompt]
+        self._embeddings.move_to_end(key)
+        return self._embeddings[key]
 
     def forget_files(self) -> None:
-        """Read init images, masks and depth maps anew from now on, as they may have changed."""
+        """Read init images, masks, depth maps and LoRAs anew from now on, as they may have changed."""
         self.init_pixels.forget()
         self.canvases.forget()
         self.depth_maps.forget()
+        self.controls.forget()
+        self.prompts.forget()
+        self.adapters.forget()
+        for key in [key for key in self._embeddings if key[-1].embedding]:
+            del self._embeddings[key]
 
-    def cut_off(self, prompt: str) -> str:
+    def cut_off(self, prompt: str, reading: Reading = Reading()) -> str:  # noqa: B008
         """The end of a prompt that the text encoder does not read; "" if it reads all of it."""
+        if reading != Reading():
+            return " … ".join(self.prompts.layout(prompt, reading).cut_off)
         tokenizer = getattr(self.model.cond_stage_model, "tokenizer", None)
         return tokenizer.cut_off(prompt) if hasattr(tokenizer, "cut_off") else ""
 
@@ -347,19 +411,28 @@ class Pipeline:
 
     def fitting_batch(self, requests: Sequence[ImageRequest], most: int) -> int:
         """As many of these images at once as fit into memory, at most `most`, found by making some."""
-        largest = max(requests, key=lambda request: (request.height * request.width, request.scale != 1.0))
-        probe = self.resolve(_probe(largest))
+
+        def work(request: ImageRequest) -> tuple[int, bool, int]:
+            last = self.last_pass(request)
+            return last.height * last.width, request.scale != 1.0, request.parts
+
+        tried = self.resolve(probe(max(requests, key=work)))
         size = largest_batch(
-            lambda images: list(self.batches([[probe] * images])), self.model.device, min(LARGEST_BATCH, most)
+            lambda images: list(self.batches([[tried] * images])), self.model.device, min(LARGEST_BATCH, most)
         )
         notice(f"--batch_size auto: {size} images at once")
         return size
 
     def batches(
-        self, batches: Iterable[Sequence[ImageRequest]], on_step: Callable[[int], None] | None = None
+        self,
+        batches: Iterable[Sequence[ImageRequest]],
+        on_step: Callable[[int], None] | None = None,
+        on_x0: Callback = None,
     ) -> Iterator[list[GeneratedImage]]:
         """The images of each batch of resolved, seeded requests that have one `batch_key`.
 
+        `on_step` is called after every step with the number of images that took it, and `on_x0` with the
+        step, from 1, and the clean latents [b, c, h, w] that the model then sees.
         A batch that needs more memory than there is is made in halves, and so are those like it after it;
         InputError if there is too little for one image.
         """
@@ -367,21 +440,19 @@ class Pipeline:
         for batch in batches:
             start, key = time.perf_counter(), batch[0].batch_key()
             if batch[0].rng == "compvis":
-                stream, streamed = stream or self._stream(batch), streamed or key
+                stream, streamed = stream or drawing.compvis_stream(self, batch), streamed or key
                 if key != streamed:
                     raise InputError("--rng compvis is one stream for images of equal settings")
-            parts = _parts(batch, self._largest.get(key, len(batch)))
+            parts = parts_of(batch, self._largest.get(key, len(batch)))
             images: list[np.ndarray | None] = []
             while parts:
-                steps = _Steps(on_step)
+                steps, latents = Steps(on_step, on_x0), []
+                calls = drawing.calls(self, parts[0], stream, len(images), steps.count, latents)
                 try:
-                    with torch.inference_mode(), arithmetic(self.device), self._autocast():
-                        latents = []
-                        for arguments in self._samplings(parts[0], stream, len(images), steps.count):
+                    with torch.inference_mode(), arithmetic(self.device), self._autocast(), closing(calls):
+                        for arguments in calls:
                             latents.append(sample(**arguments))
-                        # with --vae_tiling it has tiles of its own
-                        tile = 0 if self.options.vae_tiling else batch[0].tile or 0
-                        decoded = self.first_stage.decode(torch.cat(latents), tile)
+                        decoded = drawing.decoded(self, self.last_pass(batch[0]), torch.cat(latents))
                         made = list(to_uint8(decoded)), finite_images(decoded)
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
@@ -390,8 +461,9 @@ class Pipeline:
                 # outside of the block above, whose error holds the tensors
                 if made is None:
                     steps.take_back()
-                    self._largest[key] = _half(parts[0])
-                    parts = [smaller for part in parts for smaller in _parts(part, self._largest[key])]
+                    last = self.last_pass(batch[0])
+                    self._largest[key] = half_of(parts[0], last.height, last.width)
+                    parts = [smaller for part in parts for smaller in parts_of(part, self._largest[key])]
                     free_recordings(self.model)  # whose memory the smaller batch may need
                     if self.device.type == "cuda":
                         torch.cuda.empty_cache()
@@ -406,91 +478,12 @@ class Pipeline:
                     nsfw,
                     seconds,
                     self,
-                    self._depth(request),
+                    self._depth(self.last_pass(request)),
                     self._painted(request),
+                    self.controls.hints(self, self.last_pass(request)),
                 )
                 for request, (pixels, nsfw) in zip(batch, self.safety(images), strict=True)
             ]
-
-    def _samplings(
-        self,
-        batch: Sequence[ImageRequest],
-        stream: CompvisStream | None,
-        place: int,
-        on_step: Callable[[int], None],
-    ) -> Iterator[dict[str, Any]]:
-        """The arguments of each call of `sample` that requests with one `batch_key` take.
-
-        An adaptive sampler chooses its steps by the error of all that it samples, so it samples each image by
-        itself: an image alone is then the image of a batch.
-        """
-        size = 1 if catalogue.SAMPLERS[batch[0].sampler].adaptive else len(batch)
-        for k, part in enumerate(_parts(batch, size)):
-            yield self._sampling(part, stream, place + k, on_step)
-
-    def _sampling(
-        self,
-        batch: Sequence[ImageRequest],
-        stream: CompvisStream | None,
-        place: int,
-        on_step: Callable[[int], None],
-    ) -> dict[str, Any]:
-        """The arguments of `sample` for requests that have one `batch_key`.
-
-        `place` is that of the first of them in the batch that the original's stream is drawn for.
-        """
-        first = batch[0]
-        discretization, run = self.trajectory(first)
-        noise = stream.batch(len(batch), place) if stream else self._image_noise(batch)
-        cond, uncond = conditions(self.model, batch, self.embed, **self._inputs(batch, noise))
-        scales = [request.scale for request in batch]
-        denoiser = Denoiser(
-            upscaling.tiled(self.model, batch) if self.described.task == "upscale" else self.model,
-            cond,
-            uncond,
-            scales[0] if len(set(scales)) == 1 else scales,
-            rescale=first.cfg_rescale,
-            interval=guidance_interval(run, first.guidance_start, first.guidance_end),
-            discretization=discretization,
-        )
-        init, known = None, None
-        keeps_known = first.repaints and (self.described.task != "inpaint" or any(r.soft for r in batch))
-        if _starts_from_image(first) or keeps_known:
-            posterior = self.first_stage.encode([self._start_pixels(request) for request in batch])
-            init = self.model.get_first_stage_encoding(posterior, noise.posterior())
-        if keeps_known:
-            canvases = [self.canvases(request, self.described) for request in batch]
-            known = inpainting.known_region(run, batch, canvases, init, noise, task=self.described.task)
-        return {
-            "denoiser": denoiser,
-            "sampler": first.sampler,
-            "run": run,
-            "noise": noise,
-            "init": init if _starts_from_image(first) else None,
-            "known": known,
-            "options": first.options,
-            "callback": lambda step, x0: on_step(len(batch)),
-        }
-
-    def _inputs(self, batch: Sequence[ImageRequest], noise: ImageNoise) -> dict[str, Tensor]:
-        """What the UNet is given besides latents, timestep and text, as `conditions` takes it."""
-        match self.described.task:
-            case "inpaint":
-                canvases = [
-                    self.canvases(request, self.described) if request.repaints else None for request in batch
-                ]
-                return inpainting.inputs(self.model, self.first_stage, canvases, self._shape(batch[0]), noise)
-            case "depth":
-                return self.depth_maps.inputs(self.model, batch, self._shape(batch[0])[1:])
-            case "upscale":
-                return upscaling.inputs(self.model, batch, self.init_pixels, noise)
-        return {}
-
-    def _start_pixels(self, request: ImageRequest) -> np.ndarray:
-        """The image that sampling starts from, uint8 [H, W, 3]."""
-        if request.repaints:
-            return self.canvases(request, self.described).image
-        return self.init_pixels(request)
 
     def _finished(self, request: ImageRequest, pixels: np.ndarray | None) -> np.ndarray | None:
         """The image as the user gets it: what was painted anew is pasted into the rest."""
@@ -521,90 +514,11 @@ class Pipeline:
             sigmas=request.sigmas,
         )
 
-    def _shape(self, request: ImageRequest) -> tuple[int, int, int]:
-        factor = self.model.first_stage_model.factor
-        return self.model.channels, request.height // factor, request.width // factor
-
-    def _stream(self, batch: Sequence[ImageRequest]) -> CompvisStream:
-        """The original's one stream; what it draws once for all batches has the size of the first one."""
-        first = batch[0]
-        return CompvisStream(
-            first.seed,
-            self._shape(first),
-            self.model.device,
-            len(batch),
-            fixed_code=first.fixed_code,
-            init_image=_starts_from_image(first),
-        )
-
-    def _image_noise(self, batch: Sequence[ImageRequest]) -> ImageNoise:
-        seeds = [
-            ImageSeeds(
-                request.seed, request.start_seed, request.variation_seed, request.variation_strength or 0.0
-            )
-            for request in batch
-        ]
-        brownian = catalogue.SAMPLERS[batch[0].sampler].noise == "brownian"
-        return ImageNoise(seeds, self._shape(batch[0]), self.model.device, brownian=brownian)
-
     def _autocast(self) -> torch.autocast:
         on = self.precision == "autocast" and self.device.type != "cpu"
         return torch.autocast(self.model.device.type, enabled=on)
 
 
-class _Steps:
-    """Counts the steps of one batch, so that they can be taken back if they were for nothing."""
-
-    def __init__(self, on_step: Callable[[int], None] | None):
-        self.on_step, self.taken = on_step, 0
-
-    def count(self, images: int) -> None:
-        self.taken += images
-        if self.on_step:
-            self.on_step(images)
-
-    def take_back(self) -> None:
-        if self.on_step:
-            self.on_step(-self.taken)
-
-
-def _probe(request: ImageRequest) -> ImageRequest:
-    """One step of a request: the same size, guidance and inputs of the UNet."""
-    names = [name for name, each in settings_of(ImageRequest).items() if each.group in (*INPUTS, "size")]
-    inputs = {name: getattr(request, name) for name in names}
-    if request.strength is not None:
-        inputs["strength"] = 1.0
-    return ImageRequest(scale=request.scale, steps=1, seed=0, **inputs)
-
-
-def _starts_from_image(request: ImageRequest) -> bool:
-    """Whether the init image has a say: at full strength it has none."""
-    return request.init_img is not None and request.strength is not None and request.strength < 1
-
-
 def _default_seed(request: ImageRequest, k: int) -> int:
     """In the original's one stream all images have the run's seed."""
     return DEFAULT_SEED if request.rng == "compvis" else image_seed(DEFAULT_SEED, k)
-
-
-def _parts(batch: Sequence[ImageRequest], size: int) -> list[Sequence[ImageRequest]]:
-    """The same requests, at most `size` at a time."""
-    return [batch[start : start + size] for start in range(0, len(batch), size)]
-
-
-def _half(batch: Sequence[ImageRequest]) -> int:
-    """The size of batch to try after this one did not fit. InputError if there is none."""
-    images, size = len(batch), f"{batch[0].width}x{batch[0].height}"
-    if images == 1:
-        raise FieldError(
-            "out of memory with one image of {size}; take a smaller {height} and {width}", size=size
-        )
-    if batch[0].rng == "compvis":
-        raise FieldError(
-            "out of memory with {images} images of {size}; the original's stream ({rng} compvis) is drawn "
-            "for whole batches, so take a smaller {n_samples}",
-            images=images,
-            size=size,
-        )
-    notice(f"out of memory with {images} images of {size} at once: going on with {images // 2}")
-    return images // 2

@@ -53,12 +53,16 @@ class PixelRequest(ImageRequest):
             name: value for name, value in super().settings().items() if name in SETTINGS
         }
 
+    @property
+    def loras(self) -> tuple:
+        return ()
+
 
 class PixelUpscaler:
     """Enlarges init images by a network of pixels, as a pipeline does it for a run.
 
     The file's architecture decides the factor. Images are made one by one. InputError for a file that is no
-    pixel upscaler.
+    pixel upscaler; `option` is what gave it.
     """
 
     def __init__(
@@ -68,11 +72,13 @@ class PixelUpscaler:
         *,
         safety: str = "auto",
         max_pixels: int = 64_000_000,
+        option: str = "--model",
     ):
         path = Path(path)
         if not exists(path):
-            raise InputError(f"--model {path}: there is no such file")
+            raise InputError(f"{option} {path}: there is no such file")
         check_file(path)
+        self.option = option
         self.files = ModelFiles(path, path)
         self.options = options or RuntimeOptions()
         self.weights = self.vae = None
@@ -86,7 +92,7 @@ class PixelUpscaler:
     @cached_property
     def network(self) -> ImageModelDescriptor:
         """The network on the CPU, in float32."""
-        return load_network(self.files.weights)
+        return load_network(self.files.weights, self.option)
 
     @cached_property
     def factor(self) -> int:
@@ -143,14 +149,14 @@ class PixelUpscaler:
         self.check_size(request)
         height, width = enlarged_size(request, self.init_pixels, self.factor)
         kept = {name: getattr(request, name) for name in SETTINGS} | {"height": height, "width": width}
-        tile = self._tile(request, max(height, width) // self.factor)
+        tile = self._tile(request.tile, max(height, width) // self.factor)
         return PixelRequest(**kept | {"noise_level": 0, "steps": 1, "scale": 1.0, "tile": tile})
 
-    def _tile(self, request: ImageRequest, longest: int) -> int:
+    def _tile(self, tile: int | None, longest: int) -> int:
+        """The side of tiles for an image of this longest side; 0 for none."""
         from spandrel import ModelTiling
 
         tiling = self.network.tiling
-        tile = request.tile
         if tile is None:  # some networks look at the image as a whole, or cut it themselves
             tile = TILE if tiling is ModelTiling.SUPPORTED else 0
         check_tile(tile)
@@ -164,7 +170,7 @@ class PixelUpscaler:
         """Read init images anew from now on, as they may have changed."""
         self.init_pixels.forget()
 
-    def cut_off(self, prompt: str) -> str:
+    def cut_off(self, prompt: str, reading: object = None) -> str:
         """No prompt is read."""
         return ""
 
@@ -181,9 +187,15 @@ class PixelUpscaler:
             yield from images
 
     def batches(
-        self, batches: Iterable[Sequence[ImageRequest]], on_step: Callable[[int], None] | None = None
+        self,
+        batches: Iterable[Sequence[ImageRequest]],
+        on_step: Callable[[int], None] | None = None,
+        on_x0: Any = None,
     ) -> Iterator[list[GeneratedImage]]:
-        """The images of each batch of resolved requests. InputError if memory is too small for one."""
+        """The images of each batch of resolved requests. InputError if memory is too small for one.
+
+        There are no latents for `on_x0`.
+        """
         for batch in batches:
             made = []
             for request in batch:
@@ -195,17 +207,23 @@ class PixelUpscaler:
                     on_step(1)
             yield made
 
+    def enlarged(self, pixels: np.ndarray) -> np.ndarray | None:
+        """An image uint8 [h, w, 3] at `factor` times its size; None if it came out as NaN. InputError."""
+        return self._of_pixels(pixels, self._tile(None, max(pixels.shape[:2])))
+
     def _pixels(self, request: ImageRequest) -> np.ndarray | None:
         """The enlarged image, uint8 [H, W, 3]; None if it came out as NaN."""
-        pixels = small_image(request, self.init_pixels, self.factor)
+        return self._of_pixels(small_image(request, self.init_pixels, self.factor), request.tile)
+
+    def _of_pixels(self, pixels: np.ndarray, tile: int) -> np.ndarray | None:
         try:
             with torch.inference_mode():
-                enlarged = self._enlarged(to_float([pixels]), request.tile)
+                enlarged = self._enlarged(to_float([pixels]), tile)
                 if not all(finite_images(enlarged)) and self.model.dtype != torch.float32:
                     name = self.files.weights.name
                     notice(f"{name} yields NaN in low precision: it works in float32 from here on")
                     self.model.float()
-                    enlarged = self._enlarged(to_float([pixels]), request.tile)
+                    enlarged = self._enlarged(to_float([pixels]), tile)
                 return to_uint8(enlarged)[0] if all(finite_images(enlarged)) else None
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -224,28 +242,28 @@ class PixelUpscaler:
             return 2 * whole - 1
 
 
-def load_network(path: Path) -> ImageModelDescriptor:
+def load_network(path: Path, option: str = "--model") -> ImageModelDescriptor:
     """The network in a `.pth` or `.safetensors` file, of which no code is run. InputError for any other."""
     family = identify(read_header(path).tensors)
     if family not in UNKNOWN:
-        raise InputError(f"--model {path} looks like {family}, which is no pixel upscaler such as ESRGAN")
+        raise InputError(f"{option} {path} looks like {family}, which is no pixel upscaler such as ESRGAN")
     try:
         import spandrel
     except ImportError as error:
-        raise InputError(f"--model needs the spandrel package ({error}): pip install spandrel") from error
+        raise InputError(f"{option} needs the spandrel package ({error}): pip install spandrel") from error
     try:
         network = spandrel.ModelLoader().load_from_state_dict(read_state_dict(path))
     except spandrel.UnsupportedModelError as error:
-        raise InputError(f"--model {path} is no pixel upscaler that the spandrel package knows") from error
+        raise InputError(f"{option} {path} is no pixel upscaler that the spandrel package knows") from error
     except InputError:
         raise
     except Exception as error:  # weights that look like an architecture's and do not fit it fail anywhere
         why = str(error).partition("\n")[0][:200]
-        raise InputError(f"--model {path} cannot be used ({type(error).__name__}: {why})") from error
+        raise InputError(f"{option} {path} cannot be used ({type(error).__name__}: {why})") from error
     channels = network.input_channels, network.output_channels
     if not isinstance(network, spandrel.ImageModelDescriptor) or channels != (3, 3):
         name = network.architecture.name
         raise InputError(
-            f"--model {path} is {name} for {channels[0]} channels, and no upscaler of RGB images"
+            f"{option} {path} is {name} for {channels[0]} channels, and no upscaler of RGB images"
         )
     return network

@@ -10,6 +10,14 @@ from typing import Any
 
 from ldm.errors import FieldError
 from ldm.fields import check_fields, setting, settings_of
+from ldm.pipeline.settings.adapters import AdapterSettings
+from ldm.pipeline.settings.control import ControlSettings
+from ldm.pipeline.settings.guidance import GuidanceSettings
+from ldm.pipeline.settings.passes import PassSettings
+from ldm.pipeline.settings.seams import SeamSettings
+from ldm.pipeline.settings.templates import TemplateSettings
+from ldm.pipeline.settings.text import TextSettings
+from ldm.pipeline.settings.walk import WalkSettings
 
 MAX_SEED = 2**63 - 1
 SAMPLER_OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
@@ -20,7 +28,16 @@ DEFAULT_STEPS = 50
 
 
 @dataclass(frozen=True)
-class ImageRequest:
+class ImageRequest(
+    WalkSettings,
+    GuidanceSettings,
+    SeamSettings,
+    PassSettings,
+    ControlSettings,
+    AdapterSettings,
+    TextSettings,
+    TemplateSettings,
+):
     """What one image is made from. A field that is None is left to the sampler, the model or the run.
 
     A sampler may be given by any of its names; a name that implies a schedule sets it. The fields check
@@ -300,6 +317,13 @@ class ImageRequest:
         self._check_init_image()
         self._check_mask()
         self._check_colours()
+        self.check_text()
+        self.check_walk()
+        self.check_adapters()
+        self.check_control()
+        self.check_passes()
+        self.check_seams()
+        self.check_further_guidance()
 
     def _check_images(self) -> None:
         """Files by name, or PIL images, which all have this method; an array has no modes, nor a name."""
@@ -493,15 +517,20 @@ class ImageRequest:
         """What images that are sampled together must agree in: guidance too, which doubles the batch."""
         shared = [getattr(self, name) for name, each in settings_of(type(self)).items() if not each.per_image]
         conditions = [getattr(self, name) is None for name in IMAGE_SETTINGS]
-        return (*shared, self.scale == 1.0, *conditions, self.repaints, self.noise_level is None)
+        conditions += [self.repaints, self.noise_level is None, self.control_key(), self.parts]
+        switching = self.switching() if self.rng == "image" else ()  # one stream is for all prompts
+        return (*shared, self.loras, self.scale == 1.0, *conditions, switching)
 
     def in_vain(self) -> list[str]:
         """What the request says without any effect, a line each; `scale` has to be known."""
         from ldm.sampling import catalogue
 
-        found = []
-        if self.scale == 1.0:
-            guidance = ("negative_prompt", "cfg_rescale", "guidance_start", "guidance_end")
+        found = self.text_notices()
+        if not self.guided:
+            guidance = ["cfg_rescale", "guidance_start", "guidance_end"]
+            guidance += ["apg_eta", "apg_norm", "apg_momentum", "mimic_scale"]
+            if not self.parts:  # of which each is guided away from the negative prompt
+                guidance.insert(0, "negative_prompt")
             defaults = settings_of(type(self))
             for name in guidance:
                 if getattr(self, name) != defaults[name].default:
@@ -525,9 +554,13 @@ class ImageRequest:
             value = getattr(self, name)
             if value is None or (each.group == INIT and self.init_img is None):
                 continue
+            if value == each.default and not each.recorded:
+                continue
             if each.group == MASK and not self.repaints:
                 continue
             found[name] = image_name(value) if name in IMAGE_SETTINGS else value
+        if self.control:
+            found["control"] = tuple(map(str, self.control))
         return found
 
 

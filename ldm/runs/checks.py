@@ -12,6 +12,7 @@ from ldm.pipeline.batches import check_one_stream
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.pipeline.safety import safety_for
+from ldm.pipeline.settings.text import Reading
 from ldm.runs.options import RunOptions
 from ldm.runs.processes import Team, has_own_device, in_srun
 from ldm.runs.writer import Sheet
@@ -38,7 +39,12 @@ def check_run(
     check_one_stream(requests)
     check_team(pipeline, requests[0], options, team)
     check_options(pipeline.options, pipeline.device)
+    for request in requests:
+        if request.loras:  # a prompt may name some
+            pipeline.adapters.check(pipeline, request)
     check_watermarks(pipeline, requests, sheet)
+    if options.save_control and not any(request.control for request in requests):
+        raise FieldError("{save_control} without {control}: no image follows a control image")
 
 
 def check_team(pipeline: Pipeline, first: ImageRequest, options: RunOptions, team: Team) -> None:
@@ -82,12 +88,39 @@ def check_watermarks(
 
 def report_prompts(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> None:
     """Notices before sampling: what is cut off from prompts or has no effect."""
-    prompts = [request.prompt for request in requests] + [request.negative_prompt for request in requests]
-    for prompt in dict.fromkeys(prompts):
-        if lost := pipeline.cut_off(prompt):
+    for prompt, reading in texts_read(requests):
+        if lost := pipeline.cut_off(prompt, reading):
             notice(f"The prompt {prompt[:30]!r}… is longer than 77 tokens; cut off: {lost!r}")
+    report_embeddings(pipeline, requests)
     for line in dict.fromkeys(line for request in requests for line in request.in_vain()):
         notice(line)
+
+
+def texts_read(requests: Sequence[ImageRequest]) -> list[tuple[str, Reading]]:
+    """The different texts that the text encoder reads, prompts before negative prompts, and how."""
+    prompts: dict[tuple[str, Reading], None] = {}
+    negatives: dict[tuple[str, Reading], None] = {}
+    for request in requests:
+        for stage in request.all_texts():
+            prompts |= {(text, request.reading): None for text, _ in stage.parts}
+            negatives[stage.negative, request.reading] = None
+        if request.prompt_to:
+            prompts[request.prompt_to, request.reading] = None
+    return list(prompts | negatives)
+
+
+def report_embeddings(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> None:
+    """Notices about textual inversions that no prompt calls by their name."""
+    texts: dict[Reading, list[str]] = {}
+    for request in requests:
+        if request.embedding:
+            texts.setdefault(request.reading, []).extend(
+                (request.prompt, request.negative_prompt, request.prompt_to or "")
+            )
+    for reading, prompts in texts.items():
+        for each in pipeline.prompts.unused(prompts, reading):
+            names = " or ".join(map(repr, each.names))
+            notice(f"--embedding {each.path.name}: no prompt has its name, {names}")
 
 
 def report_steps(requests: Sequence[ImageRequest]) -> None:
@@ -96,6 +129,11 @@ def report_steps(requests: Sequence[ImageRequest]) -> None:
         ("inpainting" if one.repaints else "img2img", one.steps_to_run, one.steps)
         for one in requests
         if one.strength is not None and not (one.repaints and one.strength == 1)
+    ]
+    strengths += [
+        ("the second pass", one.second_steps, one.hires_steps or one.steps)
+        for one in requests
+        if one.hires is not None
     ]
     for what, steps, whole in dict.fromkeys(strengths):
         trip = "" if steps else ": the images are the autoencoder's round trip"

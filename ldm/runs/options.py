@@ -8,6 +8,7 @@ from ldm.errors import FieldError
 from ldm.fields import check_fields, setting
 from ldm.images.names import FIELDS, check_template
 from ldm.pipeline.request import DEPTH, MAX_SEED
+from ldm.pipeline.settings.control import CONTROL
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class RunOptions:
         False, "finish an interrupted run of the same settings in --outdir", group="output"
     )
     format: str = setting("png", "of the files", choices=("png", "jpg", "webp"), group="output")
+    preview: int | None = setting(
+        None,
+        "write what the batch in hand is going to look like into preview.png, every N steps",
+        low=1,
+        metavar="N",
+        group="output",
+    )
     quality: int = setting(95, "of jpg and webp", low=1, high=100, group="output")
     filename: str = setting(
         "{number:05}",
@@ -44,8 +52,14 @@ class RunOptions:
     save_depth: bool = setting(
         False, "save the depth map of each image in depth/, as a grey image of 16 bits", group=DEPTH
     )
+    save_control: bool = setting(
+        False, "save what each ControlNet sees of its control image in control/", group=CONTROL
+    )
     no_metadata: bool = setting(False, "do not write the settings into the images", group="output")
     json: bool = setting(False, "print one JSON line per image", group="output")
+    dry_run: bool = setting(
+        False, "print what would be made, load no weights and write nothing", group="output"
+    )
     quiet: bool = setting(False, "no progress and no notices, only results and errors", group="output")
     log_file: str | None = setting(
         None, "append what happens, with its time, to this file", metavar="FILE", group="output"
@@ -72,5 +86,7 @@ class RunOptions:
         check_template(self.filename)
         if self.resume and self.skip_save:
             raise FieldError("{resume} with {skip_save}: a run that saves no images cannot be taken up again")
+        if self.save_control and self.skip_save:
+            raise FieldError("{save_control} with {skip_save}: control images have the names of files")
         if self.save_depth and self.skip_save:
             raise FieldError("{save_depth} with {skip_save}: a depth map has the name of its image's file")

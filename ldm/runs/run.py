@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ldm.images.outputs import OutputFolder
+from ldm.images.preview import Preview, factors_of
 from ldm.log import LOG, log_to, notice, problem
 from ldm.pipeline.memory import peak_memory
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.runs.checks import check_run, report_prompts, report_steps
-from ldm.runs.manifest import RunRecord, last_settings
+from ldm.runs.dry_run import print_plan
+from ldm.runs.manifest import RunRecord, chosen_seed, last_settings
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import file_names, plan_run
 from ldm.runs.processes import LeaderEnded, Team, find_place
@@ -32,12 +33,17 @@ def run(
     grids.
     """
     team = Team(find_place(options.devices, options.num_nodes))
-    log_to(options.log_file, options.quiet or not team.leads)
+    log_to(None if options.dry_run else options.log_file, options.quiet or not team.leads)
     if not team.leads:
-        return follow(pipeline, options, team)
+        return 0 if options.dry_run else follow(pipeline, options, team)
     pipeline.forget_files()
     requests = [pipeline.resolve(request) for request in requests]
     check_run(pipeline, requests, options, team, sheet)
+    if options.dry_run:
+        seed, batch_size = choices(pipeline, requests, options, team)
+        plan = plan_run(requests, seed, options.n_iter, options.n_samples, batch_size)
+        print_plan(pipeline, plan, options.json)
+        return 0
     # the output folder is tried, and a run to resume is found, before anything slow
     folder = OutputFolder(options.outdir, options.format, options.quality)
     seed, batch_size = choices(pipeline, requests, options, team)
@@ -67,13 +73,14 @@ def run(
         report = ReportOptions(options.json, bar=not options.quiet)
         with Interrupt() as interrupt:
             if todo:
-                lost = make_images(pipeline, job, writer, team, interrupt, report)
+                preview = preview_of(pipeline, folder, options)
+                lost = make_images(pipeline, job, writer, team, interrupt, report, preview)
                 if team.place.size > 1:
                     record.gather()
                 if lost and not interrupt.asked:  # what they have left is made here
                     folder.clear(record.run)
                     left = replace(job, batches=plan.remaining(record.missing()))
-                    make_images(pipeline, left, writer, Team(), interrupt, report)
+                    make_images(pipeline, left, writer, Team(), interrupt, report, preview)
             if not interrupt.asked and not record.lost:
                 writer.finish()
     report_peak(pipeline, bool(todo))
@@ -119,12 +126,12 @@ def choices(
 ) -> tuple[int, int | None]:
     """Seed and batch size. What is left to chance is, in a run that is taken up, what was chosen then."""
     before = last_settings(options.outdir) if options.resume else {}
-    seed, batch_size = options.seed, pipeline.options.batch_size
-    if seed == -1:
-        seed = before.get("seed", -1)
-    if seed == -1:
-        seed = secrets.randbelow(2**32)
+    batch_size = pipeline.options.batch_size
+    seed, is_new = chosen_seed(options)
+    if is_new:
         notice(f"seed {seed}")
+    if batch_size == "auto" and options.dry_run:
+        return seed, None  # which the model would have to be loaded for
     if batch_size == "auto":
         batch_size = before.get("batch_size", "auto")
     if batch_size == "auto":
@@ -162,9 +169,23 @@ def image_writer(
         grids=not options.skip_grid,
         metadata=not options.no_metadata,
         depths=options.save_depth,
+        controls=options.save_control,
         columns=options.n_rows or options.n_samples,
         sheet=sheet,
     )
+
+
+def preview_of(pipeline: Pipeline, folder: OutputFolder, options: RunOptions) -> Preview | None:
+    """What writes preview.png; None if none is asked for, or, with a notice, if there are no colours for the
+    model's latents.
+    """
+    if options.preview is None:
+        return None
+    factors = factors_of(float(getattr(pipeline.model, "scale_factor", 0.0)))
+    if factors is None:
+        notice("--preview: no colours are known for the latents of this model, so there is none")
+        return None
+    return Preview(folder.path, options.preview, factors)
 
 
 def model_name(pipeline: Pipeline, template: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm.images.watermark import NO_WATERMARK
+from ldm.pipeline import control, passes
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.runs.options import RunOptions
@@ -26,6 +27,7 @@ def recorded_settings(
     return {
         **{name: getattr(options, name) for name in names},
         **({"save_depth": True} if options.save_depth else {}),
+        **({"save_control": True} if options.save_control else {}),
         **line_settings(first, pipeline),
         **facts,
         "config": str(pipeline.files.config),
@@ -48,8 +50,12 @@ def content_hash(config: Mapping[str, Any]) -> str:
 
 
 def line_settings(request: ImageRequest, pipeline: Pipeline) -> dict[str, Any]:
-    """What an image depends on, the content of its init image, mask and depth map among it."""
-    return request.settings() | pipeline.init_pixels.digests(request)
+    """What an image depends on, the content of its init image, mask, depth map and ControlNets among it."""
+    images = pipeline.init_pixels
+    loras = pipeline.adapters.digests(request) if request.loras else {}
+    files = control.digests(images, request) | passes.digests(request)
+    inversions = pipeline.prompts.digests(request.reading) if request.embedding else {}
+    return request.settings() | images.digests(request) | files | loras | inversions
 
 
 def recorded_lines(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from ldm.sampling import catalogue
 
 if TYPE_CHECKING:
     from ldm.pipeline.pipeline import GeneratedImage, Pipeline
+    from ldm.sampling.steps import Callback
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,19 @@ class ReportOptions:
 
 
 def make_images(
-    pipeline: Pipeline, job: Job, writer: ImageWriter, team: Team, interrupt: Interrupt, report: ReportOptions
+    pipeline: Pipeline,
+    job: Job,
+    writer: ImageWriter,
+    team: Team,
+    interrupt: Interrupt,
+    report: ReportOptions,
+    preview: Callback = None,
 ) -> int:
     """Make and save this process's share of the missing images, until all are there or the user ends it.
 
-    Files are written in a thread while the next batch is sampled. Returns how many of the team's other
-    processes were lost, if this one leads it.
+    Files are written in a thread while the next batch is sampled. `preview` is called after every step with
+    the step and the clean latents. Returns how many of the team's other processes were lost, if this one
+    leads it.
     """
     images, steps = total(job) if report.bar else (0, None)
     taken: list[tuple[int, ...]] = []  # the batches under way, which `share` yields as requests
@@ -77,7 +85,7 @@ def make_images(
     with ThreadPoolExecutor(1) as thread, StepBar(images, steps, team, report.bar) as bar:
         background = BackgroundWriter(thread)
         try:
-            for generated in pipeline.batches(share(), bar.step):
+            for generated in pipeline.batches(share(), bar.step, preview):
                 finished.append((taken.pop(0), generated))
                 bar.finish(len(generated))
                 if interrupt.asked or job.record.lost:
@@ -94,7 +102,8 @@ def total(job: Job) -> tuple[int, int | None]:
     requests = [(images, job.plan.requests.of_round[i]) for i, images in lines.items()]
     if any(catalogue.SAMPLERS[request.sampler].adaptive for _, request in requests):
         return lines.total(), None
-    return lines.total(), sum(images * request.steps_to_run for images, request in requests)
+    steps = (images * (request.steps_to_run + request.second_steps) for images, request in requests)
+    return lines.total(), sum(steps)
 
 
 def save(
@@ -110,7 +119,7 @@ def save(
         notice(f"image {k} ({image.request.prompt!r}) came out as NaN and is skipped")
         return writer.record.add(k, None, line, failed=True)
     try:
-        line = writer.add(k, image.pixels, settings, line, name, image.depth, image.painted)
+        line = writer.add(k, image.pixels, settings, line, name, image.depth, image.painted, image.controls)
     except InputError as error:
         if isinstance(error, CannotWrite) and error.full:
             raise

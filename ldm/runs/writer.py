@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,15 +19,19 @@ from ldm.runs.manifest import RunRecord
 PAGE = 64  # images of a grid: one of thousands is a file that nobody can open
 
 
+class Drawing(NamedTuple):
+    """A page of a sheet, uint8 [H, W, 3]; its file records the `facts`, and is a grid's without a name."""
+
+    image: np.ndarray
+    facts: dict[str, Any]
+    name: str | None = None
+
+
 @dataclass(frozen=True)
 class Sheet:
-    """One drawing of all images of a run in place of grids: `draw` of the images, uint8 [H, W, 3], in order.
+    """Drawings of all images of a run in place of grids: `draw` of the images, uint8 [H, W, 3], in order."""
 
-    `facts` are recorded in it.
-    """
-
-    draw: Callable[[list[np.ndarray]], np.ndarray]
-    facts: dict[str, Any]
+    draw: Callable[[list[np.ndarray]], Sequence[Drawing]]
 
 
 class ImageWriter:
@@ -42,12 +46,13 @@ class ImageWriter:
         grids: bool = True,
         metadata: bool = True,
         depths: bool = False,
+        controls: bool = False,
         columns: int = 1,
         sheet: Sheet | None = None,
     ):
         self.folder, self.record, self.sheet = folder, record, sheet
         self.save_images, self.save_grids, self.metadata, self.columns = images, grids, metadata, columns
-        self.save_depths = depths
+        self.save_depths, self.save_controls = depths, controls
         self.grid_settings: Callable[[], dict[str, Any]] = dict
         self.page: list[np.ndarray] = []  # of images that are not saved
         self.kept: dict[int, np.ndarray] = {}  # for the sheet
@@ -61,12 +66,13 @@ class ImageWriter:
         name: str | None,
         depth: np.ndarray | None = None,
         painted: np.ndarray | None = None,
+        controls: Sequence[np.ndarray] = (),
     ) -> dict[str, Any]:
         """Save image k, uint8 [H, W, 3], with its settings; returns its line of the manifest.
 
         `line` is what the manifest says about it besides its file. See `OutputFolder.save_image` for `name`.
         `depth`, uint16 [H, W], is the depth map that the image was painted over. `painted`, bool [H, W], are
-        the pixels that may have the watermark.
+        the pixels that may have the watermark. `controls` are what its ControlNets saw, uint8 [h, w, 3].
         """
         file = None
         if self.sheet:
@@ -78,6 +84,10 @@ class ImageWriter:
             if self.save_depths and depth is not None:
                 saved = self.folder.save_depth(depth, path)
                 line = line | {"depth_file": saved.relative_to(self.folder.path).as_posix()}
+            if self.save_controls and controls:
+                paths = [self.folder.save_control(seen, path, i) for i, seen in enumerate(controls)]
+                names = [saved.relative_to(self.folder.path).as_posix() for saved in paths]
+                line = line | {"control_files": names}
         elif self.save_grids and not self.sheet:
             self.page.append(image)
             if len(self.page) == PAGE:
@@ -114,9 +124,9 @@ class ImageWriter:
     def _save_sheet(self, settings: dict[str, Any]) -> None:
         """An image that came to nothing is black."""
         black = np.zeros((settings["height"], settings["width"], 3), np.uint8)
-        drawn = self.sheet.draw([self.kept.get(k, black) for k in range(self.record.images)])
-        settings = settings | self.sheet.facts
-        self.folder.save_grid(Watermarker.of(settings["watermark"])(drawn), self.texts(settings))
+        for page in self.sheet.draw([self.kept.get(k, black) for k in range(self.record.images)]):
+            drawn = Watermarker.of(settings["watermark"])(page.image)
+            self.folder.save_grid(drawn, self.texts(settings | page.facts), page.name)
 
     def _save_page(self, images: list[np.ndarray], settings: dict[str, Any]) -> Path:
         grid = make_grid(of_one_size(images), self.columns)

@@ -71,18 +71,18 @@ def same_model(recorded: str, path: str | Path) -> bool | None:
 
 
 class FileHash:
-    """The `file_hash` of a file, computed in a thread of its own: sampling need not wait for it.
+    """The `file_hash` of a file, or another one, computed in a thread of its own: sampling need not wait.
 
     An unfinished computation does not keep the program from ending.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, compute: Callable[[str | Path], str] | None = None):
         self._future: Future[str] = Future()
-        threading.Thread(target=self._compute, args=(path,), daemon=True).start()
+        threading.Thread(target=self._compute, args=(path, compute or file_hash), daemon=True).start()
 
-    def _compute(self, path: str | Path) -> None:
+    def _compute(self, path: str | Path, compute: Callable[[str | Path], str]) -> None:
         try:
-            self._future.set_result(file_hash(path))
+            self._future.set_result(compute(path))
         except Exception as error:
             self._future.set_exception(error)
 

@@ -12,6 +12,7 @@ from commands import Result, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.cli import like
 from ldm.cli.arguments import gather
@@ -130,7 +131,7 @@ def test_a_list_overrides_the_number_of_steps(option: str) -> None:
 
 def test_from_the_text_of_other_tools(txt2img: Command, tmp_path: Path) -> None:
     text = "a cat\nNegative prompt: a dog\nSteps: 3, Sampler: Euler a, Schedule type: Karras, CFG scale: 4, "
-    text += "Seed: 5, Size: 16x24, Model hash: 0123456789, Model: v1-5, Clip skip: 2"
+    text += "Seed: 5, Size: 16x24, Model hash: 0123456789, Model: v1-5, Clip skip: 1"
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
@@ -254,3 +255,16 @@ def test_whatever_an_image_records(recorded: dict) -> None:
     assert all(
         isinstance(value, str) for value in (request.prompt, request.negative_prompt, request.watermark)
     )
+
+
+def test_an_image_of_the_web_ui_is_read_by_its_rules(txt2img: Command, tmp_path: Path) -> None:
+    """Weights in its prompt were read as text; what the user gives has the say."""
+    text = "a (cat:1.2)\nSteps: 1, Sampler: Euler a, Seed: 3, Size: 16x16, Version: v1.10.1"
+    info = PngInfo()
+    info.add_text("parameters", text)
+    Image.new("RGB", (16, 16)).save(tmp_path / "theirs.png", pnginfo=info)
+    (made,) = txt2img("--like", tmp_path / "theirs.png").settings
+    assert (made["prompt"], made["prompt_syntax"], made["long_prompts"]) == ("a (cat:1.2)", "a1111", True)
+    argv = ["--like", tmp_path / "theirs.png", "--prompt_syntax", "plain"]
+    (plain,) = txt2img(*argv, folder="plain").settings
+    assert "prompt_syntax" not in plain

@@ -15,6 +15,7 @@ from image_files import noise, png
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm import __version__
 from ldm.errors import InputError
 from ldm.fields import setting
 from ldm.images.metadata import encode_image, read_texts
@@ -133,9 +134,26 @@ def test_a_damaged_own_text_gives_way_to_the_other(tmp_path):
             read_metadata(path)
         with pytest.raises(NoSettings):
             read_settings(path)
-        chunks.add_text("parameters", "a cat\nSteps: 3")
+        chunks.add_text("parameters", "a cat\nSteps: 3, Version: 0.1.0")
         Image.fromarray(noise()).save(path, pnginfo=chunks)
-        assert read_settings(path) == {"prompt": "a cat", "steps": 3}
+        assert read_settings(path) == {"prompt": "a cat", "steps": 3, "version": "0.1.0"}
+
+
+@pytest.mark.parametrize("version", ["", ", Version: v1.10.1", ", Version: f2.0.1v1.10.1-previous-669"])
+def test_prompts_of_the_web_ui_are_read_by_its_rules(tmp_path, version):
+    """They were read as plain text of 75 tokens, so that --like made another image."""
+    text = b"a (cat:1.2)\nSteps: 3" + version.encode()
+    found = read_settings(png(tmp_path / "image.png", (b"tEXt", b"parameters\0" + text)))
+    assert (found["prompt_syntax"], found["long_prompts"]) == ("a1111", True)
+
+
+@pytest.mark.parametrize("own", [{}, {"prompt_syntax": "a1111"}, {"long_prompts": True}])
+def test_our_text_says_how_its_prompts_are_read(tmp_path, own):
+    chosen = MINIMAL | {"prompt": "a (cat:1.2)", "version": __version__} | own
+    text = a1111_parameters(chosen)
+    (tmp_path / "image.png").write_bytes(encode_image(noise(), (text, "{")))
+    found = read_settings(tmp_path / "image.png")
+    assert {name: found[name] for name in ("prompt_syntax", "long_prompts") if name in found} == own
 
 
 # the web UI's text, written
@@ -274,7 +292,9 @@ def test_the_web_uis_text():
         "variation_seed": 7,
         "variation_strength": 0.25,
         "version": "v1.6.0",
-        "other": {"Clip skip": "2", "Lora hashes": "a: 1234, b: 5678", "TI hashes": 'say "x", y'},
+        "clip_skip": 2,
+        "lora_hashes": "a: 1234, b: 5678",
+        "other": {"TI hashes": 'say "x", y'},
     }
 
 
@@ -290,12 +310,12 @@ def test_the_web_uis_text():
         ("Sampler: Euler, Schedule type: Normal", {"sampler": "euler", "schedule": "linspace"}),
         ("Sampler: Euler, Schedule type: Simple", {"sampler": "euler", "schedule": "trailing"}),
         ("Sampler: Euler, Schedule type: Align Your Steps", {"sampler": "euler", "schedule": "ays"}),
-        ("Sampler: Restart, Schedule type: Beta", {"sampler": "Restart", "schedule": "Beta"}),
+        ("Sampler: Restart, Schedule type: SGM", {"sampler": "Restart", "schedule": "SGM"}),
         ("Sampler: DPM fast, Schedule type: Karras", {"sampler": "dpm_fast"}),
         ("Denoising strength: 0.4", {"strength": 0.4}),
         (
             "Steps: 9, Denoising strength: 0.4, Hires upscale: 2",
-            {"steps": 9, "other": {"Hires upscale": "2"}},
+            {"steps": 9, "hires": 2.0, "hires_strength": 0.4},
         ),
         ('Steps: 3, Model: "a, b", Steps: 4', {"steps": 3, "checkpoint": "a, b"}),
         ("Steps: 3, nonsense, Seed: 5", {"steps": 3, "seed": 5}),
@@ -443,7 +463,7 @@ def test_no_fields_break_the_parser(prompt, fields, separator):
 
 @dataclass(frozen=True)
 class WiderRequest(ImageRequest):
-    clip_skip: int | None = setting(None, "layers of the text encoder to leave out", a1111="Clip skip")
+    grain: int | None = setting(None, "grains of the film", a1111="Film grain")
     style: str = setting("", "a style", a1111="My thing")
     tiled: bool = setting(False, "an image that repeats", a1111="Tiling")
     weights: tuple[float, ...] | None = setting(None, "of the prompt's parts", a1111="Part weights")
@@ -451,16 +471,16 @@ class WiderRequest(ImageRequest):
 
 def test_a_field_with_a_name_of_the_web_ui_is_written_and_read(tmp_path):
     """Nothing but the field itself has to say so."""
-    own = {"clip_skip": 2, "style": "oil, on canvas", "tiled": True, "weights": (0.5, 1.0)}
+    own = {"grain": 2, "style": "oil, on canvas", "tiled": True, "weights": (0.5, 1.0)}
     chosen = SETTINGS | own | {"sampler": "ddim", "schedule": None, "eta": 0.5}
     text = a1111_parameters(chosen, WiderRequest)
     assert (
-        'Model: "sd, v1", Eta DDIM: 0.5, Clip skip: 2, My thing: "oil, on canvas", Tiling: True, '
+        'Model: "sd, v1", Eta DDIM: 0.5, Film grain: 2, My thing: "oil, on canvas", Tiling: True, '
         'Part weights: "0.5,1.0", Version: 0.1.0'
     ) in text
     assert parse_a1111(text, WiderRequest).items() >= (own | {"eta": 0.5}).items()
-    assert "Clip skip" in parse_a1111(text)["other"]
-    assert parse_a1111("a cat\nClip skip: 3", WiderRequest) == {"prompt": "a cat", "clip_skip": 3}
+    assert "Film grain" in parse_a1111(text)["other"]
+    assert parse_a1111("a cat\nFilm grain: 3", WiderRequest) == {"prompt": "a cat", "grain": 3}
     texts = image_texts(chosen, WiderRequest)
     (tmp_path / "image.png").write_bytes(encode_image(noise(), (texts[0], "{")))
     assert read_settings(tmp_path / "image.png", WiderRequest)["style"] == "oil, on canvas"

@@ -16,7 +16,7 @@ from ldm.images.masks import Box
 from ldm.images.pixels import to_float
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.pipeline import ImageRequest, Pipeline, init_images
+from ldm.pipeline import ImageRequest, Pipeline, drawing, init_images
 from ldm.sampling import catalogue
 
 Load = Callable[..., Pipeline]
@@ -347,7 +347,7 @@ def test_the_image_is_diffusers(
     )
     request = painted(mask, init_img=init, steps=10, scale=7.5, negative_prompt="a dog")
     request = inpainting.resolve(request)
-    start = inpainting._image_noise([request]).start()
+    start = drawing._image_noise(inpainting, [request]).start()
     pixels(inpainting, request)
 
     other = tiny_inpainting.diffusers_pipeline(inpainting_model[1])

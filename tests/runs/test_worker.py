@@ -129,7 +129,9 @@ class StubRun:
             time.sleep(0.05)  # long enough for the thread to begin with what it has been given
             yield batch
 
-    def batches(self, batches: Iterable[Any], on_step: Callable[[int], None]) -> Iterator[list[Any]]:
+    def batches(
+        self, batches: Iterable[Any], on_step: Callable[[int], None], on_x0: Any = None
+    ) -> Iterator[list[Any]]:
         for batch in batches:
             if batch == ["fail"]:
                 raise ValueError("out of memory")

@@ -13,7 +13,7 @@ from ldm.images.watermark import read_watermark
 from ldm.pipeline.infotext import read_metadata
 from ldm.runs import writer as writers
 from ldm.runs.manifest import RunRecord
-from ldm.runs.writer import ImageWriter, Sheet
+from ldm.runs.writer import Drawing, ImageWriter, Sheet
 
 SETTINGS = {"prompt": "a cat", "steps": 2, "height": 16, "width": 24, "watermark": "none"}
 
@@ -106,11 +106,11 @@ def test_a_sheet_stands_for_the_grids(tmp_path: Path, record: RunRecord) -> None
     """In the order of the images; one that came to nothing is black."""
     seen = []
 
-    def draw(images: list[np.ndarray]) -> np.ndarray:
+    def draw(images: list[np.ndarray]) -> list[Drawing]:
         seen.extend(images)
-        return noise(32, 32)
+        return [Drawing(noise(32, 32), {"x": "steps"}), Drawing(noise(32, 32), {"x": "seed"}, "sheet-1")]
 
-    writer = ImageWriter(OutputFolder(tmp_path), record, sheet=Sheet(draw, {"x": "steps"}))
+    writer = ImageWriter(OutputFolder(tmp_path), record, sheet=Sheet(draw))
     writer.grid_settings = SETTINGS.copy
     images = [noise(seed=seed) for seed in range(5)]
     for k in (4, 0, 1, 3):
@@ -119,3 +119,4 @@ def test_a_sheet_stands_for_the_grids(tmp_path: Path, record: RunRecord) -> None
     assert all(np.array_equal(seen[k], images[k]) for k in (0, 1, 3, 4))
     assert not seen[2].any()
     assert read_metadata(tmp_path / "grid-0000.png") == SETTINGS | {"x": "steps"}
+    assert read_metadata(tmp_path / "sheet-1.png") == SETTINGS | {"x": "seed"}

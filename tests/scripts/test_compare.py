@@ -1,16 +1,19 @@
 """`scripts/compare.py`: a labelled sheet over two options."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Result, refused
+from commands import Result, refused, script
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 from ldm.images.sheets import CELL, contact_sheet
+from ldm.pipeline import pipeline
 from ldm.pipeline.infotext import read_metadata
 
 Command = Callable[..., Result]
@@ -75,12 +78,102 @@ def like_image(tmp_path: Path) -> Path:
     return tmp_path / "like.png"
 
 
+def test_a_third_axis_makes_pages(compare: Command) -> None:
+    result = compare("--x", "steps", 1, 2, "--y", "scale", 1, 3, "--z", "prompt", "a cat", "a dog/2")
+    assert result.code == 0
+    pages = [name for name in result.files if not name.startswith("samples/")]
+    assert pages == ["sheet-prompt-a-cat.png", "sheet-prompt-a-dog_2.png"]
+    found = [(s["prompt"], s["scale"], s["steps"]) for s in result.settings]
+    assert found == [(p, y, x) for p in ("a cat", "a dog/2") for y in (1, 3) for x in (1, 2)]
+    sheet = read_metadata(result.folder / pages[1])
+    assert (sheet["x"], sheet["z"]) == (["steps", "1", "2"], ["prompt", "a dog/2"])
+
+
+def test_models_are_loaded_once_each(
+    compare: Command, model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cells of each are made together, and stand in their places on one sheet."""
+    other = tmp_path / "other.safetensors"
+    weights = load_file(model[1])
+    save_file({k: v * 1.5 if k.endswith("out.2.weight") else v for k, v in weights.items()}, other)
+    loaded: list[str] = []
+    load = pipeline.load_model
+    monkeypatch.setattr(
+        pipeline, "load_model", lambda *args: (loaded.append(Path(args[1]).name), load(*args))[1]
+    )
+    result = compare("--x", "ckpt", model[1], other, "--y", "steps", 1, 2, "--ddim_eta", 0)
+    assert result.code == 0
+    assert loaded == [model[1].name, other.name]
+    assert result.out == [str(result.folder)]
+    assert [name for name in result.files if "grid" in name] == ["grid-0000.png"]
+    found = [(s["checkpoint"], s["steps"]) for s in result.settings]
+    assert found == [(path.name, n) for path in (model[1], other) for n in (1, 2)]
+    assert not np.array_equal(result.images[1], result.images[3])
+
+
+def test_weights_that_a_file_lacks(compare: Command) -> None:
+    """They were missed after the images of the others had been made."""
+    result = compare("--x", "weights", "raw", "ema", "--y", "steps", 1, 2)
+    refused(result, "has no EMA weights: use --weights raw")
+    assert not result.folder.exists()
+
+
+def test_a_plan_of_several_models(compare: Command, model: tuple[Path, Path], tmp_path: Path) -> None:
+    """Only the last model's cells were listed."""
+    other = shutil.copy(model[1], tmp_path / "other.safetensors")
+    result = compare("--x", "ckpt", model[1], other, "--y", "steps", 1, 2, "--dry_run")
+    assert result.code == 0
+    assert sum("a cat" in line for line in result.out) == 4
+    assert sum(line.startswith("by ") for line in result.err) == 2
+
+
+def test_lists_switches_and_weights(tmp_path: Path) -> None:
+    """What the values of an axis set."""
+    compare = script("compare")
+    argv = ["--prompt", "a cat", "--lora", "a.safetensors:0.3", "--lora_folder", str(tmp_path)]
+    argv += ["--x", "lora:weight", "0", "0.5", "--y", "clip_skip", "none", "2"]
+    table = compare.parse([*argv, "--z", "panorama", "false", "true"])
+    found = [(r.lora, r.clip_skip, r.panorama) for _, r in table.cells]
+    loras = [("a.safetensors:0",), ("a.safetensors:0.5",)]
+    assert found == [(lora, skip, wide) for wide in (False, True) for skip in (None, 2) for lora in loras]
+    table = compare.parse(
+        ["--prompt", "a cat", "--x", "embedding", "none", "b.pt", "--y", "weights", "raw", "ema"]
+    )
+    assert [(c.weights, r.embedding) for c, r in table.cells] == [
+        (weights, files) for weights in ("raw", "ema") for files in ((), ("b.pt",))
+    ]
+    table = compare.parse(["--lora", "a.safetensors:0.3:0.1", *argv[4:], "--prompt", "a cat"])
+    assert {r.lora for _, r in table.cells} == {("a.safetensors:0:0.1",), ("a.safetensors:0.5:0.1",)}
+    control = [
+        "--control",
+        "c.pth:edges.png:0.7:0-0.5",
+        "--x",
+        "control:weight",
+        "1",
+        "--y",
+        "tiling",
+        "none",
+        "x",
+    ]
+    ((_, first), (_, second)) = compare.parse(["--prompt", "a cat", *control]).cells
+    assert [str(one) for one in first.controls] == ["c.pth:edges.png:1:0-0.5"]
+    assert (first.tiling, second.tiling) == ("none", "x")
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--x", "sampler", "ddim"], "required: --y"),
         (["--x", "sampler", "ddim", "--y", "sampler", "plms"], "both vary sampler"),
         (["--x", "sampler", "--y", "steps", "1"], "--x sampler has no values"),
+        (["--x", "lora:weight", "1", "--y", "steps", "1"], "the weight of one file: give it with --lora"),
+        (["--x", "weights", "raw", "best", "--y", "steps", "1"], "--weights best: choose from raw, ema"),
+        (
+            ["--x", "steps", "1", "--y", "scale", "1", "--save_control"],
+            "--save_control is not for compare.py",
+        ),
+        (["--x", "panorama", "maybe", "--y", "steps", "1"], "--panorama maybe: give true or false"),
+        (["--x", "scale", "1", "--y", "steps", "1", "--z", "scale", "2"], "--x and --z both vary scale"),
         (["--x", "outdir", "a", "--y", "steps", "1"], "--x outdir: no option to compare; choose from prompt"),
         (["--x", "strength", "0.5", "--y", "steps", "1"], "--x strength: no option to compare"),
         (["--x", "sampler", "ddim", "eulr", "--y", "steps", "1"], "--sampler eulr is not known"),

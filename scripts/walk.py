@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""A walk between prompts and seeds: frames, and a video where ffmpeg is there.
+
+walk.py --prompts "a red cube" "a blue sphere" --seeds 1 2 --frames 30 takes every other option of txt2img.py.
+Noise goes along the great circle between the seeds' noises, the prompts' embeddings are mixed. Each frame is
+an image that its settings make again.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from ldm.cli import arguments, entry, parser
+from ldm.errors import InputError
+from ldm.log import notice, problem
+from ldm.pipeline.request import MAX_SEED, ImageRequest
+from ldm.weights.description import describe
+
+NOT_FOR_FRAMES = ("prompt", "from_file", "repeat", "seed", "n_iter", "fixed_code", "start_seed")
+NOT_FOR_FRAMES = (*NOT_FOR_FRAMES, "variation_seed", "variation_strength", "prompt_to", "prompt_mix")
+NOT_FOR_FRAMES = (*NOT_FOR_FRAMES, "expand", "wildcards")
+VIDEO = "walk.mp4"
+
+
+def parse(argv: list[str]) -> tuple[arguments.Arguments, list[ImageRequest], int]:
+    """The arguments, the request of each frame, and the frames of a second. InputError."""
+    options = parser.txt2img_parser("walk.py", "A walk between prompts and seeds.")
+    options.command_defaults = {"n_samples": 1, "n_iter": 1, "outdir": "outputs/walk", "skip_grid": True}
+    add = options.add_argument
+    add("--prompts", nargs="+", required=True, metavar="PROMPT", help="where the walk comes by")
+    seed = parser.number(int, 0, MAX_SEED)
+    add(
+        "--seeds",
+        nargs="+",
+        type=seed,
+        default=[42],
+        metavar="SEED",
+        help="of the noise there (42)",
+    )
+    add(
+        "--frames",
+        type=parser.number(int, 2, 100_000),
+        default=30,
+        metavar="N",
+        help="of the whole walk (30)",
+    )
+    add("--loop", action="store_true", help="walk back to the start")
+    add("--fps", type=parser.number(int, 1, 240), default=12, metavar="N", help="frames of a second (12)")
+    given = vars(options.parse_args(argv))
+    for name in NOT_FOR_FRAMES:
+        if name in given:
+            raise InputError(f"{parser.flag_of(name)} is not for walk.py: the walk decides it for each frame")
+    if not all(map(str.strip, given["prompts"])):
+        raise InputError("--prompts: one of them is empty, and the walk has no way there; give it a word")
+    given["prompt"] = given["prompts"][0]
+    places = _places(given["prompts"], given["seeds"])
+    if given.get("loop"):
+        places.append(places[0])
+    if len(places) < 2:
+        raise InputError("--prompts and --seeds name one place: give at least two prompts or two seeds")
+    if given["frames"] < len(places):
+        raise InputError(f"--frames {given['frames']}: give at least one for each of {len(places)} places")
+    command = arguments.gather(options, given)
+    arguments.warn_of_ignored_eta(command.values)
+    if command.values.get("rng") == "compvis":
+        raise InputError("--rng compvis is not for walk.py: in the original's one stream no frame has a seed")
+    requests = [command.variant(one) for one in _frames(places, given["frames"], bool(given.get("loop")))]
+    requests[0].check_size(describe(command.config).factor or 8)
+    return command, requests, given["fps"]
+
+
+def _places(prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    """What the walk comes by; a single prompt or seed is that of all."""
+    count = max(len(prompts), len(seeds))
+    for flag, found in (("--prompts", prompts), ("--seeds", seeds)):
+        if len(found) not in (1, count):
+            raise InputError(f"{flag}: {len(found)} for {count} places; give one, or one for each")
+    return [(prompts[i % len(prompts)], seeds[i % len(seeds)]) for i in range(count)]
+
+
+def _frames(places: Sequence[tuple[str, int]], frames: int, loop: bool) -> list[dict[str, Any]]:
+    """The settings of each frame; a loop does not come to its first frame again."""
+    ways, found = len(places) - 1, []
+    for i in range(frames):
+        way, step = divmod(i * ways, frames if loop else frames - 1)
+        share = step / (frames if loop else frames - 1)
+        (prompt, seed), (next_prompt, next_seed) = places[way], places[min(way + 1, ways)]
+        own: dict[str, Any] = {"prompt": prompt, "seed": seed}
+        if share and next_prompt != prompt:
+            own |= {"prompt_to": next_prompt, "prompt_mix": share}
+        if share and next_seed != seed:
+            own |= {"variation_seed": next_seed, "variation_strength": share}
+        found.append(own)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    command, requests, fps = parse(sys.argv[1:] if argv is None else argv)
+
+    from ldm.runs.processes import find_place
+    from ldm.runs.run import run
+
+    code = run(command.pipeline(), requests, command.run)
+    if code or command.run.dry_run:
+        return code
+    leads = find_place(command.run.devices, command.run.num_nodes).rank == 0
+    return film(Path(command.run.outdir), fps, command.run.skip_save) if leads else 0
+
+
+def film(outdir: Path, fps: int, unsaved: bool) -> int:
+    """Write the frames of the folder's last run as a video, if ffmpeg is there. Returns the exit code."""
+    import numpy as np
+
+    from ldm.images.metadata import open_image
+
+    ffmpeg = shutil.which("ffmpeg")
+    if unsaved:
+        return 0
+    if ffmpeg is None:
+        notice(f"there is no ffmpeg: the frames are in {outdir / 'samples'}, and there is no {VIDEO}")
+        return 0
+    files = _last_run(outdir)
+    with open_image(files[0]) as first:
+        width, height = first.size
+    temporary = outdir / f".{VIDEO}.tmp.mp4"
+    words = [
+        ffmpeg,
+        "-y",
+        "-loglevel",
+        "error",
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{width}x{height}",
+    ]
+    words += ["-r", str(fps), "-i", "-", "-pix_fmt", "yuv420p", str(temporary)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            for file in files:
+                with open_image(file) as image:
+                    process.stdin.write(np.asarray(image.convert("RGB")).tobytes())
+        except BrokenPipeError:
+            pass  # it has ended, and says why
+        _, errors = process.communicate()
+    if process.returncode:
+        reason = errors.decode(errors="replace").strip().splitlines()
+        problem(f"ffmpeg made no {VIDEO}: {reason[-1] if reason else f'exit code {process.returncode}'}")
+        temporary.unlink(missing_ok=True)
+        return 1
+    temporary.replace(outdir / VIDEO)
+    return 0
+
+
+def _last_run(outdir: Path) -> list[Path]:
+    """The files of the folder's last run, in order."""
+    from ldm.runs.manifest import RUNS, read_lines, read_manifest
+
+    run = [line["run"] for line in read_lines(outdir / RUNS)][-1]
+    files = {line["image"]: line["file"] for line in read_manifest(outdir, run) if line["file"]}
+    return [outdir / files[k] for k in sorted(files)]
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

@@ -1,0 +1,223 @@
+"""`scripts/verify.py`: images made again from their own settings."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import lora_files
+import numpy as np
+import pytest
+import tiny
+import torch
+from commands import SCRIPTS, Result, script
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tiny_control import random_controlnet
+
+from ldm.cli import entry
+
+Command = Callable[..., Result]
+Verify = Callable[..., tuple[int, list[str], list[str]]]
+
+
+@pytest.fixture
+def verify(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: tuple[Path, Path]
+) -> Verify:
+    """Runs the command on the tests' model; gives exit code, lines of stdout and lines of stderr."""
+
+    def run(*argv: object, ckpt: bool = True) -> tuple[int, list[str], list[str]]:
+        words = [*argv, *(["--config", model[0], "--ckpt", model[1]] if ckpt else [])]
+        monkeypatch.setattr("sys.argv", [str(SCRIPTS / "verify.py"), *map(str, words)])
+        code = entry.run(script("verify").main)
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def make(command: Command, model: tuple[Path, Path]) -> Command:
+    base = ["--config", model[0], "--ckpt", model[1], "--ddim_steps", 2, "--n_iter", 1, "--n_samples", 2]
+    return lambda *argv, name="txt2img", folder="out": command(
+        name, *base, "--prompt", "a cat", *argv, folder=folder
+    )
+
+
+def altered(path: Path, box: tuple[slice, slice]) -> Path:
+    """The file with a spot painted over, and its texts."""
+    with Image.open(path) as image:
+        pixels, chunks = np.array(image), PngInfo()
+        for name, text in image.text.items():
+            chunks.add_text(name, text)
+    pixels[box] = 255 - pixels[box]
+    target = path.with_name(f"altered-{path.name}")
+    Image.fromarray(pixels).save(target, pnginfo=chunks)
+    return target
+
+
+def test_images_of_a_run(make: Command, verify: Verify) -> None:
+    """With all of what decides an image: sampler, seeds, scale, size, negative prompt."""
+    options = ["--sampler", "Euler a", "--H", 24, "--W", 16, "--negative_prompt", "a dog", "--scale", 3]
+    made = make(*options, "--variation_seed", 5, "--variation_strength", 0.3)
+    code, out, err = verify(*made.paths)
+    assert (code, err) == (0, [])
+    assert all(": identical" in line or ": equal to rounding" in line for line in out)
+    assert len(out) == 2
+
+
+def test_an_altered_image(make: Command, verify: Verify, tmp_path: Path) -> None:
+    made = make("--H", 32, "--W", 32)
+    path = altered(made.paths[0], (slice(5, 12), slice(10, 14)))
+    code, (line,), err = verify(path, "--diff", tmp_path / "diff")
+    assert (code, err) == (1, [])
+    assert "altered in 4x7 pixels at (10, 5)" in line
+    shown = np.asarray(Image.open(tmp_path / "diff" / f"{path.stem}-difference.png"))
+    assert (shown == (255, 40, 40)).all(-1).sum() == 28
+
+
+def test_json_lines(make: Command, verify: Verify) -> None:
+    made = make()
+    _, out, _ = verify(*made.paths, "--json")
+    found = [json.loads(line) for line in out]
+    assert [line["file"] for line in found] == [str(path) for path in made.paths]
+    assert {line["verdict"] for line in found} <= {"identical", "equal to rounding"}
+
+
+def test_settings_that_were_changed(make: Command, verify: Verify) -> None:
+    """A prompt that did not make the image."""
+    (path, _) = make().paths
+    chunks = PngInfo()
+    with Image.open(path) as image:
+        settings = json.loads(image.text["stable-diffusion"]) | {"prompt": "an elephant", "seed": 9}
+        chunks.add_text("stable-diffusion", json.dumps(settings))
+        image.save(path, pnginfo=chunks)
+    assert verify(path)[0] == 1
+
+
+def test_a_cropped_image(make: Command, verify: Verify) -> None:
+    (path, _) = make("--H", 32, "--W", 32).paths
+    with Image.open(path) as image:
+        chunks = PngInfo()
+        chunks.add_text("stable-diffusion", image.text["stable-diffusion"])
+        image.crop((0, 0, 32, 30)).save(path, pnginfo=chunks)
+    code, (line,), _ = verify(path)
+    assert code == 1
+    assert "it is 32x30 pixels, and its settings make 32x32" in line
+
+
+@pytest.mark.parametrize("format", ["jpg", "webp"])
+def test_lossy_files(make: Command, verify: Verify, format: str) -> None:
+    made = make("--format", format, "--H", 32, "--W", 32)
+    code, out, _ = verify(*sorted((made.folder / "samples").iterdir()))
+    assert code == 0, out
+
+
+def test_the_watermark_is_compared(make: Command, verify: Verify) -> None:
+    (path, _) = make("--H", 256, "--W", 256, "--ddim_steps", 1).paths
+    assert verify(path)[0] == 0
+    with Image.open(path) as image:
+        chunks = PngInfo()
+        settings = json.loads(image.text["stable-diffusion"]) | {"watermark": "another message"}
+        chunks.add_text("stable-diffusion", json.dumps(settings))
+        image.save(path, pnginfo=chunks)
+    assert verify(path)[0] == 1
+
+
+def test_an_init_image_is_found(make: Command, verify: Verify, tmp_path: Path) -> None:
+    """Beside the image, or in a folder that is named; without it the image cannot be verified."""
+    (tmp_path / "elsewhere").mkdir()
+    init = tmp_path / "elsewhere" / "init.png"
+    Image.new("RGB", (16, 16), "red").save(init)
+    made = make("--init-img", init, "--strength", 0.5, name="img2img")
+    code, _, (line, *_) = verify(made.paths[0])
+    assert code == 2
+    assert "cannot be verified: it was made from init.png; give that as --init-img" in line
+    assert verify(*made.paths, "--folder", init.parent)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--prompt_syntax", "a1111", "--long_prompts", "--prompt", "(a cat:1.3) BREAK [a|b] AND a dog:0.5"],
+        ["--embedding", "word.pt", "--prompt", "a word"],
+        ["--lora", "one.safetensors:0.7", "--lora", "one.safetensors:-0.2"],
+        ["--control", "net.safetensors:edges.png:0.8:0-0.5", "--control_preprocess", "invert"],
+        ["--hires", 2, "--hires_upscaler", "lanczos"],
+        ["--tiling", "both", "--panorama", "--H", 16, "--W", 40],
+        ["--mimic_scale", 4, "--apg_eta", 0.5],
+        ["--cfg_pp", "--scale", 0.6],
+        ["--sampler", "er_sde", "--schedule", "beta"],
+        ["--prompt_to", "a dog", "--prompt_mix", 0.3],
+        ["--expand", "random", "--prompt", "a {cat|dog} in {2$$rain|snow|fog}"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_with_each_of_what_decides_an_image(
+    make: Command, verify: Verify, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list
+) -> None:
+    """And the run is taken up: nothing but what is recorded decides an image."""
+    torch.save({"*": torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, tmp_path / "word.pt")
+    lora_files.write(tmp_path / "one.safetensors", lora_files.v1_layers())
+    random_controlnet(tmp_path / "net.safetensors", tiny.MODEL)
+    Image.new("RGB", (16, 16), "teal").save(tmp_path / "edges.png")
+    monkeypatch.chdir(tmp_path)
+    argv = [*argv, "--n_samples", 3, "--batch_size", 2]
+    made = make(*argv)
+    assert made.code == 0
+    before = made.paths[1].read_bytes()
+    made.paths[1].unlink()
+    assert make(*argv, "--resume").code == 0
+    assert made.paths[1].read_bytes() == before
+    code, out, err = verify(*made.paths, "--folder", tmp_path)
+    assert (code, err, len(out)) == (0, [], 3)
+
+
+def test_what_cannot_be_verified(make: Command, verify: Verify, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (16, 16)).save(plain)
+    made = make("--rng", "compvis")
+    files = [plain, made.paths[1], made.folder / "grid-0000.png", tmp_path / "nowhere.png"]
+    code, out, err = verify(*files)
+    assert (code, out) == (2, [])
+    reasons = ["no settings of this project", "--rng compvis", "--rng compvis", "cannot read the image"]
+    assert len(err) == len(reasons)
+    for line, reason, file in zip(err, reasons, files, strict=True):
+        assert line.startswith(f"{file}: cannot be verified: ")
+        assert reason in line
+    code, _, err = verify(make(folder="grid").folder / "grid-0000.png")
+    assert code == 2
+    assert "a grid or a sheet" in err[0]
+
+
+def test_an_unknown_model(make: Command, verify: Verify, tmp_path: Path) -> None:
+    (path, _) = make().paths
+    code, _, (line,) = verify(path, ckpt=False)
+    assert code == 2
+    assert "made it; give that as --ckpt" in line
+    other = ["--ckpt", "models/scenes-64/model.safetensors"]
+    code, _, (line,) = verify(path, *other, ckpt=False)
+    assert code == 2
+    assert "made it, and not model.safetensors" in line
+
+
+def test_a_bundled_model_is_found_by_its_hash(command: Command, verify: Verify) -> None:
+    argv = ["--dpm_solver", "--ddim_steps", 2, "--n_iter", 1, "--n_samples", 1, "--prompt", "a red cube"]
+    made = command("txt2img", "--ckpt", "models/scenes-64-v/model.safetensors", *argv)
+    code, (line,), err = verify(*made.paths, ckpt=False)
+    assert (code, err) == (0, [])
+    assert "altered" not in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "required: IMAGE"),
+        (["x.png", "--tolerance", "300"], "300 is not a whole number in range: 0 … 255"),
+        (["x.png", "--diff", "pyproject.toml/x"], "--diff pyproject.toml/x"),
+    ],
+)
+def test_bad_arguments(verify: Verify, argv: list[str], words: str) -> None:
+    code, out, err = verify(*argv)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert words in err[0]

@@ -1,0 +1,146 @@
+"""`scripts/walk.py`: frames between prompts and seeds."""
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import Result, refused, script
+
+from ldm.runs.processes import Place
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def walk(command: Command, model: tuple[Path, Path]) -> Command:
+    base = ["--config", model[0], "--ckpt", model[1], "--watermark", "none", "--ddim_steps", 2]
+    base += ["--safety", "off"]
+    return lambda *argv, folder="out": command("walk", *base, *argv, folder=folder)
+
+
+@pytest.fixture
+def txt2img(command: Command, model: tuple[Path, Path]) -> Command:
+    base = ["--config", model[0], "--ckpt", model[1], "--watermark", "none", "--ddim_steps", 2]
+    base += ["--n_iter", 1, "--n_samples", 1]
+    return lambda *argv, folder="txt2img": command("txt2img", *base, *argv, folder=folder)
+
+
+WALK = ("--prompts", "a cat", "a dog", "--seeds", 1, 2, "--frames", 5)
+
+
+def test_frames_are_images(walk: Command, txt2img: Command) -> None:
+    """The ends are the images of the prompts and seeds, and a frame alone is the frame of a batch."""
+    made = walk(*WALK, "--n_samples", 3)
+    assert made.code == 0
+    assert [path.name for path in made.paths] == [f"{k:05}.png" for k in range(5)]
+    assert not [name for name in made.files if "grid" in name]
+    ends = txt2img("--prompt", "a cat", "--seed", 1), txt2img("--prompt", "a dog", "--seed", 2, folder="end")
+    for frame, end in zip((0, 4), ends, strict=True):
+        assert np.array_equal(made.images[frame], end.images[0])
+    mixed = [
+        "--prompt_to",
+        "a dog",
+        "--prompt_mix",
+        0.25,
+        "--variation_seed",
+        2,
+        "--variation_strength",
+        0.25,
+    ]
+    alone = txt2img("--prompt", "a cat", "--seed", 1, *mixed, folder="alone")
+    assert np.abs(alone.images[0] - made.images[1]).max() <= 1
+    found = [(s.get("prompt_mix"), s.get("variation_strength")) for s in made.settings]
+    assert found == [(None, None), (0.25, 0.25), (0.5, 0.5), (0.75, 0.75), (None, None)]
+    again = txt2img("--like", made.paths[2], folder="like")
+    assert np.abs(again.images[0] - made.images[2]).max() <= 1
+
+
+def test_resume_keeps_frames(walk: Command) -> None:
+    made = walk(*WALK)
+    before = made.images
+    made.paths[3].unlink()
+    kept = made.paths[0].stat().st_mtime_ns
+    again = walk(*WALK, "--resume")
+    assert again.code == 0
+    assert made.paths[0].stat().st_mtime_ns == kept
+    assert all(np.array_equal(*pair) for pair in zip(before, again.images, strict=True))
+
+
+def test_the_way_of_a_loop() -> None:
+    frames = script("walk")._frames([("a", 1), ("b", 1), ("a", 1)], 4, True)
+    found = [(f["prompt"], f.get("prompt_to"), f.get("prompt_mix")) for f in frames]
+    assert found == [("a", None, None), ("a", "b", 0.5), ("b", None, None), ("b", "a", 0.5)]
+    assert all("variation_seed" not in frame for frame in frames)
+
+
+def test_a_video_where_ffmpeg_is(walk: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for ffmpeg counts the bytes of the frames."""
+    (tmp_path / "bin").mkdir()
+    ffmpeg = tmp_path / "bin" / "ffmpeg"
+    ffmpeg.write_text('#!/bin/sh\nfor last; do :; done\n/usr/bin/wc -c > "$last"\n')
+    ffmpeg.chmod(ffmpeg.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    made = walk(*WALK, "--fps", 5)
+    assert (made.code, [line for line in made.err if "ffmpeg" in line]) == (0, [])
+    assert int((made.folder / "walk.mp4").read_text()) == 5 * made.images[0].size
+    ffmpeg.write_text("#!/bin/sh\necho no codec >&2\nexit 1\n")
+    failed = walk(*WALK, folder="failed")
+    assert failed.code == 1
+    assert "ffmpeg made no walk.mp4: no codec" in failed.err
+
+
+def test_only_the_leading_process_makes_the_video(walk: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process of --devices wrote it, to one temporary file, and the second found that gone."""
+    filmed = []
+    monkeypatch.setattr(script("walk"), "film", lambda *args: filmed.append(args) or 0)
+    monkeypatch.setattr("ldm.runs.run.run", lambda *args: 0)
+    for rank in (1, 0):
+        monkeypatch.setattr("ldm.runs.processes.find_place", lambda *args, rank=rank: Place(rank, 2))
+        walk(*WALK)
+    assert len(filmed) == 1
+
+
+def test_without_ffmpeg_there_is_a_notice(walk: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    (line,) = walk("--prompts", "a cat", "--seeds", 1, 2, "--frames", 2).err
+    assert line.startswith("there is no ffmpeg: the frames are in ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--prompts", "a cat"], "name one place: give at least two prompts or two seeds"),
+        (["--prompts", "a", "b", "--seeds", "1", "2", "3"], "--prompts: 2 for 3 places"),
+        (["--prompts", "a", "b", "--frames", "1"], "1 is not a whole number in range: 2 … 100,000"),
+        (["--prompts", "a", "b", "c", "--frames", "2"], "--frames 2: give at least one for each of 3 places"),
+        (["--prompts", "a", "b", "--seeds", "-1"], "-1 is not a whole number in range"),
+        (["--prompts", "a", "b", "--prompt", "c"], "--prompt is not for walk.py"),
+        (["--prompts", "a", "b", "--rng", "compvis"], "--rng compvis is not for walk.py"),
+        (["--prompts", "a", "b", "--H", "20"], "--H 20 is not a multiple of 8"),
+        (["--seeds", "1", "2"], "required: --prompts"),
+        (["--prompts", "a", ""], "--prompts: one of them is empty"),  # named --prompt_mix, which nobody gave
+    ],
+)
+def test_bad_arguments(walk: Command, argv: list[str], words: str) -> None:
+    refused(walk("--ckpt", "nowhere.ckpt", *argv), words)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--prompt_to", "a dog"], "--prompt_to a dog without --prompt_mix"),
+        (["--prompt_mix", "0.5"], "--prompt_mix 0.5 without --prompt_to"),
+        (
+            ["--prompt_to", "a AND b", "--prompt_mix", "0.5", "--prompt_syntax", "a1111"],
+            "--prompt_to with AND or a schedule in --prompt_to",
+        ),
+        (
+            ["--prompt_to", "a (dog:x)", "--prompt_mix", "0.5", "--prompt_syntax", "a1111"],
+            "--prompt_to: character 8, at the ^: 'a (dog:^x)'",  # the option had no name
+        ),
+    ],
+)
+def test_bad_mixtures(txt2img: Command, argv: list[str], words: str) -> None:
+    refused(txt2img("--ckpt", "nowhere.ckpt", "--prompt", "a cat", *argv), words)
