@@ -28,8 +28,10 @@ from ldm.pipeline.settings.control import parse_control
 from ldm.weights.description import describe
 
 ONE = {"n_samples": 1, "n_iter": 1, "n_rows": 0}  # what these may say: each cell holds one image
-NOT_FOR_CELLS = (*ONE, "batch_size", "from_file", "repeat", "resume", "fixed_code", "devices", "num_nodes")
-NOT_FOR_CELLS = (*NOT_FOR_CELLS, "expand", "wildcards", "save_control")
+NOT_FOR_CELLS = (
+    *(*ONE, "batch_size", "from_file", "repeat", "expand", "wildcards", "save_control"),
+    *("resume", "fixed_code", "devices", "num_nodes"),
+)
 NOT_COMPARED = ("fixed_code", "start_seed", "watermark")
 OF_MODEL = ("ckpt", "weights", "vae")
 NOTHING = "none"  # as a value: the setting is left out

@@ -22,9 +22,10 @@ from ldm.log import notice, problem
 from ldm.pipeline.request import MAX_SEED, ImageRequest
 from ldm.weights.description import describe
 
-NOT_FOR_FRAMES = ("prompt", "from_file", "repeat", "seed", "n_iter", "fixed_code", "start_seed")
-NOT_FOR_FRAMES = (*NOT_FOR_FRAMES, "variation_seed", "variation_strength", "prompt_to", "prompt_mix")
-NOT_FOR_FRAMES = (*NOT_FOR_FRAMES, "expand", "wildcards")
+NOT_FOR_FRAMES = (
+    *("prompt", "from_file", "repeat", "expand", "wildcards", "n_iter", "prompt_to", "prompt_mix"),
+    *("seed", "fixed_code", "start_seed", "variation_seed", "variation_strength"),
+)
 VIDEO = "walk.mp4"
 
 

@@ -13,7 +13,6 @@ from ldm.errors import FieldError, InputError
 from ldm.pipeline.request import ImageRequest
 from ldm.prompts.wildcards import Template, Wildcards
 
-MODES = ("random", "all")
 MAX_LINES = 100_000  # that --expand all makes
 
 
