@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
+TRAINING = ["codecarbon", "matplotlib", "pyarrow", "tensorboard", "webdataset"]
+EVALUATION = ["matplotlib", "torch-fidelity"]
+
 setup(
     name="stable-diffusion-toolkit",
     version="0.1.0",
@@ -30,8 +33,24 @@ setup(
         "transformers",
     ],
     extras_require={
-        "test": ["diffusers", "hypothesis", "openvino", "pytest", "pytest-xdist", "ruff", "scipy"],
-        "benchmark": ["accelerate", "diffusers", "matplotlib", "openvino"],
+        "training": TRAINING,
+        "evaluation": EVALUATION,
         "openvino": ["openvino"],  # --compile on a CPU
+        "benchmark": ["accelerate", "diffusers", "matplotlib", "openvino"],
+        "test": [
+            "accelerate",  # peft imports it
+            "diffusers",
+            "hypothesis",
+            "lycoris_lora",
+            "openvino",
+            "peft",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "scipy",
+            "toml",  # lycoris_lora imports it
+            *TRAINING,
+            *EVALUATION,
+        ],
     },
 )
