@@ -1,12 +1,11 @@
 """What a family's UNet is given besides noisy latents and caption: a mask, a depth map, a small image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import (
     LatentDepth2ImageDiffusion,
     LatentDiffusion,
@@ -14,83 +13,61 @@ from ldm.models.diffusion.ddpm import (
     LatentUpscaleDiffusion,
 )
 from ldm.sampling.denoiser import Conditioning
-from ldm.scenes.captions import paraphrase
-from ldm.scenes.masks import random_mask
-from ldm.scenes.renderer import render, render_layers
-from ldm.scenes.scene import Scene
-
-# image uint8 [size, size, 3], caption, and float32 [size, size] of what the family is given besides
-Example = tuple[np.ndarray, str, np.ndarray | None]
-ALONE = 0.4  # share of the masks around one solid whose caption is about this solid only
 
 
-def plain(scene: Scene, rng: np.random.Generator, size: int) -> Example:
-    return render(scene, rng, size), paraphrase(scene, rng), None
-
-
-def masked(scene: Scene, rng: np.random.Generator, size: int) -> Example:
-    """With a mask, 1 where the image is to be repainted."""
-    scene = scene.canonical()
-    image, layers = render_layers(scene, rng, size)
-    mask, solid = random_mask(layers.coverage, rng)
-    if solid is not None and rng.random() < ALONE:
-        scene = Scene(scene.second if solid else scene.first)
-    return image, paraphrase(scene, rng), mask.astype(np.float32)
-
-
-def deep(scene: Scene, rng: np.random.Generator, size: int) -> Example:
-    """With its map of inverse depth."""
-    image, layers = render_layers(scene, rng, size)
-    return image, paraphrase(scene, rng), layers.disparity
-
-
-def example_of(model: LatentDiffusion) -> Callable[[Scene, np.random.Generator, int], Example]:
-    """What makes examples for a model: (scene, rng, size) -> `Example`."""
-    match model:
-        case LatentInpaintDiffusion():
-            return masked
-        case LatentDepth2ImageDiffusion():
-            return deep
-    return plain
+def has_channels(model: LatentDiffusion) -> bool:
+    """Whether the model's UNet has further input channels, which `concat_channels` makes."""
+    return isinstance(model, LatentInpaintDiffusion | LatentDepth2ImageDiffusion | LatentUpscaleDiffusion)
 
 
 def concat_channels(
     model: LatentDiffusion,
     x: Tensor,
-    maps: Tensor | None,
+    maps: Mapping[str, Tensor],
     size: tuple[int, int],
-    generator: torch.Generator,
+    normal: Callable[..., Tensor],
 ) -> Tensor | None:
     """The UNet's further input channels [b, c, h, w], (h, w) = `size` being that of the latents.
 
-    They are made of images x [b, 3, H, W] in [-1, 1] and the maps [b, 1, H, W] of their examples. An upscaler
-    is given the images themselves, at the size of the latents and without noise. None for a model that has no
-    such channels.
+    They are made of images x [b, 3, H, W] in [-1, 1] and of the maps of their examples: "mask" or "depth"
+    [b, 1, H, W], or "small" [b, 3, h, w] in [-1, 1]. Depths that are not there are estimated by the model,
+    and small images are the large ones made smaller, without noise. `normal(c, h, w)` draws standard normal
+    numbers [b, c, h, w] on the CPU. None for a model that has no such channels; InputError without the masks
+    that an inpainting model needs.
     """
     match model:
         case LatentInpaintDiffusion():
-            noise = torch.randn(len(x), model.channels, *size, generator=generator).to(x.device)
-            return model.concat_channels(maps, x, noise)
+            if "mask" not in maps:
+                raise InputError(
+                    "an inpainting model is trained with masks: set `masks: true` in data, which draws them, "
+                    "or use a source that has some"
+                )
+            noise = normal(model.channels, *size).to(x.device)
+            return model.concat_channels(maps["mask"].to(x), x, noise)
         case LatentDepth2ImageDiffusion():
-            return model.depth_channel(maps, size)
+            depth = maps["depth"].to(x) if "depth" in maps else model.estimate_depth(x)
+            return model.depth_channel(depth.float(), size)
         case LatentUpscaleDiffusion():
-            return F.interpolate(x, size, mode="area")
+            return F.interpolate(maps["small"].to(x) if "small" in maps else x, size, mode="area")
     return None
 
 
 def conditions(
-    model: LatentDiffusion, context: Tensor, concat: Tensor | None, generator: torch.Generator
+    model: LatentDiffusion,
+    context: Tensor,
+    concat: Tensor | None,
+    uniform: Callable[[], Tensor],
+    normal: Callable[..., Tensor],
 ) -> Conditioning:
     """What `apply_model` takes, from text embeddings [b, n, d] and `concat_channels`.
 
-    The small images of an upscaler are noised here, low levels more often than high ones.
+    The small images of an upscaler are noised here, low levels more often than high ones. `uniform()` draws
+    numbers 0 <= u < 1 [b], and `normal(c, h, w)` standard normal ones [b, c, h, w], both on the CPU.
     """
     if concat is None:
         return context
     if not isinstance(model, LatentUpscaleDiffusion):
         return {"c_crossattn": [context], "c_concat": [concat]}
-    rank = torch.rand(len(concat), generator=generator)
-    levels = (rank**4 * (model.low_scale_model.max_noise_level + 1)).long().to(concat.device)
-    noise = torch.randn(concat.shape, generator=generator).to(concat.device)
-    concat, levels = model.low_scale_model(concat, levels, noise)
+    levels = (uniform() ** 4 * (model.low_scale_model.max_noise_level + 1)).long().to(concat.device)
+    concat, levels = model.low_scale_model(concat, levels, normal(*concat.shape[1:]).to(concat.device))
     return {"c_crossattn": [context], "c_concat": [concat], "c_adm": levels}
