@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a bundled model: an autoencoder, a latent diffusion model on its latents, or a depth estimator.
+"""Train a model: a latent diffusion model, its autoencoder, or a depth estimator.
 
 A run that was stopped goes on from its last checkpoint when it is started again.
 """
@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.cli import entry
 from ldm.cli import parser as cli
-from ldm.errors import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,57 +20,54 @@ def main(argv: list[str] | None = None) -> int:
         required=True,
         nargs="+",
         metavar="YAML",
-        help="file with a model: and a training: section, and files whose training: goes over it",
+        help="files with model:, data: and training: sections; what comes later goes over what came before",
+    )
+    parser.add_argument(
+        "override", nargs="*", default=[], metavar="KEY=VALUE", help="goes over them, as training.steps=10"
     )
     parser.add_argument(
         "--logdir", default="logs", help="everything goes to LOGDIR/<name of the last YAML> (logs)"
     )
-    parser.add_argument("--output", metavar="FILE", help="averaged weights (LOGDIR/<name>/model.safetensors)")
+    parser.add_argument("--name", help="the name of that folder instead")
+    parser.add_argument("--output", metavar="FILE", help="the weights (LOGDIR/<name>/model.safetensors)")
     parser.add_argument(
         "--stop_at", type=cli.number(int, 1), metavar="STEP", help="stop here, to go on later"
+    )
+    parser.add_argument(
+        "--allow_target", action="append", default=[], metavar="PREFIX", help="a package of yours in YAML"
     )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     args = parser.parse_args(argv)
 
-    import torch
+    from ldm.training.sections import output_folder, read_sections
 
-    from ldm.models.autoencoder import AutoencoderKL
-    from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.modules.midas.api import MiDaSInference
-    from ldm.training.config import training_config
-    from ldm.training.files import writing
-    from ldm.training.loop import save_weights, train
-    from ldm.training.tasks import DepthTask, FirstStageTask, LatentDiffusionTask
-    from ldm.util import instantiate_from_config
-    from ldm.weights.loading import read_config, read_section
+    bases, overrides = split_overrides(args.base, args.override)
+    sections = read_sections(bases, overrides)
+    folder = output_folder(Path(args.logdir, args.name or bases[-1].stem), args.output)
 
-    bases = [Path(base) for base in args.base]
-    sections = [read_section(base, "training") for base in bases]
-    config = training_config({name: value for section in sections for name, value in section.items()})
-    model_config = read_config(bases[0])
+    from ldm.training.data.sources import open_sources
+    from ldm.training.files import move
+    from ldm.training.loop import train
+    from ldm.training.processes import start_processes
+    from ldm.training.start import new_task
 
-    folder = Path(args.logdir, bases[-1].stem)
-    output = Path(args.output or folder / "model.safetensors")
-    with writing(f"--logdir {args.logdir}"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with writing(f"--output {output}"):  # hours before there is something to write
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.is_dir():
-            raise IsADirectoryError("it is a folder")
-
-    torch.manual_seed(config.seed)  # of the initial weights
-    match model := instantiate_from_config(model_config):
-        case LatentDiffusion():
-            task = LatentDiffusionTask(model, config, folder / "latents.safetensors")
-        case AutoencoderKL():
-            task = FirstStageTask(model, config)
-        case MiDaSInference():
-            task = DepthTask(model, config)
-        case _:
-            raise InputError(f"{bases[0]}: the model is {type(model).__name__}, which is not trained here")
-    train(task, folder, args.stop_at or config.steps)
-    print(save_weights(task, output))
+    fabric = start_processes(sections.training)
+    sources = open_sources(sections.data, args.allow_target, Path(sections.data.cache or folder))
+    task = new_task(sections.model, sections.training, sections.data, args.allow_target)
+    task.opened = sources  # before the weights were read, because that may take minutes
+    task.section = sections.model
+    files = train(task, folder, args.stop_at, fabric)
+    if args.output and fabric.is_global_zero:
+        files = [move(files[0], Path(args.output)), *files[1:]]
+    print(*files, sep="\n", end="\n" if files else "")
     return 0
+
+
+def split_overrides(bases: list[str], overrides: list[str]) -> tuple[list[Path], list[str]]:
+    """Files and overrides, which may follow --base without a word between them."""
+    words = [*bases, *overrides]
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    return [Path(word) for word in files], [word for word in words if word not in files]
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ ORDER = [  # a room may import those in the rows above it, and itself
     {"optimize"},
     {"pipeline"},
     {"runs"},
+    {"training"},
     {"scenes"},
-    {"cli", "training", "evaluation"},
+    {"cli", "evaluation"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 BASE = ORDER[0]

@@ -48,26 +48,43 @@ TRAINING = {
     "steps": 6,
     "batch_size": 4,
     "learning_rate": 1e-3,
-    "images": 64,
-    "image_size": 32,
+    "precision": "full",
     "warmup": 2,
+    "log_every": 1,
+    "logs": ["csv"],
     "checkpoint_every": 3,
-    "sample_every": 3,
+    "sample_every": 0,
+    "sample_steps": 2,
 }
 
 
-def write_yaml(path: Path, model: dict[str, Any] | None = None, **training: Any) -> list[str]:
-    """A YAML file with a `training:` section, and the arguments that train it beside the file."""
-    sections = {"model": model} if model else {}
+def scenes(images: int = 64, size: int = 32, **params: Any) -> dict[str, Any]:
+    """A `data:` section of renders."""
+    train = {"seed": 0, "images": images, "image_size": size, **params}
+    return {"train": {"target": "ldm.scenes.source.Scenes", "params": train}, "size": size}
+
+
+def write_yaml(
+    path: Path, model: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **training: Any
+) -> list[str]:
+    """A YAML file with all sections, or without a model with a `training:` section alone.
+
+    Returns the arguments that train it beside the file.
+    """
+    sections = {"model": model, "data": data or scenes()} if model else {}
+    path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(sections | {"training": (TRAINING if model else {}) | training}))
     return ["--base", str(path), "--logdir", str(path.parent)]
 
 
-def second_stage(folder: Path, first_stage: Path, **training: Any) -> list[str]:
-    """Arguments that train a second stage in `folder`, by its second.yaml."""
-    folder.mkdir(exist_ok=True)
-    drill = {"first_stage": str(first_stage), "drill": ["left", "right"]}
-    return write_yaml(folder / "second.yaml", SECOND_STAGE, **drill | training)
+def second_stage(
+    folder: Path, first_stage: Path, data: dict[str, Any] | None = None, **training: Any
+) -> list[str]:
+    """Arguments that train a second stage in `folder`, by its second.yaml, on cached latents."""
+    data = scenes() | {"latents": True} if data is None else data
+    return write_yaml(
+        folder / "second.yaml", SECOND_STAGE, data, **{"first_stage": str(first_stage)} | training
+    )
 
 
 def run_train(*arguments: str) -> int:

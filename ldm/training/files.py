@@ -1,7 +1,9 @@
-"""Files that training writes: whole or not at all, and an InputError where the system refuses them."""
+"""Files that training writes: whole or not at all, and one line where the system refuses them."""
 
 import errno
 import os
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,40 +16,66 @@ from ldm.errors import InputError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class DiskFull(OSError):
+    """There is no room for a file. What was there before is whole."""
+
+
 @contextmanager
 def writing(what: str | Path) -> Iterator[None]:
-    """Turns an OSError of the block into an InputError that begins with `what`."""
+    """Turns an OSError of the block into an InputError that begins with `what`; DiskFull for a full disk."""
     try:
         yield
+    except DiskFull:
+        raise
     except OSError as error:
-        raise InputError(f"{what} cannot be written: {error.strerror or error}") from error
+        line = f"{what} cannot be written: {error.strerror or error}"
+        raise (DiskFull if error.errno in FULL else InputError)(line) from error
 
 
 @contextmanager
 def writing_below(folder: Path) -> Iterator[None]:
-    """`writing` for a block that does more than write: other OSErrors are not the user's to mend.
-
-    A full disk counts as the folder's, because its error names no file.
-    """
+    """`writing` for a block that does more than write: OSErrors about other files are not the folder's."""
     try:
         with writing(folder):
             yield
     except InputError as error:
         cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno not in FULL:
+        if isinstance(cause, OSError):
             name = cause.filename
             if name is None or not Path(os.fsdecode(name)).absolute().is_relative_to(folder.absolute()):
                 raise cause from None
         raise
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file under another name first, so that a killed process leaves no torn `path`."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to. It takes its name when the block ends well, and is removed if not."""
+    # Processes on several machines, or in containers, may have the same number.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, metadata))
+            yield unfinished
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def move(path: Path, target: Path) -> Path:
+    """Give a file another name, on another file system, too. The target is whole or as it was before."""
+    with writing(target):
+        try:
+            return path.replace(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+    with whole(target) as unfinished:
+        shutil.copyfile(path, unfinished)
+    path.unlink()
+    return target
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    with whole(path) as unfinished:
+        unfinished.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, metadata))

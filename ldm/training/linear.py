@@ -133,10 +133,19 @@ def start_from_small_image(unet: UNetModel, small: torch.Tensor, latents: torch.
     _constants(last.skip_connection, norm.num_groups)
     for block, start in ((unet.input_blocks[1][0], 0), (last, before)):
         block.in_layers[0].weight[start : start + CARRIED + 2] = STD
-        _blind(block.in_layers[2], start)
-        _blind(block.skip_connection, start)
-    _blind(out)
+    keep_blind(unet)
     norm.weight[: CARRIED + 2] = STD
     out.weight[:, :3, 1, 1] = -fit[:-1].T
     out.weight[:, 3:CARRIED, 1, 1] = fit[:-1].T
     out.bias.copy_(-fit[-1])
+
+
+@torch.no_grad()
+def keep_blind(unet: UNetModel) -> None:
+    """Keep a UNet that started from the small image from reading the constants, also in training."""
+    first, last = unet.input_blocks[0][0], unet.output_blocks[-1][0]
+    before = last.skip_connection.in_channels - first.out_channels
+    for block, start in ((unet.input_blocks[1][0], 0), (last, before)):
+        _blind(block.in_layers[2], start)
+        _blind(block.skip_connection, start)
+    _blind(unet.out[2])

@@ -1,13 +1,11 @@
-"""What is trained: the loss of each stage, the random numbers of each step, and the averaged weights.
+"""What is trained: the weights of each stage, their loss, and what a run shows of them.
 
-Everything random about step n comes from a generator seeded with (seed, n), so a resumed run continues as if
-it had never stopped.
+Everything random about an example comes from generators of its own (ldm/training/random.py), so that a
+resumed run continues as if it had never stopped, and several processes equal one.
 """
 
-import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,90 +13,305 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.errors import InputError
-from ldm.images.pixels import make_grid, to_float, to_uint8
+from ldm.images.pixels import make_grid, to_uint8
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusion.ddpm import (
-    LatentDepth2ImageDiffusion,
-    LatentDiffusion,
-    LatentUpscaleDiffusion,
-)
-from ldm.modules.diffusionmodules.openaimodel import timestep_embedding
-from ldm.modules.ema import LitEma
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling import Denoiser, ImageNoise, ImageSeeds, default_trajectory, sample
-from ldm.scenes.captions import caption
-from ldm.scenes.scene import held_out_scenes
+from ldm.sampling.denoiser import Conditioning
+from ldm.sampling.schedule import zero_terminal_snr
 from ldm.training.config import TrainingConfig
-from ldm.training.dataset import random_crops, render_scenes
-from ldm.training.families import concat_channels, conditions, deep, example_of
-from ldm.training.latents import cached_latents
-from ldm.training.linear import start_from_small_image, start_linear
-from ldm.weights.checkpoint import load_weights, read_state_dict
+from ldm.training.data.config import DataConfig
+from ldm.training.data.example import Source
+from ldm.training.data.sources import open_sources
+from ldm.training.export import export_weights
+from ldm.training.families import concat_channels, conditions, has_channels
+from ldm.training.linear import keep_blind, start_from_small_image
+from ldm.training.objective import draw_timesteps, min_snr_weights
+from ldm.training.random import normal, uniform
+from ldm.weights.checkpoint import unused_weights
 
-DEPTH_SCALE = 10.0  # of a render's inverse depths, 0.3 to 0.55, in the depth estimator's output
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-def stratified(count: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
-    """A random number from each of `count` equal parts of low <= t < high, float32 [count].
-
-    Their mean has less variance than that of independent numbers.
-    """
-    numbers = low + (torch.arange(count) + torch.rand(count, generator=generator)) * (high - low) / count
-    # The sum in the last part can round up to `high`, which is no timestep any more.
-    below_high = torch.nextafter(torch.tensor(float(high)), torch.tensor(float(low)))
-    return numbers.clamp(max=below_high)
+Batch = Mapping[str, Any]
+FEW_LATENTS = (
+    32 * 32
+)  # below, a CPU computes the gradient of plain attention faster than that of fused attention
 
 
 class Task(pl.LightningModule):
-    """What both stages share: optimiser, learning-rate schedule, weight averages."""
+    """A model, its trained weights, and their loss.
 
-    def __init__(self, model: torch.nn.Module, config: TrainingConfig):
+    A batch is a mapping with `step` (int), `row` int64 [b] (the examples' positions in the step's global
+    batch), `caption` (list of b texts), and `image` float32 [b, 3, h, w] in [-1, 1] or the posterior of its
+    latents, `mean` and `std` [b, c, h/f, w/f]; where the model needs it, `mask` or `depth` [b, 1, h, w], or
+    `concat` [b, c', h/f, w/f]. `data` is a DataConfig.
+
+    Attributes: `figures` has the means of further quantities over the last batch, for the logs. `whole` says
+    whether checkpoints have the frozen weights, too; `is_new`, whether `start` is to be called.
+    `method_options` are kept in checkpoints; `output_option` names a run's folder on the command line.
+    """
+
+    whole = True
+    is_new = False
+    method_options: Mapping[str, Any] = {}
+    output_option = "--logdir"
+    section: Mapping[str, Any] = {}  # the `model:` section, where a YAML file has one
+    opened: tuple[Source, Source | None] | None = None  # what `sources` returns, if it was opened before
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, data: DataConfig | None = None):
         super().__init__()
-        self.model = model
-        self.config = config
-        self.ema = LitEma(model, config.ema_decay)
+        self.model, self.config, self.data = model, config, data
+        self.figures: dict[str, Tensor] = {}
+        model.eval().requires_grad_(False)
+        for weight in self.trained().values():
+            weight.data = weight.data.clone()  # it may be mapped from a file
+            weight.requires_grad_(True)
 
-    def train_dataloader(self) -> range:
-        return range(self.config.steps)  # a batch is drawn by its step's generator
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimiser is given, by its name in a checkpoint."""
+        return dict(self.model.named_parameters())
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            weights, lr=self.config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+    def names(self) -> dict[str, str]:
+        """The checkpoint's name of each weight that it has, by the weight's name in this module."""
+        by_identity = {id(weight): name for name, weight in self.trained().items()}
+        return {
+            name: by_identity.get(id(weight), name.removeprefix("model."))
+            for name, weight in self.state_dict(keep_vars=True).items()
+            if id(weight) in by_identity or (self.whole and name.startswith("model."))
+        }
+
+    def identity(self) -> dict[str, str]:
+        """What else has to agree in a run that is resumed."""
+        return {"task": type(self).__name__, "model": type(self.model).__name__}
+
+    def sources(self, cache: Path) -> tuple[Source, Source | None]:
+        """The examples to train on and those for validation; a folder keeps what is known about them."""
+        return self.opened or open_sources(self.data, cache=cache)
+
+    def start(self, batch: Batch) -> None:
+        """What a new model takes from some of the data, before the first step."""
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The weighted loss of each example, [b]."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Batch, _: int = 0) -> Tensor:
+        return self.losses(batch).mean()
+
+    @torch.no_grad()
+    def validation_losses(self, batch: Batch) -> Tensor:
+        """The loss of each example of a validation batch, [b], with nothing random about it."""
+        return self.losses(batch)
+
+    def sample_grid(self, batch: Batch) -> np.ndarray:
+        """Images uint8 [h, w, 3] that show what the weights have learned, for a validation batch."""
+        raise NotImplementedError
+
+    def export(self, folder: Path) -> list[Path]:
+        """Write the files that a finished run leaves, while the model has its averaged weights."""
+        return [export_weights(self.exported_state(), folder / "model.safetensors")]
+
+    def exported_state(self) -> dict[str, Tensor]:
+        """The weights by their names in a checkpoint. The loop sets `gathered` where they are sharded."""
+        gathered = self.__dict__.get("gathered")
+        return self.model.state_dict() if gathered is None else gathered
+
+    def normal(self, batch: Batch, shape: tuple[int, ...], purpose: str) -> Tensor:
+        """Standard normal numbers of each example, [b, *shape], on the device."""
+        numbers = normal(self.config.seed, batch["step"], batch["row"].tolist(), shape, purpose)
+        return numbers.to(self.device)
+
+    def uniform(self, batch: Batch, purpose: str) -> Tensor:
+        """A number in 0 <= u < 1 of each example, float64 [b], on the CPU."""
+        return uniform(self.config.seed, batch["step"], batch["row"].tolist(), purpose)
+
+
+class LatentDiffusionTask(Task):
+    """Trains the UNet and, if `cond_stage_trainable`, the text encoder. Its parts can be overridden."""
+
+    model: LatentDiffusion
+
+    def __init__(self, model: LatentDiffusion, config: TrainingConfig, data: DataConfig | None = None):
+        last = max(*config.validation_timesteps, config.drill_timesteps[1] - 1 if config.drills else 0)
+        if last >= model.num_timesteps:
+            raise InputError(f"training: timestep {last} is not below {model.num_timesteps}")
+        if config.zero_terminal_snr:
+            rescale_schedule(model)
+        if data is not None:
+            data.check_factor(model.first_stage_model.factor)
+        super().__init__(model, config, data)
+        self.unet.use_checkpoint = config.checkpointing
+        if config.linear_start:
+            keep_blind(self.unet)
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.model.model.diffusion_model
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        parts = ["model.", *(["cond_stage_model."] if self.model.cond_stage_trainable else [])]
+        spare = unused_weights(self.model)  # their gradient would be missing
+        return {
+            name: weight
+            for name, weight in self.model.named_parameters()
+            if name.startswith(tuple(parts)) and name not in spare
+        }
+
+    def identity(self) -> dict[str, str]:
+        zero = {"zero_terminal_snr": "true"} if self.config.zero_terminal_snr else {}
+        return super().identity() | {"parameterization": self.model.parameterization} | zero
+
+    @torch.no_grad()
+    def start(self, batch: Batch) -> None:
+        """The scale of the latents becomes that of unit variance; an upscaler may start as a linear map."""
+        mean, std = self.posterior(batch)
+        if isinstance(self.model.scale_factor, Tensor):
+            self.model.scale_factor.fill_(1.0 / (mean.var() + std.square().mean()).sqrt())
+        if self.config.linear_start:
+            small = self.concat(batch)
+            start_from_small_image(self.unet, small[:64].float(), self.model.scale_factor * mean[:64])
+
+    @torch.no_grad()
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, float32 [b, c, h/f, w/f], unscaled."""
+        if "mean" in batch:
+            return batch["mean"].float(), batch["std"].float()
+        posterior = self.model.encode_first_stage(batch["image"])
+        return posterior.mean.float(), posterior.std.float()
+
+    def latents(self, batch: Batch) -> Tensor:
+        """A sample of each example's scaled latents, float32 [b, c, h/f, w/f]."""
+        mean, std = self.posterior(batch)
+        return self.model.scale_factor * (mean + std * self.normal(batch, mean.shape[1:], "posterior"))
+
+    def noise(self, batch: Batch, shape: tuple[int, ...]) -> Tensor:
+        """The noise to be predicted, [b, *shape]."""
+        noise = self.normal(batch, shape, "noise")
+        if self.config.noise_offset:
+            noise = noise + self.config.noise_offset * self.normal(batch, (shape[0], 1, 1), "offset")
+        return noise
+
+    def captions(self, batch: Batch) -> list[str]:
+        """The examples' captions, some of them replaced by the empty one."""
+        dropped = (self.uniform(batch, "caption") < self.config.prompt_dropout).tolist()
+        return ["" if drop else text for drop, text in zip(dropped, batch["caption"], strict=True)]
+
+    def embed(self, captions: list[str]) -> Tensor:
+        """Text embeddings [b, n, d], with gradients where the text encoder is trained."""
+        trained = any(weight.requires_grad for weight in self.model.cond_stage_model.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return self.model.get_learned_conditioning(captions)
+
+    @torch.no_grad()
+    def concat(self, batch: Batch) -> Tensor | None:
+        """The UNet's further input channels [b, c, h/f, w/f], without noise; None if it has none."""
+        if "concat" in batch:
+            return batch["concat"].float()
+        if not has_channels(self.model):
+            return None
+        size = self.latent_shape(batch)[1:]
+        return concat_channels(
+            self.model, batch["image"], batch, size, lambda *shape: self.normal(batch, shape, "concat")
         )
-        warmup, steps = self.config.warmup, self.config.steps
 
-        def factor(step: int) -> float:
-            rising = (step + 1) / warmup if warmup else 1.0
-            return min(rising, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    def latent_shape(self, batch: Batch) -> tuple[int, int, int]:
+        if "mean" in batch:
+            return tuple(batch["mean"].shape[1:])
+        factor = self.model.first_stage_model.factor
+        return (self.model.channels, *(side // factor for side in batch["image"].shape[2:]))
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def conditioning(self, batch: Batch, context: Tensor) -> Conditioning:
+        """What `apply_model` takes, from a batch and its text embeddings [b, n, d]."""
+        return conditions(
+            self.model,
+            context,
+            self.concat(batch),
+            lambda: self.uniform(batch, "level"),
+            lambda *shape: self.normal(batch, shape, "small"),
+        )
 
-    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.global_step:  # the first call comes before any update
-            self.ema(self.model)
+    def losses(self, batch: Batch) -> Tensor:
+        x0 = self.latents(batch)
+        t = draw_timesteps(self.config, batch["step"], batch["row"].cpu(), self.model.num_timesteps)
+        with self.attention(x0):
+            cond = self.conditioning(batch, self.embed(self.captions(batch)))
+            return self.denoising_losses(x0, cond, t.to(self.device), self.noise(batch, x0.shape[1:]))
 
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """The model has its averaged weights inside the block, and the trained ones again after it."""
-        self.ema.store(self.model)
-        self.ema.copy_to(self.model)
-        try:
-            yield
-        finally:
-            self.ema.restore(self.model)
+    def denoising_losses(self, x0: Tensor, cond: Conditioning, t: Tensor, noise: Tensor) -> Tensor:
+        """The weighted loss, [b], of latents x0 [b, c, h, w] that are noised to timesteps t [b]."""
+        losses = self.model.p_losses(x0, cond, t, noise)
+        if gamma := self.config.min_snr_gamma:
+            losses = losses * min_snr_weights(
+                self.model.alphas_cumprod, t, self.model.parameterization, gamma
+            )
+        return losses
 
-    def averaged_state(self) -> dict[str, torch.Tensor]:
-        """A copy of the model's state dict with averaged weights."""
-        with self.averaged_weights():
-            return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+    @torch.no_grad()
+    def validation_losses(self, batch: Batch) -> Tensor:
+        """The mean over fixed timesteps, with captions, without weights."""
+        x0 = self.model.scale_factor * self.posterior(batch)[0]
+        noise = self.normal(batch, x0.shape[1:], "noise")
+        with self.attention(x0):
+            cond = self.conditioning(batch, self.embed(batch["caption"]))
+            times = (torch.full((len(x0),), t, device=x0.device) for t in self.config.validation_timesteps)
+            return torch.stack([self.model.p_losses(x0, cond, t, noise) for t in times]).mean(dim=0)
+
+    def attention(self, x: Tensor) -> Any:
+        """The way to compute attention over latents x [b, c, h, w]."""
+        few = x.device.type == "cpu" and x[0, 0].numel() < FEW_LATENTS
+        few &= not self.config.checkpointing  # what is computed again for the gradients is so outside of this
+        return sdpa_kernel(SDPBackend.MATH) if few else nullcontext()
+
+    @torch.no_grad()
+    def sample_grid(self, batch: Batch) -> np.ndarray:
+        """Samples of the prompts, 8 in a row; masks and the like are those of the batch's examples."""
+        prompts = list(self.config.sample_prompts or batch["caption"])
+        further = self.concat(batch)
+        if further is not None:
+            batch = first(batch, len(prompts))
+            prompts = prompts[: len(batch["row"])]
+        shape = self.latent_shape(batch)
+        noise = ImageNoise(
+            [ImageSeeds(self.config.seed + k) for k in range(len(prompts))], shape, self.device
+        )
+        cond, uncond = (
+            self.conditioning(batch, self.embed(texts)) for texts in (prompts, [""] * len(prompts))
+        )
+        denoiser = Denoiser(self.model, cond, uncond, scale=self.config.sample_scale)
+        steps = default_trajectory(denoiser, "dpmpp_2m", self.config.sample_steps)
+        images = self.model.decode_first_stage(sample(denoiser, "dpmpp_2m", steps, noise))
+        return make_grid(list(to_uint8(images.float())), 8)
+
+    def export(self, folder: Path) -> list[Path]:
+        """The whole model, in half precision."""
+        model = self.model
+        path = folder / "model.safetensors"
+        zero = self.config.zero_terminal_snr
+        return [export_weights(self.exported_state(), path, True, model.parameterization, zero)]
+
+
+def first(batch: Batch, count: int) -> dict[str, Any]:
+    """The first `count` examples of a batch."""
+    return {
+        name: value[:count] if isinstance(value, Tensor | list) else value for name, value in batch.items()
+    }
+
+
+@torch.no_grad()
+def rescale_schedule(model: LatentDiffusion) -> None:
+    """Shift and scale a v-model's noise schedule so that its end is nothing but noise.
+
+    Lin et al. 2023, https://arxiv.org/abs/2305.08891, algorithm 1. InputError for an eps-model, whose output
+    says nothing about the image there.
+    """
+    if model.parameterization != "v":
+        raise InputError("training: zero_terminal_snr needs a model with parameterization: v")
+    alphas = torch.from_numpy(zero_terminal_snr(model.alphas_cumprod.cpu().numpy())).to(model.device)
+    model.alphas_cumprod.copy_(alphas)
+    model.sqrt_alphas_cumprod.copy_(alphas.sqrt())
+    model.sqrt_one_minus_alphas_cumprod.copy_((1 - alphas).sqrt())
 
 
 class FirstStageTask(Task):
@@ -106,226 +319,57 @@ class FirstStageTask(Task):
 
     model: AutoencoderKL
 
-    def __init__(self, model: AutoencoderKL, config: TrainingConfig):
-        check_image_size(config, model)
-        if config.linear_start:
-            start_linear(model)
-        if config.init:
-            load_weights(model, _read(config, "init"), path=config.init, dtype=torch.float32)
-        if config.decoder_only:
-            model.encoder.requires_grad_(False)
-            model.quant_conv.requires_grad_(False)
-        super().__init__(model, config)
-        self.images, _, _ = render_scenes(config)
+    def __init__(self, model: AutoencoderKL, config: TrainingConfig, data: DataConfig | None = None):
+        if data is not None:
+            data.check_factor(model.factor)
+        super().__init__(model, config, data)
 
-    def training_step(self, batch: int, _: int) -> torch.Tensor:
-        generator = step_generator(self.config.seed, self.global_step)
-        index = torch.randint(len(self.images), (self.config.batch_size,), generator=generator)
-        images = random_crops(self.images[index], self.config.crop, generator)
-        x = to_float(images).to(self.device, memory_format=torch.channels_last)
-        size = x.shape[-1] // self.model.factor
-        noise = torch.randn(len(x), self.model.post_quant_conv.in_channels, size, size, generator=generator)
+    def trained(self) -> dict[str, nn.Parameter]:
+        frozen = ("encoder.", "quant_conv.") if self.config.decoder_only else ()
+        return {
+            name: weight
+            for name, weight in self.model.named_parameters()
+            if not (frozen and name.startswith(frozen))
+        }
+
+    def losses(self, batch: Batch) -> Tensor:
+        x = batch["image"].contiguous(memory_format=torch.channels_last)
         posterior = self.model.encode(x)
+        noise = self.normal(batch, posterior.mean.shape[1:], "posterior")
         reconstruction = self.model.decode(posterior.sample(noise) + self.config.latent_noise * noise)
         error = reconstruction.float() - x
-        loss = self.config.kl_weight * posterior.kl().mean() / x[0].numel()
+        losses = self.config.kl_weight * posterior.kl() / x[0].numel()
         for scale in (1, 2, 4, 8):  # coarse differences keep flat colours from settling on the median image
             coarse = F.avg_pool2d(error, scale)
-            loss = loss + coarse.abs().mean() + coarse.square().mean()
-        self.log("psnr", -10 * torch.log10(error.square().mean() / 4), prog_bar=True)
-        self.log("loss", loss)
-        return loss
+            losses = losses + (coarse.abs() + coarse.square()).mean(dim=(1, 2, 3))
+        self.figures["psnr"] = (-10 * torch.log10(error.square().mean(dim=(1, 2, 3)) / 4)).mean().detach()
+        return losses
 
     @torch.no_grad()
-    def sample_grid(self) -> np.ndarray:
-        """Originals above their reconstructions, from the weights as they are."""
-        x = to_float(self.images[:16]).to(self.device)
+    def sample_grid(self, batch: Batch) -> np.ndarray:
+        """Images above their reconstructions."""
+        x = batch["image"]
         y = self.model.decode(self.model.encode(x).mode())
-        return make_grid([*to_uint8(x), *to_uint8(y)], len(x))
-
-
-class LatentDiffusionTask(Task):
-    """Trains the UNet and, if `cond_stage_trainable`, the text encoder on latents encoded once."""
-
-    model: LatentDiffusion
-
-    def __init__(self, model: LatentDiffusion, config: TrainingConfig, cache: Path):
-        check_image_size(config, model.first_stage_model)
-        last = config.drill_timesteps[1]
-        if config.drill and last > model.num_timesteps:
-            raise InputError(f"training: drill_timesteps must end by {model.num_timesteps}, not {last}")
-        load_start(model, config)
-        data = cached_latents(model, config, cache)
-        mean, std, concat = data["mean"], data["std"], data.get("concat")
-        if isinstance(model.scale_factor, torch.Tensor) and not config.init:  # latents of unit variance
-            variance = mean.float().var() + std.float().square().mean()
-            model.scale_factor.fill_(1.0 / variance.sqrt())
-        if config.linear_start:
-            if not isinstance(model, LatentUpscaleDiffusion):
-                raise InputError(f"training: linear_start: a {type(model).__name__} is given no small image")
-            latents = model.scale_factor * mean[:64].float()
-            start_from_small_image(model.model.diffusion_model, concat[:64].float(), latents)
-        super().__init__(model, config)
-        self.mean, self.std, self.concat, self.tokens = mean, std, concat, data["tokens"]
-        tokenizer = model.cond_stage_model.tokenizer
-        self.empty = tokenizer([""])
-        drilled = torch.tensor([tokenizer.encode(word)[0] for word in config.drill], dtype=torch.int32)
-        self.drill = torch.isin(self.tokens, drilled).any(dim=1).nonzero()[:, 0]
-        if config.drill and not len(self.drill):
-            raise InputError(f"drill: no caption has one of the words {', '.join(config.drill)}")
-
-    def training_step(self, batch: int, _: int) -> torch.Tensor:
-        generator = step_generator(self.config.seed, self.global_step)
-        count = self.config.batch_size
-        index = torch.randint(len(self.mean), (count,), generator=generator)
-        drilled = round(self.config.drill_share * count) if self.config.drills else 0
-        if self.config.drill:
-            index[:drilled] = self.drill[index[:drilled] % len(self.drill)]
-        mean, std = self.mean[index].float(), self.std[index].float()
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
-        concat = None if self.concat is None else self.concat[index].float()
-        if self.config.crop:
-            latents, concat = self.cropped(latents, concat, generator)
-        x0 = latents.to(self.device) * self.model.scale_factor
-        noise = torch.randn(x0.shape, generator=generator).to(self.device)
-        t = torch.cat(
-            [
-                stratified(drilled, *self.config.drill_timesteps, generator),
-                stratified(count - drilled, 0, self.model.num_timesteps, generator),
-            ]
-        )
-        dropped = torch.rand(count, 1, generator=generator) < self.config.prompt_dropout
-        tokens = torch.where(dropped, self.empty, self.tokens[index].long()).to(self.device)
-        # On a CPU the gradient of fused attention over so few tokens would take half of the step.
-        with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
-            context = self.model.cond_stage_model.forward_tokens(tokens)
-            concat = None if concat is None else concat.to(self.device)
-            cond = conditions(self.model, context, concat, generator)
-            loss = self.model.p_losses(x0, cond, t.long().to(self.device), noise).mean()
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def cropped(
-        self, latents: torch.Tensor, concat: torch.Tensor | None, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same random part of latents and further channels, both [b, …, h, w]."""
-        both = latents if concat is None else torch.cat([latents, concat], dim=1)
-        side = self.config.crop // self.model.first_stage_model.factor
-        both = random_crops(both.permute(0, 2, 3, 1), side, generator).permute(0, 3, 1, 2)
-        latents, rest = both.split([latents.shape[1], both.shape[1] - latents.shape[1]], dim=1)
-        return latents, None if concat is None else rest
-
-    @torch.no_grad()
-    def sample_grid(self) -> np.ndarray:
-        """Samples of held-out scenes, from averaged weights."""
-        rng = np.random.default_rng(self.config.seed)
-        pairs = 24 if self.config.image_size <= 64 else 4
-        scenes = held_out_scenes(rng, 8, pairs=False) + held_out_scenes(rng, pairs, pairs=True)
-        prompts = [caption(scene) for scene in scenes]
-        side = self.config.image_size // self.model.first_stage_model.factor
-        shape = (self.model.channels, side, side)
-        noise = ImageNoise([ImageSeeds(k) for k in range(len(prompts))], shape, self.device)
-        concat = None
-        if self.concat is not None:
-            examples = [example_of(self.model)(scene, rng, self.config.image_size) for scene in scenes]
-            x = to_float([image for image, _, _ in examples]).to(self.device)
-            given = [one for _, _, one in examples if one is not None]
-            maps = torch.from_numpy(np.stack(given))[:, None].to(self.device) if given else None
-            generator = step_generator(self.config.seed, 0)
-            concat = concat_channels(self.model, x, maps, (side, side), generator)
-        with self.averaged_weights():
-            cond, uncond = (
-                conditions(
-                    self.model,
-                    self.model.get_learned_conditioning(p),
-                    concat,
-                    step_generator(self.config.seed, 0),  # equal noise in both
-                )
-                for p in (prompts, [""] * len(prompts))
-            )
-            denoiser = Denoiser(self.model, cond, uncond, scale=4.0 if concat is None else 2.0)
-            latents = sample(denoiser, "dpmpp_2m", default_trajectory(denoiser, "dpmpp_2m", 20), noise)
-            images = self.model.decode_first_stage(latents)
-        return make_grid(list(to_uint8(images)), 8)
+        return make_grid([*to_uint8(x), *to_uint8(y.float())], len(x))
 
 
 class DepthTask(Task):
-    """Trains a depth estimator on renders: the absolute difference to their inverse depths."""
+    """Trains a depth estimator: the absolute difference to inverse depths, times `depth_scale`."""
 
-    def __init__(self, model: torch.nn.Module, config: TrainingConfig):
-        super().__init__(model, config)
-        self.images, _, self.maps = render_scenes(config, deep)
+    def truth(self, batch: Batch) -> Tensor:
+        if "depth" not in batch:
+            raise InputError("data: its examples have no depth maps, which a depth estimator is trained on")
+        return self.config.depth_scale * batch["depth"]
 
-    def training_step(self, batch: int, _: int) -> torch.Tensor:
-        generator = step_generator(self.config.seed, self.global_step)
-        index = torch.randint(len(self.images), (self.config.batch_size,), generator=generator)
-        depth = self.model(to_float(self.images[index]).to(self.device))
-        loss = (depth.float() - DEPTH_SCALE * self.maps[index].to(self.device)).abs().mean()
-        self.log("loss", loss, prog_bar=True)
-        return loss
+    def losses(self, batch: Batch) -> Tensor:
+        truth = self.truth(batch)
+        depth = self.model(batch["image"]).float()
+        return (depth - truth).abs().mean(dim=(1, 2, 3))
 
     @torch.no_grad()
-    def sample_grid(self) -> np.ndarray:
-        """Images above their estimated and their true depths, from the weights as they are."""
-        x = to_float(self.images[:16]).to(self.device)
-        truth = DEPTH_SCALE * self.maps[:16].to(self.device)
+    def sample_grid(self, batch: Batch) -> np.ndarray:
+        """Images above their estimated and their true depths."""
+        x, truth = batch["image"], self.truth(batch)
         maps = (2 * depth.float() / depth.amax() - 1 for depth in (self.model(x), truth))
         rows = [x, *(depth.expand(-1, 3, -1, -1) for depth in maps)]
         return make_grid([image for row in rows for image in to_uint8(row)], len(x))
-
-
-def load_start(model: LatentDiffusion, config: TrainingConfig) -> None:
-    """Load what the second stage starts from: a whole model (`init`), or the trained parts that are given.
-
-    The UNet may have more input channels than that of `init`: their weights are zero, so that they change
-    nothing at first. A depth estimator comes from its own file or stays as built. The embeddings of an
-    upscaler's noise levels are those of timesteps at first, so that neighbouring levels begin alike.
-    """
-    if config.init:
-        state = _grown(_read(config, "init"), model)
-        depth = {name: t for name, t in model.state_dict().items() if name.startswith("depth_model.")}
-        load_weights(model, depth | state, path=config.init, dtype=torch.float32)
-    elif config.first_stage:
-        state = _read(config, "first_stage")
-        load_weights(model.first_stage_model, state, path=config.first_stage, dtype=torch.float32)
-        if isinstance(model, LatentUpscaleDiffusion):
-            embedding = model.model.diffusion_model.label_emb.weight
-            embedding.data.copy_(timestep_embedding(torch.arange(len(embedding)), embedding.shape[1]))
-    else:
-        raise InputError("training: a second stage needs the weights of its first_stage, or those of init")
-    if config.text_encoder:
-        prefix = "cond_stage_model."
-        state = _read(config, "text_encoder")
-        state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-        load_weights(model.cond_stage_model, state, path=config.text_encoder, dtype=torch.float32)
-    if config.depth_model:
-        if not isinstance(model, LatentDepth2ImageDiffusion):
-            raise InputError(f"training: depth_model: a {type(model).__name__} has no depth estimator")
-        state = _read(config, "depth_model")
-        load_weights(model.depth_model, state, path=config.depth_model, dtype=torch.float32)
-
-
-def _read(config: TrainingConfig, name: str) -> dict[str, torch.Tensor]:
-    path = getattr(config, name)
-    if not os.path.exists(path):
-        raise InputError(f"training: {name}: there is no file {path}")
-    # The tensors are copied, for training must not write into the mapped file.
-    return {name: tensor.clone() for name, tensor in read_state_dict(path).items()}
-
-
-def _grown(state: dict[str, torch.Tensor], model: LatentDiffusion) -> dict[str, torch.Tensor]:
-    """The weights of a model whose first convolution takes fewer channels, with zeros for the others."""
-    name = "model.diffusion_model.input_blocks.0.0.weight"
-    wanted, given = model.state_dict()[name], state.get(name)
-    if given is None or given.shape[1] >= wanted.shape[1]:
-        return state
-    return state | {name: F.pad(given, (0, 0, 0, 0, 0, wanted.shape[1] - given.shape[1]))}
-
-
-def check_image_size(config: TrainingConfig, first_stage: AutoencoderKL) -> None:
-    for name in ("image_size", "crop"):
-        size = getattr(config, name)
-        if size % first_stage.factor:
-            raise InputError(f"training: {name} must be a multiple of {first_stage.factor}, not {size}")
-    if config.crop > config.image_size:
-        raise InputError(f"training: crop must be at most image_size, {config.image_size}, not {config.crop}")

@@ -65,6 +65,8 @@ def pick_weights(
     if lacking:
         count = f"{len(lacking)} of {len(twins)} EMA weights"
         raise InputError(f"{path} lacks {count}, first that of {lacking[0]}: use --weights raw")
+    # the text encoder, where it was trained, too
+    twins |= {name: twin for name in picked if (twin := _ema_name(name)) in averaged}
     return picked | {name: state[twin] for name, twin in twins.items()}
 
 

@@ -1,5 +1,6 @@
 """Files are written whole or not at all."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ldm.errors import InputError
-from ldm.training.files import write_tensors, writing, writing_below
+from ldm.training.files import DiskFull, move, whole, write_tensors, writing, writing_below
 
 
 def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
@@ -46,10 +47,7 @@ def test_refused_by_the_system(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file/a.safetensors cannot be written: "):
         write_tensors({}, tmp_path / "file/a.safetensors")
-    with (
-        pytest.raises(InputError, match="--logdir x cannot be written: No space left"),
-        writing("--logdir x"),
-    ):
+    with pytest.raises(DiskFull, match="--logdir x cannot be written: No space left"), writing("--logdir x"):
         raise OSError(28, "No space left on device")
 
 
@@ -57,9 +55,36 @@ def test_only_errors_of_the_folder_are_the_users(tmp_path):
     """Any OSError during training was reported as a folder that cannot be written."""
     with pytest.raises(InputError, match="cannot be written: No such file"), writing_below(tmp_path):
         (tmp_path / "no" / "folder").touch()
-    with pytest.raises(InputError, match="No space left"), writing_below(tmp_path):
+    with pytest.raises(DiskFull, match="No space left"), writing_below(tmp_path):
         raise OSError(28, "No space left on device")
     with pytest.raises(ConnectionError), writing_below(tmp_path):
         raise ConnectionResetError(104, "Connection reset by peer")
     with pytest.raises(FileNotFoundError), writing_below(tmp_path):
         open("/nowhere/else")  # noqa: SIM115
+
+
+def test_a_file_moves_to_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--output on another disk failed when the whole training was done."""
+    made, target = tmp_path / "model.safetensors", tmp_path / "disk" / "out.safetensors"
+    made.write_text("weights")
+    target.parent.mkdir()
+    replace = Path.replace
+
+    def across(self: Path, other: Path) -> Path:
+        if self.parent != Path(other).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace(self, other)
+
+    monkeypatch.setattr(Path, "replace", across)
+    assert move(made, target) == target
+    assert target.read_text() == "weights"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["out.safetensors"]
+
+
+def test_processes_of_the_same_number_do_not_share_a_file(tmp_path: Path) -> None:
+    """Two machines, whose processes had the same number, wrote into one unfinished file."""
+    with whole(tmp_path / "a") as first, whole(tmp_path / "a") as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "a").read_text() == "first"

@@ -1,133 +1,287 @@
-"""Runs of scripts/train.py: the files that they write, and that a resumed run equals an undisturbed one."""
+"""Runs: what they leave, and that neither a stop nor the number of devices changes the curve."""
 
 import csv
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import SCRIPTS, script
+from diffusers_pipelines import tiny_config, tiny_pipeline
 from safetensors.torch import load_file
-from tiny_training import DEPTH, ESTIMATOR, INPAINTING, run_train, second_stage, write_yaml
+from tiny_training import DEPTH, ESTIMATOR, INPAINTING, TRAINING, run_train, scenes, second_stage, write_yaml
 
-from ldm.training.loop import MetricsFile
-from ldm.training.tasks import step_generator
+from ldm.cli import entry
+from ldm.modules.encoders import modules as encoders
+from ldm.training.averages import Averages
+from ldm.training.objective import learning_rate
+from ldm.training.sections import read_sections
 from ldm.weights.loading import load_model, read_config
 
+DATA = scenes(16) | {"latents": True}
+HERE = Path(__file__).parent
+CLIPTokenizer = functools.cache(encoders.CLIPTokenizer)  # it takes longer to make than to train
 
-def steps(path: Path) -> list[int]:
-    """The steps of a metrics.csv."""
-    with path.open(newline="") as file:
-        return [int(row["step"]) for row in csv.DictReader(file)]
+
+def column(folder: Path, name: str = "loss") -> list[float]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of the last checkpoint, raw and averaged."""
+    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same(a: Path, b: Path, atol: float = 1e-5) -> None:
+    """Two runs have the same curve and the same weights, raw and averaged."""
+    assert column(a) == pytest.approx(column(b), abs=atol)
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert any(name.startswith("model_ema.") for name in first)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=atol, msg=name)
+
+
+def start(*arguments: str, program: Path = SCRIPTS / "train.py") -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(program), *arguments],
+        env={**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out[-3000:]
+
+
+@pytest.fixture(autouse=True)
+def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "CLIPTokenizer", CLIPTokenizer)
+
+
+@pytest.fixture(scope="module")
+def whole(first_stage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_train(*second_stage(folder, first_stage, DATA)) == 0
+    return folder / "second"
 
 
 def test_first_stage_saves_images_and_metrics(first_stage: Path) -> None:
     images = sorted(path.name for path in first_stage.parent.glob("*.png"))
-    assert images == ["step-000003.png", "step-000006.png"]
-    header, row = (first_stage.parent / "metrics.csv").read_text().splitlines()
-    assert header == "epoch,loss,psnr,step"
-    assert row.endswith(",5")
+    assert images == ["step-000003-raw.png", "step-000003.png", "step-000006-raw.png", "step-000006.png"]
+    assert len(column(first_stage.parent, "psnr")) == 6
     assert all(tensor.isfinite().all() for tensor in load_file(first_stage).values())
 
 
-def test_second_stage_loads_like_any_checkpoint(first_stage: Path, tmp_path: Path) -> None:
-    assert run_train(*second_stage(tmp_path, first_stage)) == 0
-    weights = tmp_path / "second" / "model.safetensors"
-    state = load_file(weights)
+def test_the_curve_has_the_learning_rate_of_each_step(whole: Path) -> None:
+    config = read_sections([whole.parent / "second.yaml"], []).training
+    assert column(whole, "learning_rate") == pytest.approx([learning_rate(config, k) for k in range(6)])
+
+
+def test_what_a_run_leaves_loads_like_any_checkpoint(whole: Path) -> None:
+    """model.safetensors has the averaged weights, last.ckpt both."""
+    model, config = whole / "model.safetensors", read_config(whole.parent / "second.yaml")
+    state, last = load_file(model), weights(whole)
     assert state["model.diffusion_model.out.2.weight"].dtype == torch.float16
-    assert state["model.diffusion_model.out.2.weight"].abs().max() > 0, (
-        "the zero-initialised layer was trained"
-    )
     assert state["scale_factor"].dtype == torch.float32
-    model = load_model(read_config(tmp_path / "second.yaml"), weights)
-    assert model.get_learned_conditioning(["a red cube"]).shape == (1, 77, 8)
+    name, twin = "model.diffusion_model.out.2.weight", "model_ema.diffusion_modelout2weight"
+    assert last[name].abs().max() > 0, "the zero-initialised layer was trained"
+    assert not torch.equal(last[name], last[twin])
+    for path, which, expected in (
+        (model, None, last[twin].half().float()),
+        (whole / "last.ckpt", "raw", last[name]),
+        (whole / "last.ckpt", "ema", last[twin]),
+    ):
+        loaded = load_model(config, path, which)
+        assert torch.equal(loaded.model.diffusion_model.out[2].weight, expected)
+        assert loaded.get_learned_conditioning(["a red cube"]).shape == (1, 77, 8)
 
 
-def test_resumed_run_equals_undisturbed_run(first_stage: Path, tmp_path: Path) -> None:
-    """Training that is stopped and started again ends with the weights of a run that never stopped."""
-    for name, stops in (("whole", [6]), ("parts", [3, 6])):
-        arguments = second_stage(tmp_path / name, first_stage)
-        for stop in stops:
-            assert run_train(*arguments, "--stop_at", str(stop)) == 0
-    whole, parts = (tmp_path / name / "second" / "model.safetensors" for name in ("whole", "parts"))
-    assert whole.read_bytes() == parts.read_bytes()
-    assert steps(parts.parent / "metrics.csv") == [2, 5], "the resumed run kept the first part's rows"
+def test_averages_are_updated_once_a_step(
+    first_stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the accumulation. Those in the checkpoint follow the original's schedule."""
+    seen: list[torch.Tensor] = []
+    update = Averages.update
+
+    def observed(self: Averages) -> None:
+        if not seen:
+            seen.append(self.averages[-1].clone())  # the weight before the first step
+        seen.append(self.weights[-1].detach().clone())
+        update(self)
+
+    monkeypatch.setattr(Averages, "update", observed)
+    arguments = second_stage(tmp_path, first_stage, DATA, ema_decay=0.3, device_batch=1)
+    assert run_train(*arguments) == 0
+    expected, *values = seen
+    assert len(values) == 6
+    for n, value in enumerate(values, start=1):
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    final = [t for name, t in weights(tmp_path / "second").items() if name.startswith("model_ema.")][-1]
+    torch.testing.assert_close(final, expected)
+
+
+def test_a_stopped_run_goes_on_in_the_same_curve(whole: Path, first_stage: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch, and with other checkpoints than at the stop."""
+    arguments = second_stage(tmp_path, first_stage, DATA)
+    for stop in (2, 3, 6):
+        assert run_train(*arguments, "--stop_at", str(stop)) == 0
+    assert_same(tmp_path / "second", whole, atol=0)
+    assert (tmp_path / "second/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert column(tmp_path / "second", "step") == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.slow
+def test_a_killed_run_goes_on_in_the_same_curve(whole: Path, first_stage: Path, tmp_path: Path) -> None:
+    arguments = second_stage(tmp_path, first_stage, DATA)
+    slow = ["training.checkpoint_every=2", "training.steps=100000"]  # it will not end by itself
+    process = start(*arguments, *slow, "training.schedule=constant")
+    last = tmp_path / "second" / "last.ckpt"
+    end = time.monotonic() + 240
+    while not last.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    stopped = torch.load(last, weights_only=True)["global_step"]
+    assert stopped >= 2
+    steps = stopped + 3
+    constant = {"schedule": "constant", "checkpoint_every": 0, "steps": steps}
+    assert run_train(*second_stage(tmp_path, first_stage, DATA, **constant)) == 0
+    assert run_train(*second_stage(tmp_path / "whole", first_stage, DATA, **constant)) == 0
+    assert_same(tmp_path / "second", tmp_path / "whole" / "second", atol=0)
+    assert column(tmp_path / "second", "step") == list(range(1, steps + 1))
+
+
+def test_accumulation_equals_one_batch(whole: Path, first_stage: Path, tmp_path: Path) -> None:
+    assert run_train(*second_stage(tmp_path, first_stage, DATA, device_batch=1)) == 0
+    assert_same(tmp_path / "second", whole)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(whole: Path, first_stage: Path, tmp_path: Path) -> None:
+    """Two gloo processes that take half of each batch; a run may go on with another number of them."""
+    arguments = second_stage(tmp_path, first_stage, DATA)
+    finish(start(*arguments, "training.devices=2", "--stop_at", "4"))
+    assert_same_so_far(tmp_path / "second", whole, 4)
+    assert run_train(*arguments) == 0
+    assert_same(tmp_path / "second", whole)
+
+
+def assert_same_so_far(folder: Path, whole: Path, count: int) -> None:
+    assert column(folder) == pytest.approx(column(whole)[:count], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_sharded_weights_equal_whole_ones(whole: Path, first_stage: Path, tmp_path: Path) -> None:
+    """FSDP, stopped and resumed, ends with the weights of one process; its files are the same."""
+    base = second_stage(tmp_path, first_stage, DATA)[1]
+    for stop in ("3", "6"):
+        finish(start(base, str(tmp_path / "second"), stop, program=HERE / "sharded_run.py"))
+    assert_same(tmp_path / "second", whole)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "second", whole))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-3)
+
+
+def test_validation_of_raw_and_averaged_weights(first_stage: Path, tmp_path: Path) -> None:
+    data = DATA | {"validation_share": 0.3}
+    settings = {"validation_every": 3, "sample_every": 6, "sample_prompts": ["a red cube"]}
+    assert run_train(*second_stage(tmp_path, first_stage, data, **settings)) == 0
+    folder = tmp_path / "second"
+    raw, averaged = column(folder, "validation_loss"), column(folder, "validation_loss_ema")
+    assert len(raw) == len(averaged) == 2
+    assert raw != averaged
+    assert {"step-000006.png", "step-000006-raw.png"} <= {path.name for path in folder.iterdir()}
 
 
 def test_zero_means_only_at_the_end_and_never(first_stage: Path, tmp_path: Path) -> None:
-    arguments = second_stage(tmp_path, first_stage, checkpoint_every=0, sample_every=0, warmup=0)
-    assert run_train(*arguments) == 0
-    names = ["last.ckpt", "latents.safetensors", "metrics.csv", "model.safetensors"]
-    assert sorted(path.name for path in (tmp_path / "second").iterdir()) == names
+    settings = {"checkpoint_every": 0, "sample_every": 0, "warmup": 0, "ema_decay": 0, "gradient_clip": 0}
+    assert run_train(*second_stage(tmp_path, first_stage, DATA, **settings)) == 0
+    files = {path.name for path in (tmp_path / "second").iterdir() if path.is_file()}
+    assert files == {"costs.json", "last.ckpt", "metrics.csv", "model.safetensors"}
+    assert not any(name.startswith("model_ema.") for name in weights(tmp_path / "second"))
 
 
-def test_a_run_can_start_from_the_weights_of_another(first_stage: Path, tmp_path: Path) -> None:
+def test_checkpoints_that_are_kept(first_stage: Path, tmp_path: Path) -> None:
+    assert run_train(*second_stage(tmp_path, first_stage, DATA, checkpoint_every=2, keep=2)) == 0
+    names = sorted(path.name for path in (tmp_path / "second").glob("*.ckpt"))
+    assert names == ["last.ckpt", "step-000004.ckpt", "step-000006.ckpt"]
+
+
+def test_a_run_can_start_from_the_weights_of_another(whole: Path, tmp_path: Path) -> None:
     """Its YAML goes over the first one's: other captions, timesteps and steps, no first stage of its own."""
-    arguments = second_stage(tmp_path, first_stage)
-    assert run_train(*arguments) == 0
-    init = tmp_path / "second" / "model.safetensors"
+    init = whole / "model.safetensors"
     changes = {"init": str(init), "first_stage": None, "steps": 2, "learning_rate": 0.0}
-    write_yaml(tmp_path / "drill.yaml", **changes, drill=["left"], drill_timesteps=[200, 950])
-    bases = [str(tmp_path / name) for name in ("second.yaml", "drill.yaml")]
+    write_yaml(tmp_path / "drill.yaml", **changes, drill=["left", "right"], drill_timesteps=[200, 950])
+    bases = [str(whole.parent / "second.yaml"), str(tmp_path / "drill.yaml")]
     assert run_train("--base", *bases, "--logdir", str(tmp_path)) == 0
     before, after = load_file(init), load_file(tmp_path / "drill" / "model.safetensors")
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=0, msg=name)
 
 
-def test_metrics_of_a_resumed_run_are_appended(tmp_path: Path) -> None:
-    """Lightning's own logger deleted the file of the run before."""
-    path = tmp_path / "metrics.csv"
-    first = MetricsFile(path)
-    for step in (49, 99, 149):
-        first.log_metrics({"loss": step / 100, "epoch": 0}, step)
-    path.write_text(path.read_text() + "0,1.9")  # the process was killed while it wrote a row
-    second = MetricsFile(path)
-    for step in (99, 149, 199):  # resumed from the checkpoint at step 50
-        second.log_metrics({"loss": step / 50, "epoch": 0}, step)
-    assert path.read_text().splitlines() == [
-        "epoch,loss,step",
-        "0,0.49,49",
-        "0,1.98,99",
-        "0,2.98,149",
-        "0,3.98,199",
-    ]
-
-
-def test_training_anew_begins_a_new_metrics_file(first_stage: Path, tmp_path: Path) -> None:
-    arguments = second_stage(tmp_path, first_stage)
-    assert run_train(*arguments, "--stop_at", "2") == 0
-    (tmp_path / "second" / "last.ckpt").unlink()
-    assert run_train(*arguments, "--stop_at", "3") == 0
-    assert steps(tmp_path / "second" / "metrics.csv") == [2]
-
-
-def test_the_numbers_of_a_step_depend_on_seed_and_step() -> None:
-    first, again, *others = (
-        torch.rand(1, generator=step_generator(seed, step)) for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1))
-    )
-    assert first == again
-    assert first not in others
-
-
-@pytest.mark.parametrize("config", [INPAINTING, DEPTH], ids=["inpainting", "depth"])
-def test_a_resumed_sibling_equals_an_undisturbed_one(config: dict, first_stage: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config", "family"), [(INPAINTING, "masked"), (DEPTH, "deep")])
+def test_a_resumed_sibling_equals_an_undisturbed_one(
+    config: dict, family: str, first_stage: Path, tmp_path: Path
+) -> None:
     """Its masks and depth maps, too, depend on seed and step alone."""
     for name, stops in (("whole", [4]), ("parts", [2, 4])):
-        (tmp_path / name).mkdir()
-        settings = {"first_stage": str(first_stage), "images": 16, "sample_every": 4}
-        arguments = write_yaml(tmp_path / name / "sibling.yaml", config, **settings)
+        settings = {"first_stage": str(first_stage), "sample_every": 4, "steps": 4}
+        arguments = write_yaml(tmp_path / name / "sibling.yaml", config, scenes(8, family=family), **settings)
         for stop in stops:
             assert run_train(*arguments, "--stop_at", str(stop)) == 0
-    whole, parts = (tmp_path / name / "sibling" for name in ("whole", "parts"))
-    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
-    assert (whole / "step-000004.png").exists()
+    parts, undisturbed = (tmp_path / name / "sibling" for name in ("parts", "whole"))
+    assert_same(parts, undisturbed, atol=0)
+    assert (undisturbed / "step-000004.png").exists()
 
 
 def test_a_depth_estimator_learns_the_depths_of_renders(tmp_path: Path) -> None:
-    settings = {"steps": 30, "images": 16, "learning_rate": 3e-3, "sample_every": 30, "ema_decay": 0.5}
-    arguments = write_yaml(tmp_path / "depth.yaml", ESTIMATOR, **settings)
+    settings = {"steps": 30, "learning_rate": 3e-3, "sample_every": 30, "ema_decay": 0.5}
+    arguments = write_yaml(tmp_path / "depth.yaml", ESTIMATOR, scenes(16, family="deep"), **settings)
     assert run_train(*arguments) == 0
-    rows = list(csv.DictReader((tmp_path / "depth" / "metrics.csv").open(newline="")))
-    assert float(rows[-1]["loss"]) < 2, "estimates of 0 are 3.8 away"
+    assert column(tmp_path / "depth")[-1] < 2, "estimates of 0 are 3.8 away"
     state = load_file(tmp_path / "depth" / "model.safetensors")
     assert any(name.startswith("model.pretrained.") for name in state)
     assert (tmp_path / "depth" / "step-000030.png").exists()
+
+
+def test_from_a_diffusers_folder_and_back(tmp_path: Path) -> None:
+    """A model of diffusers' files is trained, and convert.py makes a folder of it that diffusers opens."""
+    from diffusers import StableDiffusionPipeline
+
+    tiny_pipeline("v1").save_pretrained(tmp_path / "start", safe_serialization=True)
+    settings = {"init": str(tmp_path / "start"), "steps": 2, "warmup": 0}
+    arguments = write_yaml(tmp_path / "run.yaml", tiny_config("v1"), scenes(4), **settings)
+    assert run_train(*arguments) == 0
+    for source, which in (("model.safetensors", []), ("last.ckpt", ["--weights", "ema"])):
+        target = tmp_path / source.partition(".")[0]
+        argv = [tmp_path / "run" / source, target, "--config", tmp_path / "run.yaml", *which]
+        assert entry.run(script("convert").main, list(map(str, argv))) == 0
+        pipeline = StableDiffusionPipeline.from_pretrained(target)
+        bias = pipeline.unet.conv_out.bias
+        expected = load_file(tmp_path / "run/model.safetensors")["model.diffusion_model.out.2.bias"]
+        torch.testing.assert_close(bias.float(), expected.float(), rtol=0, atol=1e-3)
+        assert not torch.equal(bias, tiny_pipeline("v1").unet.conv_out.bias)
+
+
+def test_precision_compile_and_checkpointing_run(first_stage: Path, tmp_path: Path, whole: Path) -> None:
+    arguments = second_stage(tmp_path, first_stage, DATA, checkpointing=True)
+    assert run_train(*arguments) == 0
+    assert_same(tmp_path / "second", whole)
+    assert run_train(*arguments, "--name", "half", "training.precision=bf16") == 0
+    assert column(tmp_path / "half") == pytest.approx(column(whole), rel=0.05)
+    assert TRAINING["precision"] == "full"

@@ -1,0 +1,34 @@
+"""The weights that a finished run leaves: what txt2img.py, convert.py and other programs load."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.training.files import write_tensors
+from ldm.weights.checkpoint import COMPUTED
+
+
+def export_weights(
+    state: Mapping[str, Tensor],
+    path: Path,
+    half: bool = False,
+    parameterization: str = "eps",
+    zero_terminal_snr: bool = False,
+) -> Path:
+    """Write a model's weights as safetensors, without the schedule, which every model computes itself.
+
+    In half precision scalars such as the latents' scale stay in single precision. A file of a v-model says
+    so in its metadata, and one with zero terminal SNR has the markers that loaders look for.
+    """
+    state = {name: tensor for name, tensor in state.items() if not COMPUTED.fullmatch(name)}
+    if half:
+        state = {name: t.half() if t.ndim and t.is_floating_point() else t for name, t in state.items()}
+    metadata = {"format": "pt"}
+    if parameterization == "v":
+        metadata["modelspec.prediction_type"] = "v"
+    if zero_terminal_snr:
+        state |= {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    write_tensors(state, path, metadata)
+    return path

@@ -1,0 +1,20 @@
+"""The processes that train together."""
+
+import logging
+
+import pytest
+
+from ldm.training.config import TrainingConfig
+from ldm.training.processes import start_processes
+
+
+def test_lightning_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wrote that it uses automatic mixed precision before the line of an error."""
+    import pytorch_lightning  # noqa: F401  (whose logger its messages go to from then on)
+
+    names = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero")
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.INFO)
+        logging.getLogger(name)._cache.clear()
+    start_processes(TrainingConfig(steps=1, batch_size=2, learning_rate=1e-3, precision="bf16"))
+    assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in names)
