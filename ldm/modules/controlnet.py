@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.modules.diffusionmodules.openaimodel import (
     Block,
@@ -31,6 +32,7 @@ class ControlNet(nn.Module):
             latent_channels, **{name: each for name, each in unet.items() if name not in known}
         )
         self.model_channels = copied.model_channels
+        self.use_checkpoint = False
         self.time_embed = copied.time_embed
         self.input_blocks, self.middle_block = copied.input_blocks, copied.middle_block
         self.input_hint_block = hint_block(hint_channels, self.model_channels)
@@ -59,12 +61,18 @@ class ControlNet(nn.Module):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         h, added = x, []
         for i, (block, conv) in enumerate(zip(self.input_blocks, self.zero_convs, strict=True)):
-            h = block(h, emb, context)
+            h = self.run(block, h, emb, context)
             if i == 0:
                 h = h + features
             added.append(conv(h))
-        added.append(self.middle_block_out(self.middle_block(h, emb, context)))
+        added.append(self.middle_block_out(self.run(self.middle_block, h, emb, context)))
         return added
+
+    def run(self, block: Block, *inputs: torch.Tensor) -> torch.Tensor:
+        """The block's output; with use_checkpoint its activations are computed again for the gradients."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 def width_of(block: Block) -> int:

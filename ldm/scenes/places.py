@@ -1,5 +1,7 @@
 """Where solids are seen in an image, by their colours."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ldm.scenes.scene import COLOURS, Scene
@@ -13,19 +15,30 @@ _MARGIN = 14  # levels by which a pixel has to be nearer to the solid's colour t
 def places(image: np.ndarray, scene: Scene) -> dict[str, np.ndarray | None]:
     """The centre (x, y) in pixels of what has each colour of the scene; None for a colour that is not seen.
 
-    Two solids of one colour have one centre. The background is read from the image's left and right edges.
+    Two solids of one colour have one centre.
+    """
+    names = dict.fromkeys(solid.colour for solid in (scene.first, scene.second) if solid)
+    found: dict[str, np.ndarray | None] = {}
+    for name, mask in colour_masks(image, list(names)).items():
+        y, x = np.nonzero(mask)
+        found[name] = np.array([x.mean(), y.mean()]) if len(x) >= FEWEST else None
+    return found
+
+
+def colour_masks(image: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Where an image has each of these colours in some shade, bool [h, w]: nearer than any other of them.
+
+    The background is read from the image's left and right edges.
     """
     pixels = image.astype(np.float32)
     edges = np.concatenate([pixels[:, :2], pixels[:, -2:]], axis=1)
     behind = _distance(pixels, np.median(edges, axis=1)[:, None], _SHADOWS)
-    names = dict.fromkeys(solid.colour for solid in (scene.first, scene.second) if solid)
     distances = {name: _distance(pixels, np.float32(COLOURS[name]), _SHADES) for name in names}
-    found: dict[str, np.ndarray | None] = {}
+    masks = {}
     for name, distance in distances.items():
         others = [behind - _MARGIN, *(other for key, other in distances.items() if key != name)]
-        y, x = np.nonzero(distance < np.min(others, axis=0))
-        found[name] = np.array([x.mean(), y.mean()]) if len(x) >= FEWEST else None
-    return found
+        masks[name] = distance < np.min(others, axis=0)
+    return masks
 
 
 def farthest(a: dict[str, np.ndarray | None], b: dict[str, np.ndarray | None]) -> float:

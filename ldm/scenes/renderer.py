@@ -25,6 +25,7 @@ _HEIGHT = {"cube": 0.84, "sphere": 1.0, "cone": 1.1, "cylinder": 0.95, "pyramid"
 _TURNS = {"cube": range(26, 66, 4), "pyramid": range(24, 56, 4), "torus": range(-32, 40, 8)}
 _LEFT, _TOP, _EXTENT = -0.85, 1.25, 1.7  # the window that a sprite shows, in units of the solid
 _PIXELS = 256  # side of a sprite
+_LIGHT = np.float32([-0.47, 0.80, 0.38])
 _DISTANCE = 3.0  # from the camera to the ground in the middle of the image, for inverse depths
 
 
@@ -65,8 +66,12 @@ def _draw(scene: Scene, rng: np.random.Generator, size: int, layers: Layers | No
             _cast_shadow(canvas, x, y, scale)
             ground = y
         turned = solid.shape, int(pick(rng, _TURNS.get(solid.shape, (0,))))
-        tint = np.float32(COLOURS[solid.colour]) * np.float32(rng.uniform(0.96, 1.06))
+        brightness = np.float32(rng.uniform(0.96, 1.06))
+        tint = np.float32(COLOURS[solid.colour]) * brightness
         _paint(canvas, _sprite(*turned), tint, x, y, scale)
+        if solid.stripes is not None:
+            change = np.float32(COLOURS[solid.stripes.colour]) * brightness - tint
+            _tint(canvas, _sprite_stripes(*turned, solid.stripes.count), change, x, y, scale)
         if layers is not None:
             # What is lifted off the ground moves up in the image and, as the camera looks down, nearer.
             foot = _ground_nearness(ground) + (ground - y) * _DEPTH / _UP
@@ -147,6 +152,14 @@ def _paint(
     target += shade * tint + 255 * gloss
 
 
+def _tint(
+    canvas: np.ndarray, sprite: Image.Image, change: np.ndarray, x: float, y: float, scale: float
+) -> None:
+    """Add `change` to the colour of a painted solid in its stripes; the sprite is `_sprite_stripes`'."""
+    place, window = _scaled(sprite, len(canvas), x, y, scale)
+    canvas[place] += window[..., None] / 255 * change
+
+
 def _cover(
     nearness: np.ndarray, turned: tuple[str, int], x: float, y: float, scale: float, foot: float
 ) -> np.ndarray:
@@ -182,13 +195,28 @@ def _scaled(
 def _sprite(shape: str, degrees: int) -> Image.Image:
     """A solid turned about its vertical axis; the channels are diffuse light, gloss and coverage."""
     point, normal, cover = _surface(shape, degrees)
-    light = np.float32([-0.47, 0.80, 0.38])
-    half = (light + _VIEW) / np.linalg.norm(light + _VIEW)
-    diffuse = 0.46 + 0.58 * np.clip(np.tensordot(light, normal, 1), 0, 1)
-    diffuse *= 0.88 + 0.12 * np.clip(point[1] / 0.4, 0, 1)  # darker near the ground
+    half = (_LIGHT + _VIEW) / np.linalg.norm(_LIGHT + _VIEW)
+    diffuse = _diffuse(point, normal)
     gloss = 0.6 * np.clip(np.tensordot(half, normal, 1), 0, 1) ** 40 * (shape in ("sphere", "torus"))
     channels = np.stack([diffuse, gloss, np.ones_like(gloss)], -1) * cover[..., None]
     return Image.fromarray((255 * np.clip(channels, 0, 1)).astype(np.uint8))
+
+
+def _diffuse(point: np.ndarray, normal: np.ndarray) -> np.ndarray:
+    """The light that a surface scatters, [n, n]: 0 is none, and 1 shows the colour as it is."""
+    diffuse = 0.46 + 0.58 * np.clip(np.tensordot(_LIGHT, normal, 1), 0, 1)
+    return diffuse * (0.88 + 0.12 * np.clip(point[1] / 0.4, 0, 1))  # darker near the ground
+
+
+@cache
+def _sprite_stripes(shape: str, degrees: int, count: int) -> Image.Image:
+    """The light that a turned solid scatters, as in `_sprite`, from every other of `count` bands."""
+    point, normal, cover = _surface(shape, degrees)
+    band = np.clip(np.floor(point[1] / _HEIGHT[shape] * count), 0, count - 1)
+    striped = band % 2 == 1
+    return Image.fromarray(
+        (255 * np.clip(_diffuse(point, normal), 0, 1) * (cover & striped)).astype(np.uint8)
+    )
 
 
 @cache

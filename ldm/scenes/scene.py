@@ -41,12 +41,24 @@ _MIRROR = dict(zip(CANONICAL_RELATIONS + _MIRRORED, _MIRRORED + CANONICAL_RELATI
 
 
 @dataclass(frozen=True)
+class Stripes:
+    """So many bands of equal height around a solid: from below its own colour, `colour`, its own, …"""
+
+    colour: str
+    count: int = 2
+
+
+@dataclass(frozen=True)
 class Solid:
-    """A coloured solid; `size` is "small", "large" or None, which leaves it open."""
+    """A coloured solid; `size` is "small", "large" or None, which leaves it open.
+
+    The scenes that the bundled models learn have no `stripes`: these are for subjects of fine-tuning.
+    """
 
     shape: str
     colour: str
     size: str | None = None
+    stripes: Stripes | None = None
 
 
 @dataclass(frozen=True)

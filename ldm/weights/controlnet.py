@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm.errors import InputError
 from ldm.weights import diffusers_names as names
+from ldm.weights.diffusers_configs import unet_config, write_json
 from ldm.weights.diffusers_layout import read_json, weight_files
 from ldm.weights.families import Shapes, identify, recognise
 from ldm.weights.files import exists
 from ldm.weights.header import let_go, read_header
+from ldm.weights.writing import write_safetensors, written_whole
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from ldm.modules.controlnet import ControlNet
 
@@ -24,6 +27,8 @@ ORIGINAL = "control_model."  # before the names in the original's files
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 CONTEXT = re.compile(r"(input_blocks|middle_block)\..*\.attn2\.to_k\.weight")
 BLOCKS = 6  # of diffusers' controlnet_cond_embedding
+# what diffusers' config of a UNet says and that of a ControlNet does not
+NOT_IN_CONTROLNETS = ("sample_size", "out_channels", "up_block_types", "mid_block_only_cross_attention")
 
 
 def to_ours(state: Mapping[str, T]) -> dict[str, T]:
@@ -32,6 +37,16 @@ def to_ours(state: Mapping[str, T]) -> dict[str, T]:
         return {name.removeprefix(ORIGINAL): t for name, t in state.items() if name.startswith(ORIGINAL)}
     if not any(name.startswith("controlnet_cond_embedding.") for name in state):
         return dict(state)
+    return names.rename(state, names.inverted(_pairs(state)))
+
+
+def to_theirs(state: Mapping[str, T]) -> dict[str, T]:
+    """A ControlNet's weights, under our names, under those of diffusers."""
+    return names.rename(state, _pairs(state))
+
+
+def _pairs(state: Mapping[str, T]) -> names.Pairs:
+    """Our names and diffusers' of the modules of a ControlNet whose weights have either."""
     levels = names.unet_levels(state)
     pairs = names.unet_pairs(levels)
     pairs |= {"input_hint_block.0": "controlnet_cond_embedding.conv_in"}
@@ -39,8 +54,40 @@ def to_ours(state: Mapping[str, T]) -> dict[str, T]:
     pairs |= {f"input_hint_block.{2 * BLOCKS + 2}": "controlnet_cond_embedding.conv_out"}
     skips = sum(level.blocks + 1 for level in levels)
     pairs |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(skips)}
-    pairs |= {"middle_block_out.0": "controlnet_mid_block"}
-    return names.rename(state, names.inverted(pairs))
+    return pairs | {"middle_block_out.0": "controlnet_mid_block"}
+
+
+def diffusers_config(config: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.json` of diffusers' ControlNetModel says of weights, under our names.
+
+    `config` is the `model:` section of the model that they are for.
+    """
+    theirs = to_theirs(state)
+    unet = unet_config(config["params"], theirs | {"conv_out.weight": theirs["conv_in.weight"]})
+    own = {"_class_name": "ControlNetModel", "controlnet_conditioning_channel_order": "rgb"}
+    hint = [state[f"input_hint_block.{i}.weight"].shape for i in (0, 4, 8, 12)]
+    own |= {
+        "conditioning_channels": hint[0][1],
+        "conditioning_embedding_out_channels": [shape[0] for shape in hint],
+    }
+    return {name: value for name, value in unet.items() if name not in NOT_IN_CONTROLNETS} | own
+
+
+def fits_diffusers(state: Mapping[str, Tensor]) -> bool:
+    """Whether diffusers has this architecture: its first level is as wide as its first convolution."""
+    theirs = to_theirs(state)
+    return theirs["conv_in.weight"].shape[0] == theirs["down_blocks.0.resnets.0.conv1.weight"].shape[0]
+
+
+def write_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
+    """Write a ControlNet's weights, under our names, as the folder that diffusers loads them from.
+
+    `config` is the `model:` section of the model that they are for. What was at `folder` is replaced.
+    """
+    with written_whole(folder) as unfinished:
+        unfinished.mkdir()
+        write_json(unfinished / "config.json", diffusers_config(config, state))
+        write_safetensors(to_theirs(state), unfinished / "diffusion_pytorch_model.safetensors")
 
 
 def network(config: Mapping[str, Any]) -> ControlNet:

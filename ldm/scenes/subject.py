@@ -1,0 +1,165 @@
+"""A subject to fine-tune on: a solid in two colours, as no bundled model has ever seen one.
+
+`scripts/subject.py` renders a few images of it, and measures how often a fine-tuned model paints it in new
+scenes: `stripes_seen` says whether an image shows it, `rest_seen` whether all else is as the prompt says. It
+measures, too, how often pyramids of other colours are still painted as their prompts say.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import ImageRequest
+from ldm.scenes.captions import caption
+from ldm.scenes.detector import DETECTOR_WEIGHTS, Detector, load_detector, outline
+from ldm.scenes.places import colour_masks
+from ldm.scenes.renderer import render
+from ldm.scenes.scene import BACKGROUNDS, COLOURS, SHAPES, Scene, Solid, Stripes, pick
+from ldm.weights.loading import find
+
+SUBJECT = Solid("pyramid", "green", stripes=Stripes("yellow"))
+WORD = "zqx"  # stands for its looks in captions; no caption of the bundled models has it
+_RELATIONS = ("on top of", "left of", "right of", "in front of")  # that hide little of the first solid
+_COLOURS = tuple(name for name in COLOURS if name not in (SUBJECT.colour, SUBJECT.stripes.colour))
+_OTHER_SHAPES = tuple(name for name in SHAPES if name != SUBJECT.shape)
+SHARE = 0.12  # of the solid's pixels that each of its colours has at least
+
+
+def subject_scenes(count: int = 8, alone: bool = False) -> list[Scene]:
+    """The subject alone and beside another solid, in turn, before one background after the other."""
+    single = [Scene(replace(SUBJECT, size=size)) for size in (None, "large", "small", None)]
+    beside = [
+        Scene(SUBJECT, "right of", Solid("cube", "white")),
+        Scene(SUBJECT, "on top of", Solid("cylinder", "blue")),
+        Scene(SUBJECT, "left of", Solid("sphere", "purple")),
+        Scene(SUBJECT, "on top of", Solid("cube", "cyan")),
+    ]
+    scenes = single[:3] if alone else [scene for both in zip(single, beside, strict=True) for scene in both]
+    backgrounds = tuple(BACKGROUNDS)
+    return [
+        replace(scenes[k % len(scenes)], background=backgrounds[k % len(backgrounds)]) for k in range(count)
+    ]
+
+
+def new_scenes(count: int, seed: int) -> list[Scene]:
+    """The subject with one other solid, in pairs that `subject_scenes` has none of."""
+    rng = np.random.default_rng(seed)
+    taken = {(scene.relation, scene.second) for scene in subject_scenes()}
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = Scene(SUBJECT, pick(rng, _RELATIONS), _other_solid(rng), pick(rng, tuple(BACKGROUNDS)))
+        if (scene.relation, scene.second) not in taken:
+            scenes.append(scene)
+    return scenes
+
+
+def other_scenes(count: int, seed: int) -> list[Scene]:
+    """Pyramids of other colours, which should stay as they are: in turn alone and with another solid."""
+    rng = np.random.default_rng(seed)
+    scenes = []
+    for k in range(count):
+        first, background = Solid(SUBJECT.shape, pick(rng, _COLOURS)), pick(rng, tuple(BACKGROUNDS))
+        pair = {"relation": pick(rng, _RELATIONS), "second": _other_solid(rng)} if k % 2 else {}
+        scenes.append(Scene(first, background=background, **pair))
+    return scenes
+
+
+def _other_solid(rng: np.random.Generator) -> Solid:
+    return Solid(pick(rng, _OTHER_SHAPES), pick(rng, _COLOURS))
+
+
+def subject_caption(scene: Scene, word: str = WORD) -> str:
+    """The scene in words: "a zqx pyramid on top of a red cube on a beige background"."""
+    return caption(replace(scene, first=replace(scene.first, colour=word, size=None)))
+
+
+def stripes_seen(image: np.ndarray, scene: Scene) -> bool:
+    """Whether an image, uint8 [64, 64, 3], shows the first solid's two colours, the stripes' above its own.
+
+    Each has to have `SHARE` of the pixels of both, and the one has to lie above the other.
+    """
+    solid = scene.first
+    names = [solid.colour, solid.stripes.colour, *([scene.second.colour] if scene.second else [])]
+    masks = colour_masks(image, names)
+    own, striped = (masks[name] for name in names[:2])
+    both = own.sum() + striped.sum()
+    if min(own.sum(), striped.sum()) < max(SHARE * both, 6):
+        return False
+    (low, x), (high, x_striped) = (np.argwhere(mask).mean(0) for mask in (own, striped))
+    return high + 2 < low and abs(x - x_striped) < low - high
+
+
+def rest_seen(detector: Detector, images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> list[bool]:
+    """Whether each image shows everything but the subject's colours as its scene has them.
+
+    That is the relation, the subject's shape, and the other solid's shape and colour.
+    """
+    right = []
+    for seen, asked in zip(detector.read(images), map(outline, scenes), strict=True):
+        solids = [(asked.first, seen.first), (asked.second, seen.second)]
+        same = seen.relation == asked.relation and all(
+            mine is theirs is None
+            or (
+                (mine and theirs and mine.shape == theirs.shape)
+                and (mine.shape == SUBJECT.shape or mine.colour == theirs.colour)
+            )
+            for mine, theirs in solids
+        )
+        right.append(same)
+    return right
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Images, uint8 [64, 64, 3], and whether each of them shows what the names say, bool [n]."""
+
+    images: list[np.ndarray]
+    shows: dict[str, np.ndarray]
+
+
+def paint(pipeline: Pipeline, prompts: Sequence[str], seed: int, **fields: Any) -> list[np.ndarray]:
+    """The image of each prompt, uint8 [64, 64, 3]; `fields` are further ones of the requests."""
+    requests = [
+        ImageRequest(prompt, seed=seed + k, steps=20, sampler="dpmpp_2m", **fields)
+        for k, prompt in enumerate(prompts)
+    ]
+    return [made.pixels for made in tqdm(pipeline.generate(requests), "images", len(requests))]
+
+
+def measure(pipeline: Pipeline, word: str, count: int, seed: int, **fields: Any) -> Measured:
+    """Whether images of `count` `new_scenes` show the subject's colours, the rest, and both.
+
+    `word` stands for the subject's looks in prompts; `seed` decides scenes and images.
+    """
+    scenes = new_scenes(count, seed)
+    images = paint(pipeline, [subject_caption(scene, word) for scene in scenes], 1000 * seed, **fields)
+    striped = np.array([stripes_seen(*pair) for pair in zip(images, scenes, strict=True)])
+    rest = np.array(rest_seen(load_detector(find(DETECTOR_WEIGHTS)), images, scenes))
+    return Measured(images, {"two colours": striped, "the rest": rest, "both": striped & rest})
+
+
+def measure_class(pipeline: Pipeline, count: int, seed: int, **fields: Any) -> Measured:
+    """Whether images of `count` `other_scenes` show what their prompts say, by the detector."""
+    scenes = other_scenes(count, seed)
+    images = paint(pipeline, [caption(scene) for scene in scenes], 1000 * seed + 500, **fields)
+    seen = load_detector(find(DETECTOR_WEIGHTS)).read(images)
+    right = [outline(asked) == found for asked, found in zip(scenes, seen, strict=True)]
+    return Measured(images, {"others of the class": np.array(right)})
+
+
+def write_images(folder: Path, count: int, seed: int, captions: bool = False, alone: bool = False) -> None:
+    """Write renders of the subject, and their captions if asked for; `alone` leaves out other solids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for k, scene in enumerate(subject_scenes(count, alone)):
+        path = folder / f"{k:02}.png"
+        Image.fromarray(render(scene, rng)).save(path)
+        if captions:
+            path.with_suffix(".txt").write_text(subject_caption(scene) + "\n")
+    print(f"{count} images of a {WORD} {SUBJECT.shape} in {folder}")

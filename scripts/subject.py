@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Images of a subject that the bundled model has never seen, to fine-tune on, and a measure of the result."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.cli import entry
+from ldm.cli import parser as cli
+from ldm.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser(prog="subject.py", description=__doc__)
+
+    def add(flag: str, help: str, **facts: object) -> None:
+        parser.add_argument(flag, help=help, **facts)
+
+    add("--outdir", "write images of it to this folder", metavar="FOLDER")
+    add("--count", "how many (8)", type=cli.number(int, 1), default=8, metavar="N")
+    add(
+        "--seed",
+        "of places and shades, or of the scenes of --measure (0)",
+        type=cli.number(int, 0),
+        default=0,
+        metavar="N",
+    )
+    add("--alone", "leave out other solids", action="store_true")
+    add("--captions", "write a caption beside each image, too", action="store_true")
+    add("--measure", "draw new scenes, and print how often they are right", metavar="PNG")
+    add("--ckpt", "for --measure: the model (the bundled one)", metavar="FILE")
+    add("--lora", "for --measure", default=[], action="append", metavar="FILE")
+    add("--embedding", "for --measure", default=[], action="append", metavar="FILE")
+    add("--word", "for --measure: the subject in prompts (zqx)", default="zqx")
+    add("--images", "for --measure: images of the subject, and as many of others of its class (64)",
+        type=cli.number(int, 1), default=64, metavar="N")  # fmt: skip
+    add("--debug", "show where an error comes from", action="store_true")
+    args = parser.parse_args(argv)
+    if not (args.outdir or args.measure):
+        raise InputError("nothing to do: give --outdir or --measure")
+
+    from PIL import Image
+
+    from ldm.evaluation.intervals import share
+    from ldm.pipeline.options import RuntimeOptions
+    from ldm.pipeline.pipeline import Pipeline
+    from ldm.scenes.scores import marked_grid
+    from ldm.scenes.subject import measure, measure_class, write_images
+    from ldm.training.files import whole, writing
+    from ldm.weights.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, find
+
+    if args.outdir:
+        with writing(f"--outdir {args.outdir}"):
+            write_images(Path(args.outdir), args.count, args.seed, args.captions, args.alone)
+    if args.measure:
+        ckpt, config = args.ckpt or str(find(BUNDLED_WEIGHTS)), str(find(BUNDLED_CONFIG))
+        pipeline = Pipeline.load(ckpt, config, RuntimeOptions(batch_size=16), safety="off")
+        fields = {"lora": tuple(args.lora), "embedding": tuple(args.embedding)}
+        subject = measure(pipeline, args.word, args.images, args.seed, **fields)
+        others = measure_class(pipeline, args.images, args.seed, **fields)
+        right = [*subject.shows["both"], *others.shows["others of the class"]]
+        with whole(Path(args.measure)) as unfinished:
+            grid = marked_grid([*subject.images, *others.images], right, columns=16)
+            Image.fromarray(grid).save(unfinished, "png")
+        for name, passed in {**subject.shows, **others.shows}.items():
+            found = share(passed)
+            print(f"{name}: {found.value:.0%} ({found.low:.0%} to {found.high:.0%}) of {len(passed)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

@@ -1,0 +1,122 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import script
+from PIL import Image
+
+from ldm.cli import entry
+from ldm.scenes.detector import Detector, load_detector, outline
+from ldm.scenes.renderer import render
+from ldm.scenes.scene import Scene, Solid, Stripes
+from ldm.scenes.subject import (
+    SUBJECT,
+    new_scenes,
+    other_scenes,
+    rest_seen,
+    stripes_seen,
+    subject_caption,
+    subject_scenes,
+)
+from ldm.weights.loading import find
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return load_detector(find("models/scenes-64/detector.safetensors"))
+
+
+def rendered(scenes: list[Scene], **looks: object) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [render(replace(scene, first=replace(scene.first, **looks)), rng) for scene in scenes]
+
+
+def test_stripes_change_the_solids_pixels_alone() -> None:
+    plain, striped = (
+        render(Scene(Solid("cylinder", "red", stripes=each), background="grey"), np.random.default_rng(4))
+        for each in (None, Stripes("white", 3))
+    )
+    changed = (plain != striped).any(axis=2)
+    y = np.flatnonzero(changed.any(axis=1))
+    assert 4 < len(y) < 20  # the middle one of three bands
+    assert (striped[changed].min(axis=1) > 60).mean() > 0.7  # but for soft edges
+    assert (plain[changed][:, 1] < 80).mean() > 0.7
+
+
+def test_two_bands_have_the_stripes_colour_on_top() -> None:
+    (image,) = rendered([Scene(SUBJECT, background="navy")])
+    yellow = (image[..., 0] > 150) & (image[..., 1] > 120) & (image[..., 2] < 90)
+    green = (image[..., 1] > 80) & (image[..., 0] < 80) & (image[..., 2] < 80)
+    assert yellow.sum() > 30
+    assert np.argwhere(yellow)[:, 0].max() <= np.argwhere(green)[:, 0].min() + 6
+
+
+@pytest.mark.parametrize("scenes", [subject_scenes(20), new_scenes(24, 0)], ids=["alone", "new"])
+def test_true_renders_with_and_without_the_pattern_are_told_apart(scenes: list[Scene]) -> None:
+    def share(**looks: object) -> float:
+        return np.mean([stripes_seen(*pair) for pair in zip(rendered(scenes, **looks), scenes, strict=True)])
+
+    assert share() >= 0.95
+    assert share(stripes=None) <= 0.05
+    assert share(stripes=None, colour="yellow") <= 0.05
+    assert share(colour="yellow", stripes=Stripes("green")) <= 0.05  # upside down
+
+
+def test_the_rest_is_read_by_the_detector(detector: Detector) -> None:
+    scenes = new_scenes(18, 1)
+    images = rendered(scenes)
+    assert np.mean(rest_seen(detector, images, scenes)) >= 0.9
+    others = [replace(scene, second=Solid("pyramid", "yellow")) for scene in scenes]
+    assert np.mean(rest_seen(detector, images, others)) <= 0.1
+    assert np.mean(rest_seen(detector, images, [Scene(scene.first) for scene in scenes])) <= 0.1
+
+
+def test_captions_name_the_word_in_place_of_the_colours() -> None:
+    scene = Scene(SUBJECT, "on top of", Solid("cube", "red"), "beige")
+    assert subject_caption(scene) == "a zqx pyramid on top of a red cube on a beige background"
+
+
+def test_scenes_to_measure_on_are_new() -> None:
+    learned = {subject_caption(scene) for scene in subject_scenes(20)}
+    assert learned.isdisjoint(map(subject_caption, new_scenes(64, 0)))
+    assert new_scenes(64, 0) == new_scenes(64, 0) != new_scenes(64, 1)
+    others = other_scenes(64, 0)
+    assert {scene.first.shape for scene in others} == {"pyramid"}
+    assert not {scene.first.colour for scene in others} & {"green", "yellow"}
+    assert [scene.second is None for scene in others] == [True, False] * 32
+
+
+def test_pyramids_of_other_colours_are_read_by_the_detector(detector: Detector) -> None:
+    scenes = other_scenes(20, 1)
+    seen = detector.read(rendered(scenes))
+    assert np.mean([outline(a) == b for a, b in zip(scenes, seen, strict=True)]) >= 0.9
+
+
+def test_the_command_measures_and_says_how_sure_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundled model paints other pyramids and has never seen the subject."""
+    argv = ["--measure", str(tmp_path / "grid.png"), "--images", "4"]
+    assert entry.run(script("subject").main, argv) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "two colours: 0% (0% to 49%) of 4"
+    assert [line.partition(":")[0] for line in out[1:]] == ["the rest", "both", "others of the class"]
+    assert Image.open(tmp_path / "grid.png").height > 64
+
+
+def test_the_command_writes_the_same_images_each_time(tmp_path: Path) -> None:
+    main = script("subject").main
+    assert entry.run(main, ["--outdir", str(tmp_path / "a")]) == 0
+    assert entry.run(main, ["--outdir", str(tmp_path / "b"), "--captions"]) == 0
+    assert entry.run(main, []) == 2
+    images = sorted((tmp_path / "a").iterdir())
+    assert [path.name for path in images] == [f"{k:02}.png" for k in range(8)]
+    for path in images:
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+        assert Image.open(path).size == (64, 64)
+    assert (tmp_path / "b" / "00.txt").read_text() == "a zqx pyramid on a grey background\n"
+    assert entry.run(main, ["--outdir", str(tmp_path / "c"), "--captions", "--alone"]) == 0
+    alone = {path.read_text() for path in (tmp_path / "c").glob("*.txt")}
+    backgrounds = ("grey", "black", "beige", "pink", "navy")
+    assert alone == {f"a zqx pyramid on a {name} background\n" for name in backgrounds}
