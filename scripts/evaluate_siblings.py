@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How well do the bundled inpainting, depth and upscaling models do what they are for, on held-out scenes?"""
+"""How well do the bundled siblings of scenes-64 do what they are for, on held-out scenes?"""
 
 import argparse
 import json
@@ -15,14 +15,16 @@ WEIGHTS = {
     "inpainting": "models/scenes-64-inpainting/model.safetensors",
     "depth": "models/scenes-64-depth/model.safetensors",
     "upscaling": "models/scenes-x4/model.safetensors",
+    "edges": "models/scenes-64/model.safetensors",  # which a ControlNet leads
 }
 # An upscaler that makes one step says what it expects; more steps are sharper, and further from the truth.
 SAMPLING = {
     "inpainting": {"sampler": "dpmpp_2m", "steps": 20},
     "depth": {"sampler": "dpmpp_2m", "steps": 20},
     "upscaling": {"sampler": "ddim", "steps": 1, "schedule": "trailing"},
+    "edges": {"sampler": "dpmpp_2m", "steps": 20},
 }
-COLUMNS = {"inpainting": 6, "depth": 8, "upscaling": 1}  # cases in a row of a grid
+COLUMNS = {"inpainting": 6, "depth": 8, "upscaling": 1, "edges": 4}  # cases in a row of a grid
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -32,6 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("models", nargs="*", metavar="MODEL", help=f"{', '.join(WEIGHTS)} (all of them)")
     add("--ckpt", metavar="FILE", help="weights of the one model to measure (the bundled ones)")
     add("--prompts", type=count, default=100, metavar="N", help="of one solid, and as many of two (100)")
+    add("--controlnet", metavar="FILE", help="of edges: the ControlNet (the bundled one)")
     add("--scale", type=cli.number(float, -1e4, 1e4), help="guidance scale (as the model's YAML says)")
     add("--sampler", help="sampler by name (dpmpp_2m; upscaling: ddim, schedule trailing)")
     add("--ddim_steps", type=cli.number(int, 1, 1000), metavar="N", help="steps (20; upscaling: 1)")
@@ -46,6 +49,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.models = args.models or list(WEIGHTS)
     if args.ckpt and len(args.models) != 1:
         parser.error("--ckpt: name the one model that it is")
+    if args.controlnet and "edges" not in args.models:
+        parser.error("--controlnet is for edges")
     return args
 
 
@@ -73,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         pipeline = Pipeline.open(args.ckpt or str(find(WEIGHTS[name])), safety="off")
         like = ImageRequest(**SAMPLING[name] | given)
         more = {} if name != "upscaling" or args.noise_level is None else {"noise_level": args.noise_level}
+        if name == "edges":
+            more = {"controlnet": args.controlnet}
         rows, scores[name] = siblings.MEASURES[name](
             pipeline, detector, like, args.seed, args.prompts, **more
         )

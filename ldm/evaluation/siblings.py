@@ -1,18 +1,21 @@
-"""How well the bundled inpainting, depth and upscaling models do what they are for, on held-out scenes.
+"""How well the bundled siblings of `scenes-64` do what they are for, on held-out scenes.
 
 Each function returns the images of its cases in rows, uint8 [size, size, 3], and what was measured.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ldm.images.edges import canny
 from ldm.images.pixels import to_float
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest, image_seed
+from ldm.pipeline.settings.control import Control
 from ldm.scenes.captions import caption
 from ldm.scenes.detector import Detector
 from ldm.scenes.masks import SEEN, box
@@ -20,8 +23,10 @@ from ldm.scenes.places import farthest, places
 from ldm.scenes.renderer import render, render_layers
 from ldm.scenes.scene import COLOURS, SHAPES, Scene, Solid, pick
 from ldm.scenes.scores import check, evaluation_scenes, score
+from ldm.weights.loading import find
 
-NEAR = 4.0  # pixels at 64x64 that a solid may be away from its place in the depth map
+CONTROLNET = "models/scenes-64-canny/model.safetensors"
+NEAR = 4.0  # pixels at 64x64 that a solid may be away from its place in the depth map or the edges
 NOISE_LEVEL = 20  # the default of the command
 Rows = list[list[np.ndarray]]
 
@@ -175,7 +180,55 @@ def upscaling(
     }
 
 
-MEASURES = {"inpainting": inpainting, "depth": depth, "upscaling": upscaling}
+def edges(
+    pipeline: Pipeline,
+    detector: Detector,
+    like: ImageRequest,
+    seed: int,
+    count: int,
+    controlnet: str | Path | None = None,
+) -> tuple[Rows, dict[str, float]]:
+    """As `depth`, for a ControlNet that follows edges (the bundled one), and the same without it.
+
+    The edges are those of renders, by Canny's method. Rows are the render, its edges, the image that follows
+    them, and the image of the same prompt and seed without them.
+    """
+    size = pipeline.described.native_size
+    rng = np.random.default_rng([seed, 6])
+    scenes = with_background(both(seed, count))
+    truth = [render(scene, rng, size) for scene in scenes]
+    drawn = [canny(image) for image in truth]
+    free = [
+        replace(like, prompt=caption(scene), height=size, width=size, seed=image_seed(seed, k))
+        for k, scene in enumerate(scenes)
+    ]
+    file = str(controlnet or find(CONTROLNET))
+    led = [
+        replace(request, control=(Control(file, Image.fromarray(image)),))
+        for request, image in zip(free, drawn, strict=True)
+    ]
+    images, unled = (_generated(pipeline, requests, size) for requests in (led, free))
+    away, chance = (
+        [
+            farthest(places(image, scene), places(render_, scene))
+            for image, render_, scene in zip(made, truth, scenes, strict=True)
+        ]
+        for made in (images, unled)
+    )
+    checks = [check(scene, seen) for scene, seen in zip(scenes, detector.read(images), strict=True)]
+    rows = [list(row) for row in zip(truth, drawn, images, unled, strict=True)]
+    near = NEAR * size / 64
+    return rows, {
+        f"places within {NEAR:g} pixels": float(np.mean(np.array(away) <= near)),
+        f"places within {NEAR:g} pixels without the edges": float(np.mean(np.array(chance) <= near)),
+        "colours of the prompt": float(np.mean([each["colours"] for each in checks])),
+        "shapes of the prompt": float(np.mean([each["shapes"] for each in checks])),
+        "median distance in pixels": float(np.median(away)),
+        "median distance in pixels without the edges": float(np.median(chance)),
+    }
+
+
+MEASURES = {"inpainting": inpainting, "depth": depth, "upscaling": upscaling, "edges": edges}
 
 
 def report(title: str, scores: Mapping[str, float]) -> str:

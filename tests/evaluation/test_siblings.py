@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from ldm.evaluation import siblings
+from ldm.images.edges import canny
 from ldm.pipeline.request import ImageRequest
 from ldm.scenes.captions import caption
 from ldm.scenes.detector import DETECTOR_WEIGHTS, Detector, load_detector
-from ldm.scenes.renderer import render_layers
+from ldm.scenes.renderer import render, render_layers
 from ldm.weights.loading import find
 
 LIKE = ImageRequest(sampler="dpmpp_2m", steps=2)
@@ -98,6 +99,30 @@ def test_places_and_colours_of_a_depth_map_are_read(
     _, scores = siblings.depth(Answers(lambda request: renders[request.prompt]), detector, LIKE, 5, 8)
     assert scores["places within 4 pixels"] < 0.6
     assert scores["colours of the prompt"] > 0.9
+
+
+def test_places_are_read_with_and_without_edges(detector: Detector) -> None:
+    """True renders where a request has their edges; renders of the same prompts in other places elsewhere."""
+    rng, other = np.random.default_rng([5, 6]), np.random.default_rng(77)
+    scenes = siblings.with_background(siblings.both(5, 8))
+    true = {caption(scene): render(scene, rng, SIZE) for scene in scenes}
+    elsewhere = {caption(scene): render(scene, other, SIZE) for scene in scenes}
+
+    def answer(request: ImageRequest) -> np.ndarray:
+        if not request.control:
+            return elsewhere[request.prompt]
+        (control,) = request.control
+        assert control.file == "net.safetensors"
+        assert np.array_equal(np.asarray(control.image), canny(true[request.prompt]))
+        return true[request.prompt]
+
+    rows, scores = siblings.edges(Answers(answer), detector, LIKE, 5, 8, "net.safetensors")
+    assert scores["places within 4 pixels"] == 1
+    assert scores["places within 4 pixels without the edges"] < 0.6
+    assert scores["median distance in pixels"] == 0
+    assert scores["median distance in pixels without the edges"] > 1
+    assert scores["colours of the prompt"] > 0.9
+    assert [len(row) for row in rows] == [4] * 16
 
 
 def test_estimates_are_compared_with_true_maps() -> None:

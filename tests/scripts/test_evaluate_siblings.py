@@ -16,23 +16,26 @@ def run(*arguments: str) -> int:
 
 def test_scores_and_grids_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--prompts", "1", "--ddim_steps", "2", "--outdir", str(tmp_path)]
-    assert run("inpainting", "depth", *arguments) == 0
+    assert run("inpainting", "depth", "edges", *arguments) == 0
     out = capsys.readouterr().out
     assert "| pixels kept | 100.0 % |" in out
     assert "| places within 4 pixels |" in out
     record = json.loads((tmp_path / "scores.json").read_text())
-    assert list(record["scores"]) == ["inpainting", "depth"]
+    assert list(record["scores"]) == ["inpainting", "depth", "edges"]
     assert record["settings"]["prompts"] == 1
     with Image.open(tmp_path / "inpainting.png") as grid:
         assert grid.size == (6 * 66 + 2, 66 + 2), "image, hole and result of two prompts"
     with Image.open(tmp_path / "depth.png") as grid:
         assert grid.size == (4 * 66 + 2, 66 + 2)
+    with Image.open(tmp_path / "edges.png") as grid:
+        assert grid.size == (8 * 66 + 2, 66 + 2), "render, edges, and images with and without them"
 
 
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["dept"], "MODEL 'dept' is not one of inpainting, depth, upscaling"),
+        (["dept"], "MODEL 'dept' is not one of inpainting, depth, upscaling, edges"),
+        (["depth", "--controlnet", "x.pth"], "--controlnet is for edges"),
         (["--ckpt", "x.ckpt"], "--ckpt: name the one model that it is"),
         (["depth", "--detector", "absent.st"], "no detector at"),
     ],
