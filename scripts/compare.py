@@ -220,8 +220,9 @@ def main(argv: list[str] | None = None) -> int:
             yield from (table.cells[k][1] for k in cells)
 
         # the folder's name is printed once
-        shown = last or command.run.json or command.run.dry_run
-        if command.run.dry_run and len(models) > 1:
+        only_said = command.run.dry_run or command.run.plan
+        shown = last or command.run.json or only_said
+        if only_said and len(models) > 1:
             notice(f"by {command.files.weights}, weights {command.weights or 'as its config says'}:")
         with contextlib.nullcontext() if shown else contextlib.redirect_stdout(io.StringIO()):
             code = run(pipeline, requests(), command.run, Sheet(draw))

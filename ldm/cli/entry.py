@@ -32,8 +32,9 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
 
             LOG.error(f"{prog}: error: {one_line(in_flags(error))}")
         return 2
-    except KeyboardInterrupt:
-        LOG.error(f"{prog}: interrupted; the images that were finished are saved")
+    except KeyboardInterrupt as error:
+        if not is_follower():
+            LOG.error(f"{prog}: interrupted; {str(error) or 'the images that were finished are saved'}")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at its end

@@ -15,12 +15,17 @@ INK, PAPER = (20, 20, 20), (255, 255, 255)
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str], labels: Sequence[str], title: str
+    rows: Sequence[Sequence[np.ndarray]],
+    columns: Sequence[str],
+    labels: Sequence[str],
+    title: str,
+    notes: Sequence[Sequence[str]] | None = None,
 ) -> np.ndarray:
     """Images, uint8 [h, w, 3] of one size, row by row, as one image, uint8 [H, W, 3].
 
     `columns` stand over the columns, `labels` before the rows and `title` above all; long ones are wrapped
-    and cut to three lines. Letters that Pillow's own font lacks, such as Chinese ones, are drawn as boxes.
+    and cut to three lines. Each of `notes` stands under its image, in one line. Letters that Pillow's own
+    font lacks, such as Chinese ones, are drawn as boxes.
     """
     font = ImageFont.load_default(FONT_SIZE)
     height, width = rows[0][0].shape[:2]
@@ -41,7 +46,8 @@ def contact_sheet(
     title = _fit(title, int(max(table_width, 300) / font.getlength("n")))
     title_height = extent(title)[1] + 2 * GAP
     top = title_height + max(extent(text)[1] for text in heads) + 2 * GAP
-    total = table_width, top + len(labels) * (height + GAP)
+    below = 0 if notes is None else FONT_SIZE + GAP
+    total = table_width, top + len(labels) * (height + below + GAP)
     sheet = Image.new("RGB", (max(total[0], extent(title)[0] + 2 * GAP), total[1]), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.multiline_text((GAP, GAP), title, INK, font)
@@ -49,11 +55,14 @@ def contact_sheet(
         x = left + i * (width + GAP) + width / 2
         pen.multiline_text((x, top - GAP), text, INK, font, anchor="md", align="center")
     for j, (text, images) in enumerate(zip(sides, rows, strict=True)):
-        y = top + j * (height + GAP)
+        y = top + j * (height + below + GAP)
         pen.multiline_text((left - GAP, y + height / 2), text, INK, font, anchor="rm", align="right")
         for i, image in enumerate(images):
             cell = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(cell, (left + i * (width + GAP), y))
+            x = left + i * (width + GAP)
+            sheet.paste(cell, (x, y))
+            if notes is not None:
+                pen.text((x + width / 2, y + height), notes[j][i], INK, font, anchor="ma")
     return np.asarray(sheet)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -191,7 +191,7 @@ class PromptReader:
         self, section: Sequence[tuple[str, float]], tokenizer: CLIPTokenizer, reading: Reading
     ) -> Iterator[Unit]:
         known = {name.lower(): each for each in self.embeddings(reading) for name in each.names}
-        names = _pattern(known)
+        names = name_pattern(known)
         for text, weight in section:
             pieces = names.split(text) if known else [text]
             for k, piece in enumerate(pieces):  # in turn text and name
@@ -205,7 +205,7 @@ class PromptReader:
         return [
             each
             for each in self.embeddings(reading)
-            if not any(_pattern({name.lower(): each for name in each.names}).search(text) for text in texts)
+            if not any(name_pattern(each.names).search(text) for text in texts)
         ]
 
 
@@ -226,7 +226,7 @@ def fitting(units: Sequence[Unit], room: int) -> int:
     return len(units)
 
 
-def _pattern(names: dict[str, Embedding]) -> re.Pattern[str]:
+def name_pattern(names: Iterable[str]) -> re.Pattern[str]:
     """Finds names in a text, longer ones first, where no letter or digit goes on from theirs."""
 
     def bounded(name: str) -> str:

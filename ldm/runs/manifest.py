@@ -196,6 +196,10 @@ class RunRecord:
         self.grids.add(_of(images))
         self._enter(grid=file, of=_of(images))
 
+    def add_costs(self, costs: dict[str, Any]) -> None:
+        """Record what the run, or this part of it, took."""
+        self._enter(costs=costs)
+
     def has_grid(self, images: Sequence[str]) -> bool:
         """Whether there is a grid of just these image files: one that came later may have been left out."""
         return _of(images) in self.grids

@@ -9,6 +9,7 @@ from ldm.fields import check_fields, setting
 from ldm.images.names import FIELDS, check_template
 from ldm.pipeline.request import DEPTH, MAX_SEED
 from ldm.pipeline.settings.control import CONTROL
+from ldm.runs.costs import ESTIMATED, LEAST_POWER, MEASURED, factor_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,32 @@ class RunOptions:
     dry_run: bool = setting(
         False, "print what would be made, load no weights and write nothing", group="output"
     )
+    plan: bool = setting(
+        False,
+        "print how long it takes, the memory, the energy and the CO2, and make nothing: as remembered from "
+        "earlier runs here, or after a few steps",
+        group="output",
+    )
+    power: float | None = setting(
+        None,
+        "watts of one device, for the energy that is recorded",
+        low=LEAST_POWER,
+        metavar="W",
+        default_text="by the device's name",
+        group="output",
+    )
+    region: str = setting(
+        "world",
+        "where the energy comes from, such as us-east, or its kg of CO2 per kWh",
+        metavar="NAME",
+        group="output",
+    )
+    energy: str = setting(
+        ESTIMATED,
+        "power x hours, or what codecarbon reads from the hardware's counters",
+        choices=(ESTIMATED, MEASURED),
+        group="output",
+    )
     quiet: bool = setting(False, "no progress and no notices, only results and errors", group="output")
     log_file: str | None = setting(
         None, "append what happens, with its time, to this file", metavar="FILE", group="output"
@@ -84,6 +111,10 @@ class RunOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         check_template(self.filename)
+        factor_of(self.region)
+        for other in ("resume", "dry_run"):
+            if self.plan and getattr(self, other):
+                raise FieldError("{plan} with {" + other + "}: it is about a whole run; give one of them")
         if self.resume and self.skip_save:
             raise FieldError("{resume} with {skip_save}: a run that saves no images cannot be taken up again")
         if self.save_control and self.skip_save:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from ldm.images.outputs import OutputFolder
+from ldm.images.outputs import CannotWrite, OutputFolder
 from ldm.images.preview import Preview, factors_of
 from ldm.log import LOG, log_to, notice, problem
 from ldm.pipeline.memory import peak_memory
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.runs.checks import check_run, report_prompts, report_steps
+from ldm.runs.costs import Meter, device_power, duration, rounded
 from ldm.runs.dry_run import print_plan
+from ldm.runs.forecast import Forecast, Stopwatch, forecast, print_forecast, probed, remember
 from ldm.runs.manifest import RunRecord, chosen_seed, last_settings
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import file_names, plan_run
 from ldm.runs.processes import LeaderEnded, Team, find_place
 from ldm.runs.settings import grid_settings, recorded_lines, recorded_settings
-from ldm.runs.worker import Interrupt, Job, ReportOptions, make_images
+from ldm.runs.worker import ImageCosts, Interrupt, Job, ReportOptions, make_images
 from ldm.runs.writer import ImageWriter, Sheet
+
+WORTH_A_LINE = 60.0  # seconds of a run from which on the user reads what it took
 
 
 def run(
@@ -35,7 +40,7 @@ def run(
     team = Team(find_place(options.devices, options.num_nodes))
     log_to(None if options.dry_run else options.log_file, options.quiet or not team.leads)
     if not team.leads:
-        return 0 if options.dry_run else follow(pipeline, options, team)
+        return 0 if options.dry_run or options.plan else follow(pipeline, options, team)
     pipeline.forget_files()
     requests = [pipeline.resolve(request) for request in requests]
     check_run(pipeline, requests, options, team, sheet)
@@ -44,6 +49,16 @@ def run(
         plan = plan_run(requests, seed, options.n_iter, options.n_samples, batch_size)
         print_plan(pipeline, plan, options.json)
         return 0
+    if options.plan:
+        return report_forecast(pipeline, requests, options, team.place.size)
+    meter = Meter(
+        pipeline.device,
+        team.place.size,
+        power=options.power,
+        region=options.region,
+        energy=options.energy,
+        nodes=team.place.nodes,
+    )
     # the output folder is tried, and a run to resume is found, before anything slow
     folder = OutputFolder(options.outdir, options.format, options.quality)
     seed, batch_size = choices(pipeline, requests, options, team)
@@ -64,7 +79,9 @@ def run(
             record.start(folder.next_number)  # listed anew, under the record's lock
         folder.own(record.run)
         names = file_names(options.filename, plan, record.first, model_name(pipeline, options.filename))
-        job = Job(plan, todo, names, record, facts)
+        expected = forecast(pipeline, plan, todo, team.place.size) if todo else None
+        costs = ImageCosts(meter.watts / team.place.size, meter.factor, expected)
+        job = Job(plan, todo, names, record, facts, costs)
         if team.device is not None:  # the others were started, and wait for it
             team.share(job)
         LOG.info("%d of %d images to make in %s", sum(map(len, todo)), record.images, folder.path.absolute())
@@ -74,7 +91,10 @@ def run(
         with Interrupt() as interrupt:
             if todo:
                 preview = preview_of(pipeline, folder, options)
-                lost = make_images(pipeline, job, writer, team, interrupt, report, preview)
+                watch = Stopwatch()
+                lost = make_images(pipeline, job, writer, team, interrupt, report, preview, watch)
+                if team.place.size == 1:
+                    remember(pipeline, plan, watch, meter.seconds)
                 if team.place.size > 1:
                     record.gather()
                 if lost and not interrupt.asked:  # what they have left is made here
@@ -83,8 +103,38 @@ def run(
                     make_images(pipeline, left, writer, Team(), interrupt, report, preview)
             if not interrupt.asked and not record.lost:
                 writer.finish()
+        if todo:
+            record_costs(record, meter, None if interrupt.asked else expected)
     report_peak(pipeline, bool(todo))
     return conclusion(record, interrupt, options)
+
+
+def report_forecast(
+    pipeline: Pipeline, requests: Sequence[ImageRequest], options: RunOptions, processes: int
+) -> int:
+    """Print what a run of these requests will take. Returns the exit code."""
+    seed, batch_size = choices(pipeline, requests, options, Team())
+    plan = plan_run(requests, seed, options.n_iter, options.n_samples, batch_size)
+    found = probed(pipeline, plan, processes)
+    watts = device_power(pipeline.device) if options.power is None else options.power
+    print_forecast(pipeline, found, watts, options)
+    return 0
+
+
+def record_costs(record: RunRecord, meter: Meter, expected: Forecast | None) -> None:
+    """Record what this part of a run took, and what was expected; a notice where that were minutes."""
+    seconds, costs = meter.seconds, meter.stop()
+    line = {"seconds": rounded(seconds)} | costs.record()
+    words = ""
+    if expected is not None and expected.seconds > 0:
+        more = seconds / expected.seconds - 1
+        line |= {"planned_seconds": rounded(expected.seconds), "more_than_planned": rounded(more)}
+        sign = "more" if more > 0 else "less"
+        words = f", {abs(more):.0%} {sign} than the {duration(expected.seconds)} planned"
+    with suppress(CannotWrite):  # the images are there
+        record.add_costs(line)
+    message = f"it took {duration(seconds)}{words}: {costs}"
+    LOG.info(message) if seconds < WORTH_A_LINE else notice(message)
 
 
 def follow(pipeline: Pipeline, options: RunOptions, team: Team) -> int:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ldm.errors import InputError
 from ldm.images.outputs import CannotWrite
 from ldm.log import LOG, notice
+from ldm.runs.costs import rounded
+from ldm.runs.forecast import Forecast, Sort, Stopwatch
 from ldm.runs.manifest import RunRecord
 from ldm.runs.plan import Plan
 from ldm.runs.processes import Team
@@ -27,6 +29,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class ImageCosts:
+    """What a line of the manifest says about the costs of its image."""
+
+    watts: float  # of the device
+    factor: float  # kg of CO2 per kWh
+    expected: Forecast | None  # where the speed was known before the run
+
+    def of(self, pipeline: Pipeline, image: GeneratedImage, images: int) -> dict[str, float]:
+        """Of an image that was made in a batch of so many `images`."""
+        kwh = image.seconds / 3600 * self.watts / 1000
+        found = {"kwh": rounded(kwh), "co2_kg": rounded(kwh * self.factor)}
+        if self.expected is None:
+            return found
+        batch = self.expected.by_sort.get(Sort.of(pipeline, image.request, images))
+        return {"planned_seconds": batch and round(batch / images, 3)} | found
+
+
+@dataclass(frozen=True)
 class Job:
     """What the processes of a run have to agree on."""
 
@@ -35,6 +55,7 @@ class Job:
     names: Sequence[str]  # of the files of all images, without suffix
     record: RunRecord
     facts: dict[str, Any]  # of the run, recorded with each of its images
+    costs: ImageCosts | None = None
 
 
 @dataclass(frozen=True)
@@ -53,13 +74,15 @@ def make_images(
     interrupt: Interrupt,
     report: ReportOptions,
     preview: Callback = None,
+    watch: Stopwatch | None = None,
 ) -> int:
     """Make and save this process's share of the missing images, until all are there or the user ends it.
 
     Files are written in a thread while the next batch is sampled. `preview` is called after every step with
-    the step and the clean latents. Returns how many of the team's other processes were lost, if this one
-    leads it.
+    the step and the clean latents, and `watch` takes the times of the batches. Returns how many of the team's
+    other processes were lost, if this one leads it.
     """
+    watch = watch or Stopwatch()
     images, steps = total(job) if report.bar else (0, None)
     taken: list[tuple[int, ...]] = []  # the batches under way, which `share` yields as requests
     finished: list[tuple[tuple[int, ...], list[GeneratedImage]]] = []  # and one that is not yet being saved
@@ -78,14 +101,21 @@ def make_images(
     def save_batch(numbers: tuple[int, ...], generated: list[GeneratedImage]) -> None:
         for k, image in zip(numbers, generated, strict=True):
             if k not in job.record.done:
-                line = save(writer, k, image, job.facts, job.names[k])
+                costs = job.costs.of(pipeline, image, len(numbers)) if job.costs else {}
+                line = save(writer, k, image, job.facts, job.names[k], costs)
                 if report.json:
                     print(json.dumps(line | {"outdir": str(writer.folder.path)}), flush=True)
 
     with ThreadPoolExecutor(1) as thread, StepBar(images, steps, team, report.bar) as bar:
         background = BackgroundWriter(thread)
+
+        def on_step(images: int) -> None:
+            watch.step(images)
+            bar.step(images)
+
         try:
-            for generated in pipeline.batches(share(), bar.step, preview):
+            for generated in pipeline.batches(share(), on_step, preview):
+                watch.finish(taken[0])
                 finished.append((taken.pop(0), generated))
                 bar.finish(len(generated))
                 if interrupt.asked or job.record.lost:
@@ -107,14 +137,19 @@ def total(job: Job) -> tuple[int, int | None]:
 
 
 def save(
-    writer: ImageWriter, k: int, image: GeneratedImage, facts: dict[str, Any], name: str
+    writer: ImageWriter,
+    k: int,
+    image: GeneratedImage,
+    facts: dict[str, Any],
+    name: str,
+    costs: dict[str, float],
 ) -> dict[str, Any]:
     """Write image k and its line of the manifest, which is returned; a notice if it is NaN or not written.
 
     Raises CannotWrite where no later image could be written, either.
     """
     settings = facts | image.settings | {"image": k}
-    line = settings | {"seconds": round(image.seconds, 3), "nan": image.pixels is None}
+    line = settings | {"seconds": round(image.seconds, 3), **costs, "nan": image.pixels is None}
     if image.pixels is None:
         notice(f"image {k} ({image.request.prompt!r}) came out as NaN and is skipped")
         return writer.record.add(k, None, line, failed=True)
