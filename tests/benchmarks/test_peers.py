@@ -88,7 +88,7 @@ def test_a_contender_without_parts_is_measured_as_far_as_it_can_be(monkeypatch, 
     assert "step 1" not in found["stable-diffusion.cpp"]
     assert found["openvino"]["difference"] == 1.0  # of the first contender's, as there is no eager one
     rows = {row.what: row for row in benchmark.peer_rows("float32", found, 5, cpu=True)}
-    image = rows["float32: one image, 5 DDIM steps, with its PNG"].measured
+    image = rows["float32: one image, 5 DPM-Solver++ steps, with its PNG"].measured
     assert image == "1.00 s; openvino 2.00 s (0.50x); stable-diffusion.cpp 3.00 s (0.33x)"
     assert rows["float32: decoder"].measured == "1.00 s; openvino 2.00 s (0.50x)"
     assert "float32: largest difference to `this`, of the largest output" in rows

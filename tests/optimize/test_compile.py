@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compile_in_turn import compile_in
 from networks import TINY_UNET, random_tensors, tiny_unet
 from tiny_sampling import Recorder, normal, relative_difference, tiny_model
 from torch import Tensor
@@ -189,11 +190,6 @@ def test_beyond_the_limit_of_shapes_others_run_uncompiled(runs: list[int]) -> No
             assert double(torch.ones(size)).tolist() == [2.0] * size
     assert reported == ["--compile: the double is compiled for 8 shapes; others run uncompiled"]
     assert runs == [*range(8), *range(8)]
-
-
-def compile_in(folder: Path) -> None:
-    with first_compiles("UNet", "key", (folder / "reported").write_text):
-        (folder / "compiled").touch()
 
 
 def test_of_several_processes_the_first_compiles_alone(tmp_path: Path) -> None:

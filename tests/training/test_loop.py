@@ -143,7 +143,6 @@ def test_a_stopped_run_goes_on_in_the_same_curve(whole: Path, first_stage: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_killed_run_goes_on_in_the_same_curve(whole: Path, first_stage: Path, tmp_path: Path) -> None:
     arguments = second_stage(tmp_path, first_stage, DATA)
     slow = ["training.checkpoint_every=2", "training.steps=100000"]  # it will not end by itself
