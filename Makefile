@@ -11,7 +11,9 @@ test: .venv/installed-test
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 	# one thread to a process: two of torch's pools on two cores wait for each other
-	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 4 --ignore tests/training
+	# in processes of their own: they fork, and those above keep memory and threads of compilers
+	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 4 tests/training
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
