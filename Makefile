@@ -12,7 +12,7 @@ test: .venv/installed-test
 	$(VENV) -m ruff format --check .
 	# one thread to a process: two of torch's pools on two cores wait for each other
 	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 4 --ignore tests/training
-	# in processes of their own: they fork, and those above keep memory and threads of compilers
+	# in processes of their own: twice one that had run the tests above ended in these without a word
 	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 4 tests/training
 
 .venv/installed: setup.py constraints.txt
