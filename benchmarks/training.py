@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,29 +39,39 @@ def inputs(device: str) -> tuple[Any, Any, Any]:
     return tuple(torch.randn(shape, generator=generator).to(device) for shape in shapes)
 
 
-def ours(files: dict[str, Path], device: str) -> tuple[list[Any], Callable[[], Any]]:
-    """The weights of the UNet as `train.py` trains it, and its loss."""
+def ours(files: dict[str, Path], device: str, precision: str) -> tuple[Any, Callable[[], Any]]:
+    """The optimiser of the UNet's weights as `train.py` has it, and the loss."""
     import torch
 
+    from ldm.optimize.memory import keep_memory
     from ldm.training.config import TrainingConfig
+    from ldm.training.processes import Autocast
     from ldm.training.tasks import LatentDiffusionTask
+    from ldm.weights.header import let_go
     from ldm.weights.loading import load_model, read_config
 
     model = load_model(read_config(files["config"]), files["weights"])
     model.cond_stage_trainable = False
     config = TrainingConfig(steps=1, batch_size=1, learning_rate=1e-5, checkpointing=True)
-    task = LatentDiffusionTask(model, config).to(device)
+    task = LatentDiffusionTask(model, config)
+    for frozen in (*model.cond_stage_model.parameters(), *model.first_stage_model.parameters()):
+        let_go(frozen.detach())  # which the other contender does not hold
+    if device == "cpu":
+        keep_memory()  # as `train.py` does
+    task.to(device)
     x0, noise, context = inputs(device)
     t = torch.full((1,), TIMESTEP, device=device)
+    autocast = Autocast("bf16-mixed", device).forward_context() if precision == "bf16" else nullcontext()
 
     def loss() -> Any:
-        with task.attention(x0):
+        with autocast, task.attention(x0):
             return task.denoising_losses(x0, context, t, noise).mean()
 
-    return list(task.trained().values()), loss
+    weights = task.trained().values()
+    return torch.optim.AdamW(weights, lr=1e-5, fused=device == "cpu" or None), loss
 
 
-def diffusers(files: dict[str, Path], device: str) -> tuple[list[Any], Callable[[], Any]]:
+def diffusers(files: dict[str, Path], device: str, precision: str) -> tuple[Any, Callable[[], Any]]:
     """The same of its UNet, as its train_text_to_image.py has them."""
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -72,10 +83,11 @@ def diffusers(files: dict[str, Path], device: str) -> tuple[list[Any], Callable[
     t = torch.full((1,), TIMESTEP, device=device)
 
     def loss() -> Any:
-        predicted = unet(scheduler.add_noise(x0, noise, t), t, context).sample
-        return torch.nn.functional.mse_loss(predicted.float(), noise)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            predicted = unet(scheduler.add_noise(x0, noise, t), t, context).sample
+            return torch.nn.functional.mse_loss(predicted.float(), noise)
 
-    return list(unet.parameters()), loss
+    return torch.optim.AdamW(unet.parameters(), lr=1e-5), loss
 
 
 def serve(
@@ -91,13 +103,11 @@ def serve(
     import torch
 
     cuda = torch.device(device).type == "cuda"
-    weights, loss_of = make(files, device)
-    optimizer = torch.optim.AdamW(weights, lr=1e-5)
+    optimizer, loss_of = make(files, device, precision)
     readings, losses = [], []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of()
+        loss = loss_of()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

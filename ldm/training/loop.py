@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from ldm.errors import InputError
+from ldm.optimize.memory import keep_memory
 from ldm.training.averages import Averages
 from ldm.training.checkpoints import (
     Checkpoints,
@@ -93,6 +94,9 @@ class Run:
         self.first_step = self.saved = found["global_step"] if found else 0
         self.broken_at = torch.full((), NEVER, dtype=torch.int32, device=fabric.device)
 
+        on_cpu = fabric.device.type == "cpu"
+        if on_cpu:
+            keep_memory()  # gradients of every step are as large as those before
         task.to(fabric.device)
         self.items = self._items(source, cache)
         self.validation = None
@@ -116,6 +120,7 @@ class Run:
                 lr=self.config.learning_rate,
                 betas=self.config.betas,
                 weight_decay=self.config.weight_decay,
+                fused=on_cpu or None,  # without the temporary tensors of torch's loop
             )
         )
         self.checkpoints = Checkpoints(task, self.names, self._inner, self.optimizer.optimizer)

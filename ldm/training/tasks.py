@@ -33,6 +33,7 @@ from ldm.training.linear import keep_blind, start_from_small_image
 from ldm.training.objective import draw_timesteps, min_snr_weights
 from ldm.training.random import normal, uniform
 from ldm.weights.checkpoint import unused_weights
+from ldm.weights.header import let_go
 
 Batch = Mapping[str, Any]
 FEW_LATENTS = (
@@ -66,7 +67,9 @@ class Task(pl.LightningModule):
         self.figures: dict[str, Tensor] = {}
         model.eval().requires_grad_(False)
         for weight in self.trained().values():
-            weight.data = weight.data.clone()  # it may be mapped from a file
+            mapped = weight.data  # perhaps from a file, whose pages need not be held beside the copy
+            weight.data = mapped.clone()
+            let_go(mapped)
             weight.requires_grad_(True)
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,27 @@ def decode_size(data: bytes | Path, key: str) -> tuple[int, int]:
         width, height = image.size
         turned = image.getexif().get(_ORIENTATION) in _TURNED
         return (height, width) if turned else (width, height)
+
+
+class EncodedSource:
+    """The part of a source that decodes image files, whose bytes a subclass reads by number and name.
+
+    A subclass has `captions`, `key`, `_read(index, name)`, the bytes of "image" or of a map, and
+    `_maps(index)`, the names of an example's maps.
+    """
+
+    captions: Sequence[str]
+
+    def caption(self, index: int) -> str:
+        return self.captions[index]
+
+    def size(self, index: int) -> tuple[int, int]:
+        return decode_size(self._read(index, "image"), self.key(index))
+
+    def __getitem__(self, index: int) -> Example:
+        key = self.key(index)
+        maps = {name: decode_map(self._read(index, name), name, key) for name in self._maps(index)}
+        return Example(key, decode(self._read(index, "image"), key), self.caption(index), maps)
 
 
 class _opened:

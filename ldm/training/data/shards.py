@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ldm.errors import InputError
 from ldm.log import notice
-from ldm.training.data.example import DamagedExample, Example
-from ldm.training.data.images import MAPS, SUFFIXES, decode, decode_map, decode_size
+from ldm.training.data.example import DamagedExample
+from ldm.training.data.images import MAPS, SUFFIXES, EncodedSource
 from ldm.training.data.sources import (
     alone,
     default_cache,
@@ -89,7 +89,7 @@ def _plain(number: float) -> int | float | None:
     return int(number) if number.is_integer() else number
 
 
-class WebDataset:
+class WebDataset(EncodedSource):
     """The examples of uncompressed .tar files on disk: members KEY.jpg (.png, .webp), KEY.txt and KEY.json.
 
     `path` is a file, a folder of them, a list, or text with braces, as in "train-{0000..0099}.tar". The
@@ -161,20 +161,8 @@ class WebDataset:
     def key(self, index: int) -> str:
         return f"{self.names[self._shard(index)]}:{self.keys[index]}"
 
-    def caption(self, index: int) -> str:
-        return self.captions[index]
-
-    def size(self, index: int) -> tuple[int, int]:
-        return decode_size(self._read(index, "image"), self.key(index))
-
-    def __getitem__(self, index: int) -> Example:
-        key = self.key(index)
-        maps = {
-            name: decode_map(self._read(index, name), name, key)
-            for name in MAPS
-            if self._place(index, name)[0] >= 0
-        }
-        return Example(key, decode(self._read(index, "image"), key), self.caption(index), maps)
+    def _maps(self, index: int) -> list[str]:
+        return [name for name in MAPS if self._place(index, name)[0] >= 0]
 
     def _shard(self, index: int) -> int:
         return bisect.bisect_right(self.starts, index) - 1

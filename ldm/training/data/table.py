@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from ldm.errors import InputError
 from ldm.log import notice
-from ldm.training.data.example import DamagedExample, Example
-from ldm.training.data.images import MAPS, decode, decode_map, decode_size
+from ldm.training.data.example import DamagedExample
+from ldm.training.data.images import MAPS, EncodedSource
 from ldm.training.data.sources import (
     alone,
     check_maps,
@@ -29,7 +29,7 @@ class DamagedTable(Exception):
     """A file that cannot be read, or that has something else in its columns. It is left out."""
 
 
-class Parquet:
+class Parquet(EncodedSource):
     """The rows of .parquet files, which have the bytes of image files in the column `image`.
 
     `path` is a file, a folder of them or a list. The column holds the bytes themselves or, as the datasets
@@ -125,20 +125,8 @@ class Parquet:
     def key(self, index: int) -> str:
         return self.names[index]
 
-    def caption(self, index: int) -> str:
-        return self.captions[index]
-
-    def size(self, index: int) -> tuple[int, int]:
-        return decode_size(self._read(index, "image"), self.key(index))
-
-    def __getitem__(self, index: int) -> Example:
-        key = self.key(index)
-        maps = {
-            name: decode_map(self._read(index, name), name, key)
-            for name, has in self.has_maps.items()
-            if has[index]
-        }
-        return Example(key, decode(self._read(index, "image"), key), self.caption(index), maps)
+    def _maps(self, index: int) -> list[str]:
+        return [name for name, has in self.has_maps.items() if has[index]]
 
     def _read(self, index: int, name: str) -> bytes:
         number, row = self.rows[index]
