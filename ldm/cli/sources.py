@@ -27,7 +27,7 @@ def image_files(sources: Sequence[str], max_pixels: int) -> tuple[list[str], lis
         if not folder.is_dir():
             files.append(source)
             continue
-        inside = _inside(folder)
+        inside = files_inside(folder)
         readable = [str(path) for path in inside if is_readable(path, max_pixels)]
         if not readable:
             raise InputError(f"the folder {folder} holds no image that can be read")
@@ -45,7 +45,7 @@ def paired_files(images: Sequence[str], folder: str, setting: str) -> list[str]:
     `setting` is what the files are to the images, such as "mask". FieldError that names the images without a
     file, and for an image with several.
     """
-    by_name = {path.name: path for path in _inside(Path(folder))}
+    by_name = {path.name: path for path in files_inside(Path(folder))}
     by_stem: dict[str, list[str]] = {}
     for name in by_name:
         by_stem.setdefault(Path(name).stem, []).append(name)
@@ -77,7 +77,7 @@ def paired_files(images: Sequence[str], folder: str, setting: str) -> list[str]:
     return found
 
 
-def _inside(folder: Path) -> list[Path]:
+def files_inside(folder: Path) -> list[Path]:
     """The files in a folder but for hidden ones, in natural order. InputError if it cannot be read."""
     try:
         inside = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]

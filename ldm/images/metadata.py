@@ -3,7 +3,8 @@
 A file holds two texts about how it was made: the parameters in the form of AUTOMATIC1111's web UI, which many
 tools read, and our own JSON. In a PNG file they are the text chunks `parameters` and `stable-diffusion`; in
 JPEG and WebP the EXIF fields UserComment and, as `{"stable-diffusion": {…}}`, ImageDescription. What the
-texts say is decided in `ldm.pipeline.infotext`.
+texts say is decided in `ldm.pipeline.infotext`. Beside them every file has an XMP packet with IPTC's digital
+source type: the image was generated.
 """
 
 from __future__ import annotations
@@ -21,42 +22,54 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.errors import InputError
+from ldm.images.source_type import TRAINED, source_type_in, xmp_packet
 
 METADATA_KEYWORD = "stable-diffusion"  # marks the JSON as ours
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # file name suffixes, and Pillow's names
 PNG_LEVEL = 1  # of zlib, 0 … 9; Pillow's own 6 takes five times as long for files of 0.8 times the size
+XMP_KEYWORD = "XML:com.adobe.xmp"  # of a PNG file's text chunk
 EXIF_LIMIT = 65_533  # bytes, of a JPEG segment
 DESCRIPTION_START = f'{{"{METADATA_KEYWORD}": '  # of an ImageDescription that holds the JSON
 IMAGE_DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286  # EXIF tags
 
 
 def encode_image(
-    image: np.ndarray, texts: tuple[str, str] | None, format: str = "png", quality: int = 95
+    image: np.ndarray,
+    texts: tuple[str, str] | None,
+    format: str = "png",
+    quality: int = 95,
+    source: str = TRAINED,
 ) -> bytes:
     """A file of an image, uint8 [H, W, 3], in a format of `FORMATS`.
 
     `texts` are the parameters as A1111 writes them, in any Unicode that UTF-8 can express, and our JSON, in
-    ASCII; None leaves both out. `quality`, 1 to 100, is for JPEG and WebP. JPEG has all of its colour
-    resolution, without which it would lose the watermark. Its texts have 64 kB: where both are longer it
-    holds the JSON alone, and InputError if even that does not fit.
+    ASCII; None leaves both out. `source` is the image's digital source type. `quality`, 1 to 100, is for JPEG
+    and WebP. JPEG has all of its colour resolution, without which it would lose the watermark. Its texts have
+    64 kB: where both are longer it holds the JSON alone, and InputError if even that does not fit.
     """
     own: dict[str, dict[str, Any]] = {"png": {"compress_level": PNG_LEVEL}, "jpg": {"subsampling": 0}}
     options = dict(own.get(format, {}))
     if format != "png":
         options["quality"] = quality
-    if texts is not None:
-        options |= {"pnginfo": text_chunks(texts)} if format == "png" else {"exif": exif(texts, format)}
+    if format == "png":
+        options["pnginfo"] = text_chunks(texts, source)
+    else:
+        options["xmp"] = xmp_packet(source).encode("utf-8")
+        if texts is not None:
+            options["exif"] = exif(texts, format)
     file = io.BytesIO()
     Image.fromarray(image).save(file, format=FORMATS[format], **options)
     return file.getvalue()
 
 
-def text_chunks(texts: tuple[str, str]) -> PngInfo:
-    """Both texts as the text chunks of a PNG file."""
-    parameters, own = texts
+def text_chunks(texts: tuple[str, str] | None, source: str) -> PngInfo:
+    """Both texts and the XMP packet as the text chunks of a PNG file, A1111's first."""
     chunks = PngInfo()
-    chunks.add_text("parameters", parameters)
-    chunks.add_text(METADATA_KEYWORD, own)
+    if texts is not None:
+        parameters, own = texts
+        chunks.add_text("parameters", parameters)
+        chunks.add_text(METADATA_KEYWORD, own)
+    chunks.add_itxt(XMP_KEYWORD, xmp_packet(source))
     return chunks
 
 
@@ -117,16 +130,28 @@ def read_texts(path: str | Path) -> tuple[str | None, str | None]:
     InputError if the file cannot be read.
     """
     with open_image(path) as image:
-        if image.format == "PNG":
-            chunks = image.text  # reads to the end of the file
-            parameters, own = chunks.get("parameters"), chunks.get(METADATA_KEYWORD)
-            if own or parameters:
-                return parameters, own
-        block = image.getexif()
-        description, comment = block.get(IMAGE_DESCRIPTION), block.get_ifd(EXIF_IFD).get(USER_COMMENT)
+        return texts_of(image)
+
+
+def texts_of(image: Image.Image) -> tuple[str | None, str | None]:
+    """The texts of `read_texts` in an opened file."""
+    if image.format == "PNG":
+        chunks = image.text  # reads to the end of the file
+        parameters, own = chunks.get("parameters"), chunks.get(METADATA_KEYWORD)
+        if own or parameters:
+            return parameters, own
+    block = image.getexif()
+    description, comment = block.get(IMAGE_DESCRIPTION), block.get_ifd(EXIF_IFD).get(USER_COMMENT)
     ours = isinstance(description, str) and description.startswith(DESCRIPTION_START)
     own = description.removeprefix(DESCRIPTION_START).removesuffix("}") if ours else None
     return _comment_text(comment) if isinstance(comment, bytes) else None, own
+
+
+def read_source_type(path: str | Path) -> str | None:
+    """IPTC's digital source type in an image file, None if it has none. InputError if it cannot be read."""
+    with open_image(path) as image:
+        chunks = image.text if image.format == "PNG" else {}
+        return source_type_in(chunks.get(XMP_KEYWORD) or image.info.get("xmp"))
 
 
 def _comment_text(comment: bytes) -> str | None:

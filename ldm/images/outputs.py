@@ -7,16 +7,18 @@ import io
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ldm.errors import InputError
-from ldm.images.metadata import FORMATS, PNG_LEVEL, encode_image
+from ldm.images.metadata import FORMATS, PNG_LEVEL, encode_image, open_image, read_texts
+from ldm.images.source_type import source_type
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no later file will fit, either
 # What systems say of hard links that a file system, or this pair of folders, does not have: FAT and network
@@ -25,6 +27,7 @@ NO_LINKS = (
     *(errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS),
     *(errno.EINVAL, errno.EMLINK, errno.EXDEV),
 )
+NO_SETTINGS: Mapping[str, Any] = {}
 LARGEST = {"jpg": 65_500, "webp": 16_383}  # pixels on a side
 LEFT_BEHIND = 60  # seconds after which a temporary file belongs to no living process: each writes for moments
 
@@ -53,10 +56,17 @@ class OutputFolder:
 
     A file is written under a temporary name first, `.{owner}.{uuid}.tmp`. `owner` may be set to a text, fit
     for a file name, that the processes of one run share, so that `clear` removes what the dead ones left.
+    `sign` signs a file's bytes: see `ldm.images.provenance.Signer`.
     """
 
-    def __init__(self, outdir: str | Path, format: str = "png", quality: int = 95):
-        self.path, self.format, self.quality = Path(outdir), format, quality
+    def __init__(
+        self,
+        outdir: str | Path,
+        format: str = "png",
+        quality: int = 95,
+        sign: Callable[[bytes, str, Mapping[str, Any]], bytes] | None = None,
+    ):
+        self.path, self.format, self.quality, self.sign = Path(outdir), format, quality, sign
         self.owner = uuid.uuid4().hex
         self._grids = _NumberedFiles(self.path, "grid-", digits=4, owner=self.owner)
         self._samples = _NumberedFiles(self.path / "samples", "", digits=5, owner=self.owner)
@@ -77,16 +87,32 @@ class OutputFolder:
             files.clear(owner)
 
     def save_image(
-        self, image: np.ndarray, texts: tuple[str, str] | None, name: str | None = None, again: bool = False
+        self,
+        image: np.ndarray,
+        texts: tuple[str, str] | None,
+        name: str | None = None,
+        again: bool = False,
+        settings: Mapping[str, Any] = NO_SETTINGS,
     ) -> Path:
         """Writes an image, uint8 [H, W, 3], with its texts, as the next sample; returns its path.
 
-        See `encode_image` for the texts. A `name`, relative and without suffix, stands for the number; if
-        another file has it, it becomes name-2 and so on. `again`: an equal file that has the name already is
-        taken for this one: its process may have ended before it could record it.
+        See `encode_image` for the texts. The `settings` decide the digital source type and are the signer's.
+        A `name`, relative and without suffix, stands for the number; if another file has it, it becomes
+        name-2 and so on. `again`: an equal file that has the name already is taken for this one: its process
+        may have ended before it could record it.
         """
-        data = encode_image(image, texts, self.format, self.quality)
+        data = self._encoded(image, texts, self.format, settings)
         return self._samples.save(data, self.format, self.owner, name, again)
+
+    def _encoded(
+        self, image: np.ndarray, texts: tuple[str, str] | None, format: str, settings: Mapping[str, Any]
+    ) -> bytes:
+        data = encode_image(image, texts, format, self.quality, source_type(settings))
+        return data if self.sign is None else self.sign(data, format, settings)
+
+    def save_file(self, data: bytes) -> Path:
+        """Writes an encoded image of the folder's format as the next sample; returns its path."""
+        return self._samples.save(data, self.format, self.owner)
 
     def save_depth(self, depth: np.ndarray, image: Path) -> Path:
         """Writes a depth map, uint16 [H, W], as depth/<name of the image>.png, in place of an older one."""
@@ -112,14 +138,20 @@ class OutputFolder:
             raise cannot_write(path, error) from error
         return path
 
-    def save_grid(self, grid: np.ndarray, texts: tuple[str, str] | None, name: str | None = None) -> Path:
+    def save_grid(
+        self,
+        grid: np.ndarray,
+        texts: tuple[str, str] | None,
+        name: str | None = None,
+        settings: Mapping[str, Any] = NO_SETTINGS,
+    ) -> Path:
         """Writes a grid, uint8 [H, W, 3], with its texts, as the next grid or under a name; returns its path.
 
         A name stands without suffix; if another file has it, it becomes name-2 and so on. A
         grid that is too large for the folder's format is a PNG file.
         """
         format = self.format if max(grid.shape) <= LARGEST.get(self.format, max(grid.shape)) else "png"
-        return self._grids.save(encode_image(grid, texts, format, self.quality), format, self.owner, name)
+        return self._grids.save(self._encoded(grid, texts, format, settings), format, self.owner, name)
 
 
 class _NumberedFiles:
@@ -169,7 +201,7 @@ class _NumberedFiles:
                     with suppress(FileExistsError):
                         _rename_to_new(temporary, path)
                         return path
-                    if again and path.read_bytes() == data:
+                    if again and same_image(path, data):
                         return path
         except OSError as error:
             raise cannot_write(self.folder, error) from error
@@ -178,6 +210,19 @@ class _NumberedFiles:
         while True:
             self.next += 1
             yield f"{self.prefix}{self.next - 1:0{self.digits}d}"
+
+
+def same_image(path: Path, data: bytes) -> bool:
+    """Whether a file holds the same pixels and texts as `data`; their signatures may differ."""
+    if path.read_bytes() == data:
+        return True
+    try:
+        with open_image(path) as one, open_image(io.BytesIO(data)) as other:
+            same = one.format == other.format and one.size == other.size
+            same = same and one.convert("RGB").tobytes() == other.convert("RGB").tobytes()
+        return same and read_texts(path) == read_texts(io.BytesIO(data))
+    except InputError:  # a damaged file is another one
+        return False
 
 
 def _variants(name: str) -> Iterator[str]:

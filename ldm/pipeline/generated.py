@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from ldm.errors import InputError
 from ldm.images.metadata import FORMATS, encode_image
+from ldm.images.source_type import source_type
 from ldm.images.watermark import Watermarker
 from ldm.pipeline.infotext import image_texts
 from ldm.pipeline.request import ImageRequest
@@ -46,17 +48,36 @@ class GeneratedImage:
         loras = self.pipeline.adapters.recorded(self.request) if self.request.loras else {}
         return self.pipeline.facts | self.request.settings() | loras | flags
 
-    def save(self, path: str | Path, quality: int = 95) -> None:
-        """Write a PNG, JPEG or WebP file with watermark and settings. InputError if it cannot be written."""
+    def save(
+        self,
+        path: str | Path,
+        quality: int = 95,
+        sign: Callable[[bytes, str, dict[str, Any]], bytes] | None = None,
+    ) -> None:
+        """Write a PNG, JPEG or WebP file with watermark and settings. InputError if it cannot be written.
+
+        `sign` gives it a signature, such as `ldm.images.provenance.signer_of(cert, key)`.
+        """
         path = Path(path)
         format = path.suffix.lower().lstrip(".").replace("jpeg", "jpg")
         if self.pixels is None:
             raise InputError(f"{path}: the image came out as NaN, and there is nothing to save")
         if format not in FORMATS:
             raise InputError(f"{path}: its suffix is none of {', '.join(FORMATS)}")
-        marked = Watermarker.of(self.request.watermark)(self.pixels, self.painted)
-        data = encode_image(marked, image_texts(self.settings), format, quality)
+        data = self.encoded(format, quality, sign)
         try:
             path.write_bytes(data)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+    def encoded(
+        self,
+        format: str = "png",
+        quality: int = 95,
+        sign: Callable[[bytes, str, dict[str, Any]], bytes] | None = None,
+    ) -> bytes:
+        """The bytes of the file that `save` writes, in a format of `FORMATS`; the image must not be NaN."""
+        marked = Watermarker.of(self.request.watermark)(self.pixels, self.painted)
+        settings = self.settings
+        data = encode_image(marked, image_texts(settings), format, quality, source_type(settings))
+        return data if sign is None else sign(data, format, settings)

@@ -211,7 +211,7 @@ def parse_a1111(text: str, request: type[ImageRequest] = ImageRequest) -> dict[s
     if negative < len(words):
         first = words[negative].removeprefix(NEGATIVE_PROMPT).removeprefix(" ")
         settings["negative_prompt"] = "\n".join([first, *words[negative + 1 :]])
-    sampling = _sampling(fields.pop("Sampler", None), fields.pop("Schedule type", None))
+    sampling = a1111_sampling(fields.pop("Sampler", None), fields.pop("Schedule type", None))
     # Older versions and ours wrote DDIM's eta under the common name, too.
     if "Eta" in names and _eta_name(sampling.get("sampler")) == ETA_DDIM and ETA_DDIM in fields:
         fields["Eta"] = fields.pop(ETA_DDIM)
@@ -296,7 +296,7 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
-def _sampling(sampler: str | None, schedule: str | None) -> dict[str, str]:
+def a1111_sampling(sampler: str | None, schedule: str | None) -> dict[str, str]:
     """The web UI's names of sampler and schedule as ours. No schedule is our default."""
     implied = None
     if sampler is not None:

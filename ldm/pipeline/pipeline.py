@@ -423,6 +423,10 @@ class Pipeline:
         notice(f"--batch_size auto: {size} images at once")
         return size
 
+    def fitted(self, request: ImageRequest) -> int:
+        """How many images like a resolved request's fit into memory at once, once more did not."""
+        return self._largest.get(request.batch_key(), LARGEST_BATCH)
+
     def batches(
         self,
         batches: Iterable[Sequence[ImageRequest]],

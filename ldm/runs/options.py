@@ -57,6 +57,14 @@ class RunOptions:
         False, "save what each ControlNet sees of its control image in control/", group=CONTROL
     )
     no_metadata: bool = setting(False, "do not write the settings into the images", group="output")
+    sign: tuple[str, ...] | None = setting(
+        None,
+        "sign every image with this certificate and its private key: a C2PA manifest, see docs/provenance.md",
+        values=2,
+        metavar="CERT.pem KEY.pem",
+        group="output",
+    )
+    sign_prompt: bool = setting(False, "name the prompts in the signed manifest, too", group="output")
     json: bool = setting(False, "print one JSON line per image", group="output")
     dry_run: bool = setting(
         False, "print what would be made, load no weights and write nothing", group="output"
@@ -112,6 +120,8 @@ class RunOptions:
         check_fields(self)
         check_template(self.filename)
         factor_of(self.region)
+        if self.sign_prompt and not self.sign:
+            raise FieldError("{sign_prompt} without {sign}: there is no manifest to name it in")
         for other in ("resume", "dry_run"):
             if self.plan and getattr(self, other):
                 raise FieldError("{plan} with {" + other + "}: it is about a whole run; give one of them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.images.outputs import CannotWrite, OutputFolder
 from ldm.images.preview import Preview, factors_of
@@ -25,6 +25,9 @@ from ldm.runs.settings import grid_settings, recorded_lines, recorded_settings
 from ldm.runs.worker import ImageCosts, Interrupt, Job, ReportOptions, make_images
 from ldm.runs.writer import ImageWriter, Sheet
 
+if TYPE_CHECKING:
+    from ldm.images.provenance import Signer
+
 WORTH_A_LINE = 60.0  # seconds of a run from which on the user reads what it took
 
 
@@ -42,6 +45,7 @@ def run(
     if not team.leads:
         return 0 if options.dry_run or options.plan else follow(pipeline, options, team)
     pipeline.forget_files()
+    sign = signer(options)  # its files are tried before the model is loaded
     requests = [pipeline.resolve(request) for request in requests]
     check_run(pipeline, requests, options, team, sheet)
     if options.dry_run:
@@ -60,7 +64,7 @@ def run(
         nodes=team.place.nodes,
     )
     # the output folder is tried, and a run to resume is found, before anything slow
-    folder = OutputFolder(options.outdir, options.format, options.quality)
+    folder = OutputFolder(options.outdir, options.format, options.quality, sign)
     seed, batch_size = choices(pipeline, requests, options, team)
     plan = plan_run(requests, seed, options.n_iter, options.n_samples, batch_size)
     facts = {"n_samples": options.n_samples} | ({"batch_size": batch_size} if batch_size else {})
@@ -148,7 +152,7 @@ def follow(pipeline: Pipeline, options: RunOptions, team: Team) -> int:
         return 0
     if team.device is not None:
         pipeline.use_device(team.device)
-    folder = OutputFolder(options.outdir, options.format, options.quality)
+    folder = OutputFolder(options.outdir, options.format, options.quality, signer(options))
     folder.owner = job.record.run
     writer = image_writer(folder, job.record, options)
     with Interrupt() as interrupt:
@@ -223,6 +227,15 @@ def image_writer(
         columns=options.n_rows or options.n_samples,
         sheet=sheet,
     )
+
+
+def signer(options: RunOptions) -> Signer | None:
+    """What signs the files, None if nothing does. InputError for a certificate or key that is not fit."""
+    if options.sign is None:
+        return None
+    from ldm.images.provenance import signer_of
+
+    return signer_of(*options.sign, prompt=options.sign_prompt)
 
 
 def preview_of(pipeline: Pipeline, folder: OutputFolder, options: RunOptions) -> Preview | None:

@@ -79,7 +79,8 @@ class ImageWriter:
             self.kept[k] = image
         if self.save_images:
             marked = Watermarker.of(settings["watermark"])(image, painted)
-            path = self.folder.save_image(marked, self.texts(settings), name, self.record.resumed)
+            resumed = self.record.resumed
+            path = self.folder.save_image(marked, self.texts(settings), name, resumed, settings)
             file = path.relative_to(self.folder.path).as_posix()
             if self.save_depths and depth is not None:
                 saved = self.folder.save_depth(depth, path)
@@ -126,7 +127,8 @@ class ImageWriter:
         black = np.zeros((settings["height"], settings["width"], 3), np.uint8)
         for page in self.sheet.draw([self.kept.get(k, black) for k in range(self.record.images)]):
             drawn = Watermarker.of(settings["watermark"])(page.image)
-            self.folder.save_grid(drawn, self.texts(settings | page.facts), page.name)
+            facts = settings | page.facts
+            self.folder.save_grid(drawn, self.texts(facts), page.name, facts)
 
     def _save_page(self, images: list[np.ndarray], settings: dict[str, Any]) -> Path:
         grid = make_grid(of_one_size(images), self.columns)
@@ -134,4 +136,4 @@ class ImageWriter:
         fits = all(Watermarker.fits(*image.shape[:2]) for image in images)
         if fits and not single:
             grid = Watermarker.of(settings["watermark"])(grid)
-        return self.folder.save_grid(grid, self.texts(settings))
+        return self.folder.save_grid(grid, self.texts(settings), settings=settings)

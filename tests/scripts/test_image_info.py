@@ -62,6 +62,8 @@ def test_text(info, made):
             "  seed: 7",
             "  model_hash: fe4efff1e1",
             "  watermark: StableDiffusionV1",
+            "  digital source type: trainedAlgorithmicMedia",
+            "  c2pa: none",
             "  safety: flagged",
             r"  prompt: a cat\nat \x1b[31mnight",
             "  height: 256",
@@ -74,7 +76,8 @@ def test_text(info, made):
 
 def test_an_image_without_settings(info, tmp_path):
     path = plain(tmp_path / "plain.webp")
-    expected = ["seed: none", "model_hash: none", "watermark: none", "safety: not checked", "no settings"]
+    none = ("seed", "model_hash", "watermark", "digital source type", "c2pa")
+    expected = [*(f"{name}: none" for name in none), "safety: not checked", "no settings"]
     assert info(path) == (0, [f"{path}: 64x8", *(f"  {line}" for line in expected)], [])
 
 
@@ -83,12 +86,15 @@ def test_json_is_one_line_for_each_file(info, made, tmp_path):
     code, out, err = info("--json", made, other)
     assert (code, err) == (0, [])
     facts = {"seed": 7, "model_hash": "fe4efff1e1", "watermark": "StableDiffusionV1"}
-    nothing = dict.fromkeys([*facts, "nsfw_content_detected", "settings"])
+    nothing = dict.fromkeys([*facts, "digital_source_type", "nsfw_content_detected", "settings"])
+    no_manifest = {"c2pa": {"state": "none"}}
+    facts |= {"digital_source_type": "trainedAlgorithmicMedia"}
     assert [json.loads(line) for line in out] == [
         {"file": str(made), "width": 256, "height": 256}
         | facts
-        | {"nsfw_content_detected": True, "settings": SETTINGS},
-        {"file": str(other), "width": 64, "height": 8} | nothing,
+        | {"nsfw_content_detected": True, "settings": SETTINGS}
+        | no_manifest,
+        {"file": str(other), "width": 64, "height": 8} | nothing | no_manifest,
     ]
 
 
@@ -169,3 +175,52 @@ print({{"torch", "cv2", "imwatermark"}} & {{*sys.modules}})
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines().count("set()") == 2
+
+
+def test_signatures(info, made, tmp_path):
+    pytest.importorskip("c2pa")
+    from certificates import Authority
+
+    from ldm.images.provenance import signer_of
+
+    authority = Authority()
+    sign = signer_of(*authority.files(tmp_path))
+    data = sign(made.read_bytes(), "png", SETTINGS | {"checkpoint": "m\x1b[31m"})
+    made.write_bytes(data)
+    (tmp_path / "trust.pem").write_bytes(authority.pem)
+    stated = [
+        "    generator: stable-diffusion-toolkit 0.1.0",
+        "    source_type: trainedAlgorithmicMedia",
+        r"    model: m\x1b[31m",
+        "    model_hash: fe4efff1e1",
+    ]
+    signed = "  c2pa: valid, signed by Test signer, Tests"
+    code, out, err = info(made)
+    assert (code, err) == (0, [])
+    assert out[5:10] == [f"{signed}; the certificate is not known to be trusted", *stated]
+    assert info(made, "--trust", tmp_path / "trust.pem")[1][5:10] == [f"{signed}; trusted", *stated]
+    code, out, _ = info("--json", made, "--trust", tmp_path / "trust.pem")
+    facts = json.loads(out[0])
+    assert (code, facts["c2pa"]["state"], facts["settings"]["seed"]) == (0, "trusted", 7)
+
+    image = np.array(Image.open(made))
+    image[0, 0] ^= 1
+    start = data.index(b"caBX") - 4
+    manifest = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    other = encode_image(image, image_texts(SETTINGS))
+    made.write_bytes(other[:33] + manifest + other[33:])
+    code, out, err = info(made, "--trust", tmp_path / "trust.pem")
+    altered = "altered (the file's pixels or texts), signed by Test signer, Tests"
+    assert code == 1
+    assert f"  c2pa: {altered}" in out
+    assert err == [f"image_info.py: error: {made}: its C2PA manifest is {altered}"]
+
+
+def test_who_is_trusted_must_be_readable(info, made, tmp_path):
+    pytest.importorskip("c2pa")
+    code, out, err = info(made, "--trust", made)
+    assert (code, out) == (2, [])
+    assert err == [f"image_info.py: error: --trust {made}: this file holds no certificate in PEM form"]
+    missing = tmp_path / "nowhere.pem"
+    code, out, err = info(made, "--trust", missing)
+    assert (code, err) == (2, [f"image_info.py: error: --trust {missing}: No such file or directory"])
