@@ -4,6 +4,9 @@ from setuptools import find_packages, setup
 
 TRAINING = ["codecarbon", "matplotlib", "pyarrow", "tensorboard", "webdataset"]
 EVALUATION = ["matplotlib", "torch-fidelity"]
+SERVICE = ["fastapi", "httpx2", "prometheus-client", "python-multipart", "uvicorn"]
+PROVENANCE = ["c2pa-python", "cryptography"]
+WEBUI = ["gradio"]
 
 setup(
     name="stable-diffusion-toolkit",
@@ -12,6 +15,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["ldm", "ldm.*"]),
+    package_data={"ldm.webui": ["*.css", "*.js"]},
     install_requires=[
         "einops",
         "filelock",
@@ -35,6 +39,9 @@ setup(
     extras_require={
         "training": TRAINING,
         "evaluation": EVALUATION,
+        "service": SERVICE,
+        "provenance": PROVENANCE,
+        "webui": WEBUI,
         "openvino": ["openvino"],  # --compile on a CPU
         "benchmark": ["accelerate", "diffusers", "matplotlib", "openvino"],
         "test": [
@@ -42,15 +49,23 @@ setup(
             "diffusers",
             "hypothesis",
             "lycoris_lora",
+            "httpx",
+            "openai",
             "openvino",
             "peft",
+            "playwright",
             "pytest",
             "pytest-xdist",
             "ruff",
+            "schemathesis",
             "scipy",
             "toml",  # lycoris_lora imports it
+            "webuiapi",
             *TRAINING,
             *EVALUATION,
+            *SERVICE,
+            *PROVENANCE,
+            *WEBUI,
         ],
     },
 )

@@ -30,6 +30,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     words: tuple[str, ...] = ()  # accepted in place of a number, such as "auto"
     bare: str | None = None  # the value of a flag that is given without one
+    values: int = 1  # texts that a flag of a list takes at once; if several, the list has so many
     flags: tuple[str, ...] = ()  # on the command line, the usual one first; "--name" if empty
     a1111: str | None = None  # its name in the text that AUTOMATIC1111's web UI writes
     group: str = "sampling"  # in --help and in the documentation
@@ -58,8 +59,8 @@ class Setting:
     @property
     def bounds(self) -> str:
         """The range in words."""
-        low, high = (-math.inf if self.low is None else self.low), self.high
-        return f"{low:,} … {high:,}" if high is not None else f"at least {low:,}"
+        low = _in_digits(-math.inf if self.low is None else self.low)
+        return f"at least {low}" if self.high is None else f"{low} … {_in_digits(self.high)}"
 
     def parse(self, text: str) -> Any:
         """The value that a text stands for. ValueError with a message for the user if it stands for none."""
@@ -90,6 +91,8 @@ class Setting:
             objects = self.takes_objects or all(isinstance(text, str) for text in texts)
             if not objects or (not texts and value not in ((), [])):
                 raise ValueError(f"{value!r} is no list of texts")
+            if self.values > 1 and len(texts) != self.values:
+                raise ValueError(f"{value!r}: {self.values} texts are needed, {self.metavar}")
             return tuple(self.parse(text) if isinstance(text, str) else text for text in texts)
         if isinstance(value, bool) or self.kind is bool:
             raise ValueError(f"{value!r} is not {'true or false' if self.kind is bool else 'a value for it'}")
@@ -117,6 +120,12 @@ class Setting:
             words = "".join(f", or {word}" for word in self.words)
             raise ValueError(f"{value} is not {what} in range: {self.bounds}{words}")
         return number
+
+
+def _in_digits(number: float) -> str:
+    """A number with commas between thousands; a whole one without a point."""
+    whole = isinstance(number, float) and number.is_integer()
+    return f"{int(number) if whole else number:,}"
 
 
 def setting(default: Any, help: str, **facts: Any) -> Any:

@@ -22,7 +22,8 @@ ORDER = [  # a room may import those in the rows above it, and itself
     {"runs"},
     {"training"},
     {"scenes"},
-    {"cli", "evaluation"},
+    {"service"},
+    {"cli", "evaluation", "webui"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 BASE = ORDER[0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from ldm.errors import InputError
@@ -48,3 +49,9 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         for handler in LOG.handlers:
             handler.close()
         LOG.handlers, LOG.propagate = before, True
+
+
+def require(packages: Iterable[str], extra: str) -> None:
+    """InputError that names those of the packages which are not installed, and the extra that brings them."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise InputError(f'{", ".join(missing)} missing: pip install -e ".[{extra}]"')

@@ -12,6 +12,7 @@ from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import DEPTH, INIT, MASK, UPSCALE, ImageRequest
 from ldm.pipeline.settings.passes import PASSES
 from ldm.runs.options import RunOptions
+from ldm.service.options import ServiceOptions
 
 PROMPT = "a painting of a virus monster playing guitar"  # the original's
 UPSCALE_PROMPT = "a high quality professional photograph"  # of Stability's demo
@@ -93,12 +94,16 @@ def add_options(
     *,
     leave_out: Iterable[str] = (),
     defaults: dict[str, Any] | None = None,
+    title: str | None = None,
 ) -> None:
-    """An option for each setting of a dataclass, in groups. Only options that are given are in the result."""
+    """An option for each setting of a dataclass, in its group, or in that of one title.
+
+    Only options that are given are in the result.
+    """
     for name, each in settings_of(owner).items():
         if name in leave_out:
             continue
-        group = group_of(parser, each.group)
+        group = group_of(parser, title or each.group)
         facts: dict[str, Any] = {
             "dest": name,
             "default": argparse.SUPPRESS,
@@ -110,7 +115,9 @@ def add_options(
             facts |= {"type": option_type(each), "metavar": each.metavar}
             if each.choices:
                 facts |= {"choices": each.choices, "type": str}
-            if each.kind is list:
+            if each.values > 1:
+                facts |= {"nargs": each.values, "metavar": tuple(each.metavar.split())}
+            elif each.kind is list:
                 facts["action"] = "append"
             if each.bare is not None:
                 facts |= {"nargs": "?", "const": each.bare}
@@ -274,28 +281,46 @@ def _image_parser(
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that choose the model and how it computes."""
+def serve_parser(prog: str = "serve.py") -> Parser:
+    parser = Parser(prog=prog, description="Serve images over HTTP.", argument_default=argparse.SUPPRESS)
+    add_options(parser, ServiceOptions, title="service")
+    group_of(parser, "model").add_argument(
+        "--model",
+        action="append",
+        metavar="NAME=CKPT[,CONFIG]",
+        help="a model and the name by which clients ask for it; may be given several times, the default one "
+        "first (without it the linked or bundled model)",
+    )
+    add_model_options(parser, of_one=False, defaults={"batch_size": 8})
+    others = [name for name in settings_of(RunOptions) if name != "safety"]
+    add_options(parser, RunOptions, leave_out=others, title="model")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def add_model_options(
+    parser: argparse.ArgumentParser, *, of_one: bool = True, defaults: dict[str, Any] | None = None
+) -> None:
+    """The options that choose the model and how it computes; `of_one`: those that name its files, too."""
     add = group_of(parser, "model").add_argument
-    add("--config", metavar="YAML", help="model configuration")
-    add("--ckpt", metavar="FILE", help="weights, .ckpt or .safetensors")
+    if of_one:
+        add("--config", metavar="YAML", help="model configuration")
+        add("--ckpt", metavar="FILE", help="weights, .ckpt or .safetensors")
     add(
         "--weights",
         choices=WEIGHTS.choices,
         help=f"{WEIGHTS.help} (default: the config's use_ema)",
     )
     add("--vae", metavar="FILE", help="another autoencoder: a file of it, or a diffusers folder")
-    add(
-        "--lora_folder",
-        metavar="DIR",
-        help="where LoRAs are looked for by name, and below (models/loras)",
-    )
-    add("--C", type=number(int, 1), help="latent channels (default: the model's)")
-    add("--f", type=number(int, 1), help="downsampling factor (default: the model's)")
+    if of_one:
+        text = "where LoRAs are looked for by name, and below (models/loras)"
+        add("--lora_folder", metavar="DIR", help=text)
+        add("--C", type=number(int, 1), help="latent channels (default: the model's)")
+        add("--f", type=number(int, 1), help="downsampling factor (default: the model's)")
     add(
         "--allow_target",
         action="append",
         metavar="PREFIX",
         help="let the config name classes of this package",
     )
-    add_options(parser, RuntimeOptions)
+    add_options(parser, RuntimeOptions, defaults=defaults)

@@ -10,6 +10,7 @@ from ldm.cli.parser import (
     depth2img_parser,
     img2img_parser,
     inpaint_parser,
+    serve_parser,
     txt2img_parser,
     upscale_parser,
 )
@@ -23,6 +24,7 @@ those of the first two. Where an option is not for all of them, the commands tha
 meaning. This page is made from the code by `python -m ldm.cli.tables > docs/options.md`, and a test holds it
 equal. A line of a JSON prompt file may have, under their names without the dashes: {line_options}.
 """
+SERVE = "Its own ones; `serve.py --help` shows those of the model, too."
 ORDER = (
     *("prompt", "size", "sampling", "further guidance", "init image", "inpainting", "depth", "upscaling"),
     "control",
@@ -57,7 +59,10 @@ def options_page() -> str:
         lines += [f"## {title.capitalize()}", "", "| option | default | meaning |", "|---|---|---|"]
         lines += [_row(actions, len(parsers)) for actions in options.values()]
         lines.append("")
-    return "\n".join(lines)
+    service = next(group for group in serve_parser()._action_groups if group.title == "service")
+    lines += ["## `serve.py`", "", SERVE, "", "| option | default | meaning |", "|---|---|---|"]
+    lines += [_row({"serve": action}, 1) for action in service._group_actions]
+    return "\n".join([*lines, ""])
 
 
 def _row(actions: dict[str, argparse.Action], commands: int) -> str:
@@ -90,6 +95,7 @@ def _spelling(action: argparse.Action) -> str:
         value = "{" + ",".join(map(str, action.choices)) + "}"
     elif action.nargs != 0:
         value = action.metavar or action.dest.upper()
+        value = value if isinstance(value, str) else " ".join(value)
     if action.nargs == "?" and action.choices:
         value = f"[{value}]"
     return ", ".join(f"`{flag} {value}`".replace(" `", "`") for flag in action.option_strings)

@@ -1,0 +1,298 @@
+import asyncio
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_service
+from fastapi import Request
+from fastapi.testclient import TestClient
+
+from ldm.service import a1111, native, openai, score
+from ldm.service.app import Service, contract_of, create_app, in_words
+from ldm.service.engine import Engine
+from ldm.service.errors import Cancelled, DeadlinePassed, Refused, ServiceError
+from ldm.service.logs import JsonLog
+from ldm.service.moderation import Moderation
+
+PATHS = {"/generate": native, "/score": score, "/v1/images/generations": openai, "/sdapi/v1/txt2img": a1111}
+
+
+@pytest.fixture(scope="module")
+def engine(model: tuple[Path, Path]) -> Iterator[Engine]:
+    with tiny_service.running(model, max_body=0.01) as started:
+        yield started
+
+
+@pytest.fixture
+def service(engine: Engine, tmp_path: Path) -> Service:
+    return Service(engine, engine.options, log=JsonLog(str(tmp_path / "log.jsonl")))
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[TestClient]:
+    with TestClient(create_app(service), base_url="http://localhost", raise_server_exceptions=False) as found:
+        yield found
+
+
+def test_paths_have_their_contracts() -> None:
+    for path, contract in PATHS.items():
+        assert contract_of(path) is contract
+    assert contract_of("/v11/images") is native
+    assert contract_of("/v1") is openai
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_error_has_the_form_of_its_contract(client: TestClient, path: str) -> None:
+    """Also those that no route raises: of the method, the body's size, the path."""
+    error = ServiceError("", status=405, code="method_not_allowed")
+    form = set(PATHS[path].error_body(error))
+    answers = {
+        405: client.patch(path),
+        413: client.post(path, content=b"x" * 20_000),
+        404: client.get(path + "/nowhere"),
+        400: client.post(path, content=b"{"),
+    }
+    for status, answer in answers.items():
+        assert answer.status_code == status
+        assert set(answer.json()) == form
+    assert answers[405].headers["allow"] == "POST"
+
+
+def test_a_mistake_of_ours_is_one_line_without_a_traceback(
+    client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("line one\nline two")
+
+    monkeypatch.setattr(service.engine, "submit", fail)
+    for path in ("/generate", "/v1/images/generations"):
+        answer = client.post(path, json={"prompt": "a"})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == "an error inside the service; its log says which"
+    error, request, *_ = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (error["type"], error["message"]) == ("ZeroDivisionError", "line one line two")
+    assert "traceback" not in error
+    assert request["status"] == 500
+    service.debug = True
+    client.post("/generate", json={"prompt": "a"})
+    assert "ZeroDivisionError" in (tmp_path / "log.jsonl").read_text().splitlines()[-2]
+
+
+def test_messages_of_the_engine_are_without_flags_and_not_too_long() -> None:
+    assert in_words("x has 9 pixels, more than --max_pixels 4") == "x has 9 pixels, more than max_pixels 4"
+    assert in_words("(--list_samplers shows all)") == "(GET /sdapi/v1/samplers lists all)"
+    assert in_words("a--b and\n-- c") == "a--b and -- c"
+    assert len(in_words("x" * 100_000)) < 600
+
+
+def test_long_values_are_not_sent_back(client: TestClient) -> None:
+    answer = client.post("/generate", json={"prompt": "a", "sampler": "x" * 5000})
+    assert answer.status_code == 422
+    assert len(answer.content) < 1000
+
+
+def test_the_page_of_routes_loads_nothing_from_anywhere(client: TestClient) -> None:
+    page = client.get("/", follow_redirects=True)
+    assert page.url.path == "/docs"
+    assert all(path in page.text for path in PATHS)
+    assert re.findall(r"(?:src|href)=\"?([^\" >]+)", page.text) == ["/openapi.json"]
+    assert "<script" not in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert {"/generate", "/jobs/{id}", "/health"} <= client.get("/openapi.json").json()["paths"].keys()
+
+
+def test_an_error_of_the_path_or_the_method_names_it(client: TestClient) -> None:
+    """It said "Not Found" alone."""
+    assert 'no "/nowhere/at/all"' in client.get("/nowhere/at/all").json()["error"]["message"]
+    assert client.put("/generate").json()["error"]["message"] == '"/generate" takes no "PUT"'
+
+
+def test_a_malformed_form_is_an_invalid_request(client: TestClient) -> None:
+    """Its code was http_error, which says nothing to a program."""
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    answer = client.post("/v1/images/edits", content=b"no form", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+
+
+def test_bounds_of_whole_numbers_are_whole(client: TestClient) -> None:
+    """fastapi's model of the page made floats of them: 9.223372036854776e+18 for the seed."""
+    page = client.get("/openapi.json").json()
+    body = page["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert (body["properties"]["seed"]["maximum"], body["properties"]["height"]["minimum"]) == (2**63 - 1, 8)
+    assert isinstance(body["properties"]["height"]["minimum"], int)  # which 8.0 is not
+
+
+# Jobs
+
+
+def http(gone: asyncio.Event) -> Request:
+    """A request whose client leaves with the event."""
+
+    async def receive() -> dict[str, Any]:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "headers": [], "path": "/", "state": {"client": "me"}}
+    return Request(scope, receive)
+
+
+def test_a_job_whose_client_goes_away_is_cancelled(service: Service, gate: threading.Event) -> None:
+    async def work() -> None:
+        gone = asyncio.Event()
+        request = http(gone)
+        job = await service.submit([tiny_service.request()], request)
+        finishing = asyncio.ensure_future(service.finish(job, request))
+        await asyncio.sleep(0)
+        assert not job.over
+        gone.set()
+        with pytest.raises(Cancelled):
+            await finishing
+        assert job.state == "cancelled"
+
+    asyncio.run(work())
+
+
+def test_a_job_is_cancelled_with_the_task_that_waits_for_it(service: Service, gate: threading.Event) -> None:
+    async def work() -> None:
+        request = http(asyncio.Event())
+        job = await service.submit([tiny_service.request()], request)
+        finishing = asyncio.ensure_future(service.finish(job, request))
+        await asyncio.sleep(0)
+        finishing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await finishing
+        assert job.state == "cancelled"
+
+    asyncio.run(work())
+
+
+def test_no_thread_waits_for_a_job(service: Service, gate: threading.Event) -> None:
+    async def work() -> None:
+        request = http(asyncio.Event())
+        job = await service.submit([tiny_service.request()], request)
+        before = threading.active_count()
+        waiting = [asyncio.ensure_future(service.finish(job, request)) for _ in range(50)]
+        await asyncio.sleep(0)
+        assert threading.active_count() == before
+        gate.set()
+        assert all(found is job for found in await asyncio.gather(*waiting))
+
+    asyncio.run(work())
+
+
+def test_a_deadline_is_the_waiting_requests_too(service: Service, gate: threading.Event) -> None:
+    async def work() -> None:
+        request = http(asyncio.Event())
+        job = await service.submit([tiny_service.request()], request, timeout=0.05)
+        with pytest.raises(DeadlinePassed):
+            await service.finish(job, request)
+
+    asyncio.run(work())
+
+
+def test_files_of_a_job_are_made_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        request = http(asyncio.Event())
+        job = await service.finish(await service.submit([tiny_service.request()], request), request)
+        several = await asyncio.gather(*(service.files(job) for _ in range(5)), service.files(job, "webp"))
+        assert all(files[0] is several[0][0] for files in several[:5])
+        assert several[5][0].data[8:12] == b"WEBP"
+
+    asyncio.run(work())
+
+
+def test_files_count_as_bytes_of_their_job(service: Service) -> None:
+    """The bound on what finished jobs keep did not see them."""
+
+    async def work() -> None:
+        request = http(asyncio.Event())
+        job = await service.finish(await service.submit([tiny_service.request()], request), request)
+        (png,), (webp,) = await service.files(job), await service.files(job, "webp")
+        assert job.held_bytes == len(png.data) + len(webp.data)
+
+    asyncio.run(work())
+
+
+# Moderation
+
+
+def test_a_failure_of_moderation_is_not_kept(engine: Engine) -> None:
+    """One 503 stayed the answer for as long as the job."""
+    failing = [True]
+
+    async def ask(what: str, content: object) -> str | None:
+        if what == "image" and failing:
+            failing.clear()
+            raise OSError("no answer")
+        return None
+
+    async def work() -> None:
+        request = http(asyncio.Event())
+        job = await service.finish(await service.submit([tiny_service.request()], request), request)
+        (first,), (second,) = await service.files(job), await service.files(job)
+        assert (first.error.status, second.error) == (503, None)
+
+    service = Service(engine, engine.options, moderation=Moderation(ask), log=JsonLog())
+    asyncio.run(work())
+
+
+def moderated(engine: Engine, objects_to: str) -> Service:
+    asked = []
+
+    async def ask(what: str, content: object) -> str | None:
+        asked.append((what, content))
+        return "violence" if what == objects_to else None
+
+    service = Service(engine, engine.options, moderation=Moderation(ask), log=JsonLog())
+    service.asked = asked
+    return service
+
+
+def test_a_refused_prompt_is_not_sampled(engine: Engine) -> None:
+    service = moderated(engine, "prompt")
+    with TestClient(create_app(service), base_url="http://localhost") as client:
+        answer = client.post("/generate", json={"prompt": "a", "steps": 1})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "content_policy")
+    assert "violence" in answer.json()["error"]["message"]
+    assert service.asked == [("prompt", "a")]
+
+
+def test_a_refused_image_is_not_handed_out(engine: Engine) -> None:
+    service = moderated(engine, "image")
+    with TestClient(create_app(service), base_url="http://localhost") as client:
+        (image,) = client.post("/generate", json={"prompt": "a", "steps": 1}).json()["images"]
+        accept = {"Accept": "image/png"}
+        assert client.post("/generate", json={"prompt": "a", "steps": 1}, headers=accept).status_code == 400
+    assert image["image"] is None
+    assert image["nsfw_content_detected"] is True
+    assert image["error"]["code"] == Refused().code
+    assert service.asked[1][1].startswith(b"\x89PNG")
+
+
+def test_a_refused_image_is_not_kept(model: tuple[Path, Path], tmp_path: Path) -> None:
+    """Images were kept as soon as they were finished, before moderation had seen them."""
+    seen: list[bytes] = []
+
+    async def judge(what: str, content: str | bytes) -> str | None:
+        if what == "prompt":
+            return None
+        seen.append(content)
+        return "red" if len(seen) == 1 else None
+
+    folder = tmp_path / "kept"
+    with tiny_service.running(model, keep=str(folder)) as engine:
+        service = Service(engine, engine.options, moderation=Moderation(judge))
+        with TestClient(create_app(service), base_url="http://localhost") as client:
+            answers = [client.post("/generate", json={"prompt": "a cube", "steps": 2}) for _ in range(2)]
+            while engine.running:  # the last image is handed to the keeper after its answer
+                time.sleep(0.005)
+    images = [answer.json()["images"][0]["image"] for answer in answers]
+    assert [image is None for image in images] == [True, False]
+    assert len(seen) == 2  # once each
+    lines = (folder / "manifest.jsonl").read_text().splitlines()
+    assert len(list((folder / "samples").iterdir())) == len(lines) == 1
