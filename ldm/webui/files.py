@@ -1,0 +1,98 @@
+"""The files that the page offers by name: LoRAs, textual inversions and ControlNets in given folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm.errors import FieldError, InputError
+from ldm.pipeline.request import ImageRequest
+from ldm.pipeline.settings.adapters import SUFFIXES
+from ldm.pipeline.settings.control import WEIGHT_FILES, Control
+from ldm.webui.command import near
+from ldm.weights.loading import find
+
+LORA_FOLDER = "models/loras"
+EMBEDDINGS = (".pt", ".bin", ".safetensors")
+BUNDLED_CONTROLS = ("models/scenes-64-canny/model.safetensors",)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Paths by the names that the page shows. Nothing else on the machine can be named."""
+
+    loras: Mapping[str, str] = field(default_factory=dict)
+    embeddings: Mapping[str, str] = field(default_factory=dict)
+    controls: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def found(
+        cls,
+        lora_folder: str | None = None,
+        embedding_folder: str | None = None,
+        control_folder: str | None = None,
+    ) -> Files:
+        """What lies in the folders. InputError for a folder that is given and is none."""
+        bundled = {Path(path).parent.name: path for path in BUNDLED_CONTROLS if find(path).exists()}
+        return cls(
+            _inside("lora_folder", lora_folder, [f".{one}" for one in SUFFIXES], LORA_FOLDER),
+            _inside("embedding_folder", embedding_folder, EMBEDDINGS),
+            {name: near(find(path)) for name, path in bundled.items()}
+            | _inside("control_folder", control_folder, WEIGHT_FILES),
+        )
+
+    def lora_texts(self, names: Sequence[str], weights: str) -> tuple[str, ...]:
+        """`FILE:WEIGHT` for each LoRA; `weights` are numbers between commas, one for all or one for each.
+
+        InputError for an unknown name or another number of weights.
+        """
+        paths = [path_of("LoRA", name, self.loras) for name in names]
+        given = [word.strip() for word in weights.split(",") if word.strip()] or ["1"]
+        if len(given) not in (1, len(paths)) and paths:
+            raise InputError(f"LoRA weights: {len(given)} for {len(paths)} LoRAs; give one for all or each")
+        given = given * len(paths) if len(given) == 1 else given
+        return tuple(f"{path}:{weight}" for path, weight in zip(paths, given, strict=False))
+
+    def embedding_texts(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(path_of("textual inversion", name, self.embeddings) for name in names)
+
+    def control(self, name: str, image: object, weight: float, start: float, end: float) -> Control:
+        return Control(path_of("ControlNet", name, self.controls), image, weight, start, end)
+
+    def check(self, request: ImageRequest) -> None:
+        """InputError for a LoRA that the prompt names and that is not among these: it may not be a path."""
+        known = {name.casefold() for name in self.loras} | {Path(name).stem.casefold() for name in self.loras}
+        for lora in request.loras:
+            if lora.file not in self.loras.values() and lora.file.casefold() not in known:
+                path_of("LoRA", lora.file, self.loras)
+
+
+def path_of(what: str, name: str, known: Mapping[str, str]) -> str:
+    """The path of a file by its name. InputError if there is none, which names those that there are."""
+    if name not in known:
+        there = f"there are {', '.join(known)}" if known else "there is none"
+        raise InputError(f"no {what} {name!r}: {there}")
+    return known[name]
+
+
+def _inside(
+    option: str, given: str | None, suffixes: Iterable[str], default: str | None = None
+) -> dict[str, str]:
+    """The files with one of these suffixes, by their names, in the folder that an option gives or, if it is
+    there, in the default one.
+    """
+    folder = given or default
+    if folder is None:
+        return {}
+    there = find(folder)
+    if not there.is_dir():
+        if given:
+            raise FieldError("{" + option + "} {folder} is no folder", folder=folder)
+        return {}
+    try:
+        paths = sorted(path for path in there.iterdir() if path.is_file() and path.suffix in set(suffixes))
+    except OSError as error:
+        why = f"it cannot be read: {error.strerror}"
+        raise FieldError("{" + option + "} {folder}: {why}", folder=folder, why=why) from error
+    return {path.name: near(path) for path in paths}

@@ -1,0 +1,141 @@
+"""What the page does with a job, without a browser."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_service
+
+pytest.importorskip("gradio")
+
+from ldm.pipeline.request import ImageRequest
+from ldm.service.engine import Engine
+from ldm.webui.files import Files
+from ldm.webui.page import Page, changes, image_of, progress_html, status_html
+
+
+@pytest.fixture(scope="module")
+def engine(model: tuple[Path, Path]) -> Iterator[Engine]:
+    with tiny_service.running(model) as engine:
+        yield engine
+
+
+@pytest.fixture
+def page(engine: Engine, tmp_path: Path) -> Page:
+    return Page(engine, Files(), tmp_path)
+
+
+def test_a_tab_that_is_closed_gives_its_place_up(page: Page, engine: Engine) -> None:
+    mine, other = (engine.submit([tiny_service.request(steps=150)], client=name) for name in ("a", "b"))
+    page.running = {"mine": mine, "other": other}
+    results = {name: page.folders.add(name, name) for name in ("mine", "other")}
+    page.leave(SimpleNamespace(session_hash="mine"))
+    page.leave(SimpleNamespace(session_hash="nobody"))
+    assert mine.state == "cancelled"
+    assert [path.exists() for path in results.values()] == [False, True]
+    assert other.wait(60).state == "finished"
+
+
+def test_a_job_that_nobody_listens_to_any_more_is_cancelled(page: Page, engine: Engine) -> None:
+    blocks = page.blocks()
+    assert blocks.analytics_enabled is False
+    asked = {part: getattr(part, "value", None) for part in (*page.held.values(), *page.parts.values())}
+    asked |= {page.results: [], page.held["steps"]: "150", page.parts["images"]: 16}
+
+    async def abandon() -> object:
+        updates = page.generate(asked, SimpleNamespace(session_hash="s", username=None))
+        await anext(updates)
+        await anext(updates)
+        job = page.running["s"]
+        await updates.aclose()
+        return job
+
+    assert asyncio.run(abandon()).state == "cancelled"
+    assert page.running == {}
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_whatever_fails_the_page_can_be_used_again(
+    page: Page, debug: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that could not be written left both buttons disabled, and nothing said why."""
+    page.blocks()
+    page.debug = debug
+    asked = {part: getattr(part, "value", None) for part in (*page.held.values(), *page.parts.values())}
+    asked |= {page.results: [], page.held["steps"]: "1"}
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(page, "_keep", fail)
+
+    async def last() -> dict:
+        request = SimpleNamespace(session_hash="s", username=None)
+        return [one async for one in page.generate(asked, request)][-1]
+
+    update = asyncio.run(last())
+    assert update[page.parts["generate"]]["interactive"] is True
+    assert "says why" in update[page.parts["status"]]
+    assert "the page: OSError: the disk is full" in caplog.text
+    assert ("Traceback" in caplog.text) is debug
+
+
+def test_images_and_sheets_are_signed(engine: Engine, tmp_path: Path) -> None:
+    """--sign was an option that did nothing."""
+
+    def sign(data: bytes, format: str, settings: dict) -> bytes:
+        return data + f"signed {format} {settings['seed']}".encode()
+
+    page = Page(engine, Files(), tmp_path, signer=sign)
+    page.blocks()
+    asked = {part: getattr(part, "value", None) for part in (*page.held.values(), *page.parts.values())}
+    asked |= {page.results: [], page.held["seed"]: "7", page.parts["x_values"]: "1, 2"}
+    asked |= {page.held["steps"]: "1"}
+
+    async def file_of(work: object) -> bytes:
+        request = SimpleNamespace(session_hash="s", username=None)
+        last = [update async for update in work(asked, request)][-1]
+        return Path(last[page.results][0].file).read_bytes()
+
+    for work in (page.generate, page.draw_sheet):
+        assert asyncio.run(file_of(work)).endswith(b"signed png 7")
+
+
+def test_changes_of_a_job_hold_no_thread(engine: Engine) -> None:
+    async def seen() -> int:
+        job = engine.submit([tiny_service.request(steps=150)], client="a", preview=True)
+        count = 0
+        async for _ in changes(job):
+            count += 1
+        assert job.state == "finished"
+        assert job._listeners == []
+        return count
+
+    assert asyncio.run(seen()) >= 1
+
+
+def test_only_the_tasks_that_a_model_can_do_are_offered(page: Page) -> None:
+    assert [task.name for task in page.tasks] == ["text", "image", "inpaint"]  # the miniature is for text
+    assert page.models["inpaint"] == ["tiny"]
+
+
+def test_each_image_has_its_own_seeds() -> None:
+    request = ImageRequest("a", seed=2**63 - 1, variation_seed=5, variation_strength=0.5)
+    assert [(one.seed, one.variation_seed) for one in (image_of(request, k) for k in range(2))] == [
+        (2**63 - 1, 5),
+        (0, 6),
+    ]
+
+
+def test_nothing_that_a_user_types_becomes_html(engine: Engine) -> None:
+    assert "<script>" not in status_html("<script>alert(1)</script>", "error")
+    job = engine.submit([tiny_service.request()], client="a").wait(60)
+    assert 'value="1.000"' in progress_html(job)
+
+
+@pytest.mark.parametrize(("ahead", "words"), [(0, "for the model"), (1, "1 image is"), (2, "2 images are")])
+def test_a_job_that_waits_says_how_many_are_ahead(ahead: int, words: str) -> None:
+    job = SimpleNamespace(state="queued", position=ahead, progress=0.0, preview=None)
+    assert words in progress_html(job)

@@ -1,0 +1,276 @@
+"""The page's server: what it refuses, and that the page works over HTTP."""
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_service
+from PIL import Image
+
+pytest.importorskip("gradio")
+
+from starlette.testclient import TestClient
+
+from ldm.errors import InputError
+from ldm.pipeline.infotext import read_settings
+from ldm.service.engine import Engine
+from ldm.webui.files import Files
+from ldm.webui.options import PageOptions
+from ldm.webui.server import CLOSED, create_app, page_models, private_folder, serve
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limit() -> Iterator[None]:
+    """A page sets Pillow's limit for its whole process, which has other tests here."""
+    before = Image.MAX_IMAGE_PIXELS
+    yield
+    Image.MAX_IMAGE_PIXELS = before
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with private_folder() as folder:
+        yield folder
+    assert not folder.exists()
+
+
+@pytest.fixture(scope="module")
+def engine(model: tuple[Path, Path]) -> Iterator[Engine]:
+    with tiny_service.running(model) as engine:
+        yield engine
+
+
+@contextmanager
+def opened(engine: Engine, folder: Path, **options: Any) -> Iterator[TestClient]:
+    app = create_app(engine, Files(), PageOptions(**options), folder)
+    with TestClient(app, base_url="http://localhost") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine, folder: Path) -> Iterator[TestClient]:
+    with opened(engine, folder) as client:
+        yield client
+
+
+def call(client: TestClient, element: str, session: str = "one", **given: Any) -> dict:
+    """The last message about the event of a component, by its id in the page, called as the page does.
+
+    `given` are values of components by their ids; others have those of the page when it opens.
+    """
+    config = client.get("/config").json()
+    parts = {part["id"]: part for part in config["components"]}
+    event = next(
+        one
+        for one in config["dependencies"]
+        if any(parts[target]["props"].get("elem_id") == element for target, _ in one["targets"])
+    )
+    data = []
+    for number in event["inputs"]:
+        props = parts[number]["props"]
+        data.append(given.get(props.get("elem_id"), props.get("value")))
+    body = {"fn_index": event["id"], "data": data, "session_hash": session, "event_data": None}
+    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+    last = {}
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data:"):
+                message = json.loads(line.removeprefix("data:"))
+                if message["msg"] == "process_completed":
+                    last = message
+                if message["msg"] == "close_stream":
+                    break
+    return last
+
+
+def test_every_answer_forbids_other_servers(client: TestClient) -> None:
+    answer = client.get("/")
+    assert answer.status_code == 200
+    policy = answer.headers["content-security-policy"]
+    assert "http" not in policy
+    assert {"default-src 'self'", "frame-ancestors 'none'"} <= set(policy.split("; "))
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_another_sites_name_for_this_machine_is_refused(client: TestClient) -> None:
+    for host in ("evil.example", "evil.example:80", "localhost.evil.example"):
+        assert client.get("/config", headers={"host": host}).status_code == 403
+    for host in ("localhost:7860", "127.0.0.1", "[::1]:7860"):
+        assert client.get("/config", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("route", CLOSED)
+def test_what_the_page_does_not_need_is_closed(client: TestClient, route: str) -> None:
+    for path in (f"/gradio_api/{route}x", f"/{route}x", f"//gradio_api/{route}x"):
+        assert client.get(path).status_code in (403, 404)
+    assert client.get(f"/gradio_api/{route}x").status_code == 403
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "README.md", "../../etc/passwd", "%2Fetc%2Fpasswd"])
+def test_no_file_of_the_machine_can_be_read(client: TestClient, path: str) -> None:
+    for place in (path, str(Path(path).absolute())):
+        answer = client.get(f"/gradio_api/file={place}")
+        assert answer.status_code in (403, 404)
+        assert b"root:" not in answer.content
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "http://127.0.0.1:9/secret.png", "https://example.org/a.png", "../a.png"]
+)
+def test_neither_can_one_be_sent_in_place_of_an_upload(
+    client: TestClient, path: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = call(client, "dropped", dropped={"path": path, "meta": {"_type": "gradio.FileData"}})
+    assert found["success"] is False
+    assert "root:" not in json.dumps(found)
+    capfd.readouterr()  # gradio's own report
+
+
+def test_an_upload_beyond_the_limit_is_refused(engine: Engine, folder: Path, client: TestClient) -> None:
+    large = bytes(engine.options.max_body_bytes + 1)
+    answer = client.post("/gradio_api/upload", files={"files": ("a.png", large, "image/png")})
+    assert answer.status_code == 413
+
+
+def test_an_image_is_made(client: TestClient) -> None:
+    found = call(client, "generate", prompt="a red cube", set_steps="2", set_seed="7")
+    assert found["success"], found
+    text = json.dumps(found["output"])
+    assert "1 image in" in text
+    assert "--prompt 'a red cube' --ddim_steps 2 --seed 7" in text
+    file = text.split('"path": "')[1].split('"')[0]
+    answer = client.get(f"/gradio_api/file={file}")
+    assert answer.content[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"set_steps": "0"}, "Steps: 0 is not a whole number in range"),
+        ({"set_steps": "<b>"}, "Steps: &lt;b&gt; is not a whole number"),
+        ({"set_steps": "1000"}, "teps: 1000 are more than this service"),
+        ({"set_width": "4096", "set_height": "4096"}, "4096x4096 are 16,777,216 pixels"),
+        ({"set_width": "20"}, "idth 20 is not a multiple of 8"),
+        ({"images": 17}, "Images: 17 is not a whole number in range: 1 … 16"),
+        ({"images": 0}, "Images: 0 is not a whole number in range: 1 … 16"),
+        ({"images": 2.7}, "Images: 2.7 is not a whole number in range: 1 … 16"),
+        ({"task": "inpaint"}, "Inpaint starts from an image"),
+    ],
+)
+def test_a_mistake_is_one_line_on_the_page(
+    client: TestClient, given: dict, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = call(client, "generate", prompt="a red cube", **given)
+    text = json.dumps(found["output"], ensure_ascii=False)
+    assert words in text
+    assert "Traceback" not in text
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def uploaded(client: TestClient, name: str, data: bytes) -> dict:
+    """What the page sends for an uploaded file."""
+    (path,) = client.post("/gradio_api/upload", files={"files": (name, data)}).json()
+    return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+
+
+def file_of(image: Image.Image, format: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format)
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """The head of a PNG file of 900 megapixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 9) + b"IDAT"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"no image", "cannot read the image a.png: it is no PNG, JPEG or WebP file"),
+        (bomb(), "a.png has too many pixels; --max_pixels allows 4,194,304"),
+    ],
+    ids=["text", "bomb"],
+)
+@pytest.mark.parametrize("where", ["image", "editor"])
+def test_an_upload_that_cannot_be_read_is_one_line(
+    client: TestClient, data: bytes, words: str, where: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """gradio opened it before the page did: "Error" on the page, and a traceback in the terminal."""
+    file = uploaded(client, "a.png", data)
+    if where == "editor":
+        file = {"background": file, "layers": [], "composite": None, "id": None}
+    task = "image" if where == "image" else "inpaint"
+    found = call(client, "generate", prompt="a red cube", task=task, **{where: file})
+    assert words in json.dumps(found["output"], ensure_ascii=False)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_jpeg_of_print_is_an_image_to_start_from(client: TestClient) -> None:
+    """A file in CMYK, which PNG has not, left the page busy for ever."""
+    file = uploaded(client, "a.jpg", file_of(Image.new("CMYK", (16, 16)), "JPEG"))
+    found = call(client, "generate", prompt="a cube", task="image", set_steps="2", image=file)
+    assert "1 image in" in json.dumps(found["output"])
+
+
+@pytest.mark.parametrize("session", ["../outside", "ABSOLUTE", "a/b", "\0"])
+def test_a_session_names_no_folder(client: TestClient, folder: Path, tmp_path: Path, session: str) -> None:
+    """A browser chooses its session's name, which was a part of the path of its results."""
+    session = session.replace("ABSOLUTE", str(tmp_path / "outside"))
+    found = call(client, "generate", session, prompt="a red cube", set_steps="1")
+    text = json.dumps(found["output"])
+    assert "1 image in" in text
+    file = Path(text.split('"path": "')[1].split('"')[0])
+    assert file.parents[1] == folder / "results"
+    assert not (tmp_path / "outside").exists()
+    assert not (folder / "outside").exists()
+
+
+def test_a_sheet_is_drawn(client: TestClient) -> None:
+    given = {"x_values": "1, 2", "y_values": "ddim, euler", "prompt": "a red cube", "set_seed": "7"}
+    found = call(client, "draw_sheet", **given)
+    text = json.dumps(found["output"])
+    assert "--x steps 1 2 --y sampler ddim euler" in text
+    settings = read_settings(text.split('"path": "')[1].split('"')[0])
+    assert (settings["x"], settings["y"]) == (["steps", "1", "2"], ["sampler", "ddim", "euler"])
+    assert (settings["seed"], settings["prompt"]) == (7, "a red cube")
+
+
+def test_a_page_with_users_asks_for_them(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "users").write_text("ann:secret")
+    with opened(engine, folder, auth_file=str(tmp_path / "users"), host="0.0.0.0") as client:
+        assert client.get("/config").status_code == 401
+        assert client.post("/gradio_api/queue/join", json={"fn_index": 0, "data": []}).status_code == 401
+        wrong = client.post("/login", data={"username": "ann", "password": "wrong"})
+        assert wrong.status_code == 400
+        assert client.get("/config").status_code == 401
+        assert client.post("/login", data={"username": "ann", "password": "secret"}).status_code == 200
+        assert client.get("/config").status_code == 200
+        assert client.get("/config", headers={"host": "page.example"}).status_code == 200
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port}: Address already in use"):
+            serve(None, PageOptions(port=port), print)
+
+
+def test_without_a_choice_every_task_has_a_model() -> None:
+    names = [one.name for one in page_models(())]
+    assert names[0] == "scenes-64" or Path("models/ldm").exists() is not False
+    for name in ("scenes-64", "scenes-64-inpainting", "scenes-64-depth", "scenes-x4", "scenes-64-v"):
+        assert name in names
+    assert page_models(["a=b.ckpt"]) == ["a=b.ckpt"]
