@@ -105,7 +105,7 @@ class StubFolder:
         self.path = path
         (path / "samples").mkdir(exist_ok=True)
 
-    def save_image(self, image: Any, texts: Any, name: str, again: bool) -> Path:
+    def save_image(self, image: Any, texts: Any, name: str, again: bool, settings: Any) -> Path:
         path = self.path / "samples" / f"{name}.png"
         path.touch()
         return path
