@@ -3,6 +3,9 @@
 Requests of all clients that agree in what a batch must share (`ImageRequest.batch_key`) are sampled together.
 A batch starts when the device is free. Where many clients ask again as soon as they are answered, the engine
 waits a moment for them, a small part of a batch's time, so that they form one batch and not two.
+
+Loading a model takes seconds. Where not all fit into memory, requests for one that would have to be loaded
+give way to those for models that are there, for a bounded time (`ServiceOptions.model_wait`).
 """
 
 from __future__ import annotations
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
 BATCH = 8  # images sampled together, where the options say nothing
 GATHER = 0.05  # the part of a batch's time for which its clients are waited for
 GATHER_LEAST, GATHER_MOST = 0.05, 0.5  # seconds; an answer and its next request take some 25 ms
+# A request gives way for `model_wait` at most, for so many times what loading its model takes, as more would
+# save little, and for this part of the time to its deadline, as it still has to be sampled.
+TIMES_LOAD, PART_OF_DEADLINE = 20, 0.5
 FIRST_GUESS = 1.0  # seconds an image, as long as none was made
 KEEPING = 32  # jobs whose images wait to be written, at most
 LAST_LAYER = 5.0  # seconds for which an engine that ends waits for a layer that is being computed
@@ -331,6 +337,7 @@ class Engine:
                 "batches": self._batches,
                 "sampling_seconds": self._sampling_seconds,
                 "model_loads": self.models.loads,
+                "model_load_seconds": self.models.load_seconds,
                 "model_evictions": self.models.evictions,
             }
 
@@ -351,21 +358,60 @@ class Engine:
             if not self._closing:
                 self._break()
 
-    def _first(self) -> Entry | None:
+    def _first(self) -> Waiting[Entry] | None:
         """The image that is next, once there is one; None at the end."""
         with self._changed:
-            while not self._closing and not len(self._queue):
-                self._changed.wait()
-            return None if self._closing else self._queue.first().entry
+            while not self._closing:
+                gives_way = self._preference()
+                first = self._queue.first(gives_way)
+                if first is None:
+                    self._changed.wait()
+                elif gives_way(first) and (left := self._until_load(first.entry.job.model)) > 0:
+                    self._changed.wait(left)
+                else:
+                    return first
+        return None
 
-    def _serve(self, first: Entry) -> None:
+    def _until_load(self, model: str) -> float:
+        """Seconds for which a model is not loaded yet although nothing else waits: clients that were just
+        answered may ask again for one that is in memory.
+        """
+        return self._free_since + _moment(self.models.seconds_to_load(model)) - time.monotonic()
+
+    def _preference(self) -> Callable[[Waiting[Entry]], bool]:
+        """Says of a waiting request whether those for models that are in memory go before it.
+
+        Its time runs while its model is not there: if it ran from when a request began to wait, a long queue
+        for two models would have them loaded in turn for each batch. A model that was loaded is preferred for
+        half of this time, or a smaller part where several wait, so that each of them has its turn.
+        """
+        waiting = {one.entry.job.model for one in self._queue}
+        missing = {name for name in waiting if self.models.needs_room(name)}
+        now = time.monotonic()
+
+        def gives_way(one: Waiting[Entry]) -> bool:
+            job = one.entry.job
+            if job.model not in missing:
+                return False
+            since = max(job.created, self.models.evicted(job.model))
+            most = min(
+                self.options.model_wait,
+                TIMES_LOAD * self.models.seconds_to_load(job.model),
+                PART_OF_DEADLINE * (job.deadline - since),
+            )
+            turn = most / (2 * len(missing))
+            return now < min(since + most, max(since, self.models.loaded_at) + turn)
+
+        return gives_way
+
+    def _serve(self, first: Waiting[Entry]) -> None:
         """Make the images of the batch that begins with this one. Whatever fails ends its jobs alone."""
-        entries = [first]
+        entries = [first.entry]
         try:
-            most = self._batch_size(first)  # may sample
+            most = self._batch_size(first.entry)  # may sample
             with self._changed:
                 self._gather(most)
-                entries = [one.entry for one in self._queue.take(most)]
+                entries = [one.entry for one in self._queue.take(most, first)]
                 self._running = len(entries)
             self._sample(entries)
         except Exception as error:
@@ -395,7 +441,7 @@ class Engine:
     def _gather(self, most: int) -> None:
         """Wait a moment for clients that were just answered and are about to ask again."""
         wanted = min(most, self._expected)
-        pause = min(max(GATHER * self._last_seconds, GATHER_LEAST), GATHER_MOST)
+        pause = _moment(self._last_seconds)
         while not self._closing and 0 < len(self._queue) < wanted:
             left = self._free_since + pause - time.monotonic()
             if left <= 0 or not self._changed.wait(left):
@@ -531,6 +577,11 @@ class Engine:
                     self._changed.wait(None if nearest is None else nearest - now)
             for job in late:  # without the lock: their listeners may ask for anything
                 job.expire()
+
+
+def _moment(seconds: float) -> float:
+    """How long clients are waited for so that work of so many seconds is saved."""
+    return min(max(GATHER * seconds, GATHER_LEAST), GATHER_MOST)
 
 
 def _all_images(job: Job) -> Sequence[GeneratedImage]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,7 +108,10 @@ class Models:
         self.runtime, self.most, self.choices = runtime or RuntimeOptions(), loaded, choices
         self._open: dict[str, OpenModel] = {}
         self._pipelines: OrderedDict[str, Pipeline] = OrderedDict()
-        self.loads, self.evictions = 0, 0
+        self.loads, self.evictions, self.load_seconds = 0, 0, 0.0
+        self._seconds: dict[str, float] = {}  # that the newest load of a model took
+        self.loaded_at = float("-inf")  # when the newest load ended, on the clock of time.monotonic
+        self._evicted: dict[str, float] = {}  # when a model made room the last time, on the same
         for one in named or [NamedModel(None)]:
             self._add(parse_model(one) if isinstance(one, str) else one)
 
@@ -148,6 +152,18 @@ class Models:
         """The names of the models whose weights are in memory, the one used last at the end."""
         return tuple(self._pipelines)
 
+    def needs_room(self, name: str) -> bool:
+        """Whether another model has to make room before this one can be used."""
+        return name not in self._pipelines and len(self._pipelines) >= self.most
+
+    def evicted(self, name: str) -> float:
+        """When a model made room the last time, on the clock of `time.monotonic`; -inf if it never did."""
+        return self._evicted.get(name, float("-inf"))
+
+    def seconds_to_load(self, name: str) -> float:
+        """As measured the last time; of a model that was never loaded, what the slowest one took, or 0."""
+        return self._seconds.get(name, max(self._seconds.values(), default=0.0))
+
     def open(self, name: str) -> OpenModel:
         """UnknownModel if there is none of this name."""
         if name not in self._open:
@@ -179,7 +195,7 @@ class Models:
     def pipeline(self, name: str) -> Pipeline:
         """The pipeline that samples, with its weights in memory. InputError if they cannot be read."""
         if name not in self._pipelines:
-            model = self.open(name)
+            model, start = self.open(name), time.monotonic()
             while len(self._pipelines) >= self.most:
                 self._evict()
             config = copy.deepcopy(model.reader.config)
@@ -187,7 +203,10 @@ class Models:
             pipeline.adapters = self._adapters()
             pipeline.model, pipeline.safety  # noqa: B018
             self._pipelines[name] = pipeline
+            self.loaded_at = time.monotonic()
+            self._seconds[name] = self.loaded_at - start
             self.loads += 1
+            self.load_seconds += self._seconds[name]
             LOG.info("model %s is in memory", name)
         self._pipelines.move_to_end(name)
         return self._pipelines[name]
@@ -204,6 +223,7 @@ class Models:
         from ldm.optimize.graph import free_recordings
 
         name, pipeline = self._pipelines.popitem(last=False)
+        self._evicted[name] = time.monotonic()
         free_recordings(pipeline.model)
         is_cuda = pipeline.device.type == "cuda"
         del pipeline

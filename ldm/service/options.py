@@ -72,6 +72,14 @@ class ServiceOptions:
         high=64,
         metavar="N",
     )
+    model_wait: float = setting(
+        60.0,
+        "most seconds for which requests for models in memory go before one whose model another has to make "
+        "room for; 0: strict turns",
+        low=0,
+        high=86_400,
+        metavar="SECONDS",
+    )
     keep: str | None = setting(
         None, "keep every finished image in this folder, with its line in manifest.jsonl", metavar="FOLDER"
     )

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+def _never(waiting: Waiting) -> bool:
+    return False
+
 
 # How many times the places that are left a client may fill by itself. Source of the rule: Choudhury and Hahne
 # 1998, Dynamic queue length thresholds for shared-memory packet switches, https://doi.org/10.1109/90.664262
@@ -46,6 +51,10 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return sum(map(len, self._clients.values()))
 
+    def __iter__(self) -> Iterator[Waiting[T]]:
+        """Each client's requests, oldest first, in the order in which clients have their turns."""
+        return (one for own in self._clients.values() for one in own)
+
     def put(self, waiting: Sequence[Waiting[T]]) -> None:
         """Add the requests of a job, all or none. `Full` if there is no room."""
         self.check(waiting[0].client, len(waiting))
@@ -60,18 +69,22 @@ class FairQueue(Generic[T]):
         if own and own + count > ALPHA * (left + 1):
             raise Full(count)
 
-    def first(self) -> Waiting[T] | None:
-        """The request that leads what `take` returns next."""
-        return next((own[0] for own in self._clients.values()), None)
+    def first(self, gives_way: Callable[[Waiting[T]], bool] = _never) -> Waiting[T] | None:
+        """The request that leads the next batch: the oldest one of the client whose turn it is.
 
-    def take(self, most: int) -> list[Waiting[T]]:
+        Requests that give way are passed over, and keep their places, as long as there are others.
+        """
+        return next((one for one in self if not gives_way(one)), next(iter(self), None))
+
+    def take(self, most: int, first: Waiting[T] | None = None) -> list[Waiting[T]]:
         """At most so many requests that can be sampled together; none if none wait.
 
-        The client whose turn it is leads with its oldest job. What is left of the batch goes to requests with
-        the same key, one of each client in turn; for that no client loses its turn.
+        `first` leads, with what its job has of the same key, or whoever is first by turns; if it does not
+        wait any more, nothing is taken. What is left of the batch goes to requests with the same key, one of
+        each client in turn; for that no client loses its turn.
         """
-        first = self.first()
-        if first is None:
+        first = first or self.first()
+        if first is None or not any(one is first for one in self._clients.get(first.client, ())):
             return []
         taken = self._remove(first.client, lambda one: (one.job, one.key) == (first.job, first.key), most)
         while len(taken) < most:

@@ -1,12 +1,14 @@
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ldm.errors import InputError
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import ImageRequest
+from ldm.service import models as models_module
 from ldm.service.errors import BadRequest, UnknownModel
 from ldm.service.models import Models, NamedModel, bundled_models, parse_model
 from ldm.weights.loading import BUNDLED_WEIGHTS, find
@@ -74,6 +76,7 @@ def test_weights_are_loaded_once_and_the_oldest_make_room(model: tuple[Path, Pat
     found.pipeline("three")
     assert found.loaded == ("one", "three")
     assert (found.loads, found.evictions) == (3, 1)
+    assert [found.needs_room(name) for name in found.names] == [False, True, False]
     assert two() is None
     assert weights() is not None
     del one
@@ -87,6 +90,21 @@ def test_models_that_make_room_do_not_add_up(model: tuple[Path, Path]) -> None:
     weights = [weakref.ref(found.pipeline(name).model) for name in [*found.names, *found.names]]
     assert found.evictions == 5
     assert [ref() is not None for ref in weights] == [False] * 5 + [True]
+
+
+def test_it_is_measured_how_long_loading_takes(
+    model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, clock = models(model, loaded=1), iter([10.0, 13.0, 20.0, 20.5, 22.0, 30.0, 30.5, 35.0])
+    monkeypatch.setattr(models_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert found.seconds_to_load("one") == 0
+    assert not found.needs_room("one")
+    for name in ("one", "one", "two", "one"):
+        found.pipeline(name)
+    monkeypatch.undo()
+    assert [found.seconds_to_load(name) for name in found.names] == [5, 2, 5]  # "three" is not known yet
+    assert (found.load_seconds, found.loaded_at) == (10, 35)
+    assert [found.evicted(name) for name in found.names] == [20.5, 30.5, float("-inf")]
 
 
 def test_requests_are_resolved_without_weights_while_the_model_is_in_use(model: tuple[Path, Path]) -> None:

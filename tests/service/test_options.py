@@ -46,6 +46,7 @@ def test_a_request_that_could_never_wait_is_refused_at_the_start() -> None:
         ("moderate_failure", "maybe", "closed, open"),
         ("queue_size", 0, "1 …"),
         ("loaded_models", 0, "1 …"),
+        ("model_wait", -1, "0 …"),
         ("max_body", float("nan"), "number"),
     ],
 )

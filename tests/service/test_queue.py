@@ -29,6 +29,38 @@ def test_clients_take_turns() -> None:
     assert queue.first() is None
 
 
+def test_who_gives_way_keeps_the_place() -> None:
+    queue = FairQueue(100)
+    queue.put(waiting("a", "a0", key="slow") + waiting("a", "a1", key="fast"))
+    queue.put(waiting("b", "b0", 2, key="slow"))
+    queue.put(waiting("c", "c0", key="fast"))
+
+    def slow(one: Waiting) -> bool:
+        return one.key == "slow"
+
+    assert entries([*queue]) == ["a0.0", "a1.0", "b0.0", "b0.1", "c0.0"]
+    assert queue.first(slow).entry == "a1.0"
+    assert entries(queue.take(1, queue.first(slow))) == ["a1.0"]
+    assert queue.first().entry == "b0.0"  # it was a's turn
+    assert entries(queue.take(8, queue.first(slow))) == ["c0.0"]
+    assert queue.first(slow).entry == "b0.0"  # nothing else waits
+    assert entries(queue.take(8, queue.first(slow))) == ["b0.0", "b0.1", "a0.0"]
+    assert queue.first(slow) is None
+
+
+def test_a_request_that_has_left_leads_nothing() -> None:
+    """Its job was cancelled after it had been chosen."""
+    queue = FairQueue(100)
+    queue.put(waiting("a", "a0"))
+    queue.put(waiting("b", "b0"))
+    first = queue.first()
+    queue.discard("a0")
+    assert queue.take(8, first) == []
+    queue.put(waiting("a", "a0"))  # an equal one
+    assert queue.take(8, first) == []
+    assert entries(queue.take(8)) == ["b0.0", "a0.0"]
+
+
 def test_what_is_left_of_a_batch_goes_to_all_in_turn() -> None:
     queue = FairQueue(100)
     queue.put(waiting("a", "a0", 2))
