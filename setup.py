@@ -6,7 +6,7 @@ TRAINING = ["codecarbon", "matplotlib", "pyarrow", "tensorboard", "webdataset"]
 EVALUATION = ["matplotlib", "torch-fidelity"]
 SERVICE = ["fastapi", "httpx2", "prometheus-client", "python-multipart", "uvicorn"]
 PROVENANCE = ["c2pa-python", "cryptography"]
-WEBUI = ["gradio"]
+WEBUI = ["fastapi", "gradio", "prometheus-client", "uvicorn"]
 
 setup(
     name="stable-diffusion-toolkit",

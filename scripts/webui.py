@@ -15,6 +15,8 @@ from ldm.fields import settings_of
 from ldm.pipeline.options import RuntimeOptions
 from ldm.webui.options import NOT_OF_A_PAGE, PageLimits, PageOptions
 
+PACKAGES = ("gradio", "fastapi", "uvicorn", "prometheus_client")
+
 
 def page_parser() -> Parser:
     parser = Parser(prog="webui.py", description=__doc__, argument_default=argparse.SUPPRESS)
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     limits = _options(PageLimits, {name: given[name] for name in given.keys() - set(NOT_OF_A_PAGE)})
     runtime = _options(RuntimeOptions, given)
 
-    entry.require(("gradio",), "webui")
+    entry.require(PACKAGES, "webui")
 
     from ldm.images.provenance import signer_of
     from ldm.service.engine import leave

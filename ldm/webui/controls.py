@@ -139,7 +139,8 @@ def _help(each: Setting) -> str:
     if each.kind in (int, float) and each.high is not None and each.high <= 10_000 and "0 to 1" not in text:
         text += f", {each.low:,g} to {each.high:,g}"
     if each.default_text and each.name not in ("prompt", "lora"):
-        text += f"; empty: {each.default_text}"
+        state = "off" if each.kind is bool else AUTOMATIC if _choices(each) else "empty"
+        text += f"; {state}: {each.default_text}"
     known = listed_by_name(ImageRequest)
 
     def label(match: re.Match[str]) -> str:

@@ -8,7 +8,7 @@ import html
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,14 +93,14 @@ class Page:
         self.running: dict[str, Job] = {}  # by session
         names = engine.models.names
         does = {name: engine.models.task(name) for name in names}
-        self.models = {
-            task.name: sorted(
-                (name for name in names if does[name] in ABLE[task.does]),
-                key=lambda name, task=task: ABLE[task.does].index(does[name]),
+        self.models = {  # by what a task's model has to be able to do
+            kind: sorted(
+                (name for name in names if does[name] in able),
+                key=lambda name, able=able: able.index(does[name]),
             )
-            for task in TASKS.values()
+            for kind, able in ABLE.items()
         }
-        self.tasks = [task for task in TASKS.values() if self.models[task.name]]
+        self.tasks = [task for task in TASKS.values() if self.models[task.does]]
 
     # What it looks like
 
@@ -144,7 +144,7 @@ class Page:
         uploads = {"type": "filepath", "image_mode": None, "sources": UPLOADS, "height": 260, "buttons": []}
         add["image"] = gr.Image(label="Image to start from", visible=False, elem_id="image", **uploads)
         add["editor"] = gr.ImageEditor(
-            label="Image, with the mask drawn on it",
+            label="Image and mask",
             type="pil",
             image_mode="RGBA",
             format="png",
@@ -184,7 +184,7 @@ class Page:
             for task in self.tasks:
                 if task.groups:
                     add[f"send_{task.name}"] = gr.Button(
-                        f"To {task.title.lower()}", size="sm", elem_id=f"send_{task.name}", min_width=110
+                        f"→ {task.title}", size="sm", elem_id=f"send_{task.name}", min_width=110
                     )
         add["command"] = gr.Textbox(
             label="Command that makes this image",
@@ -211,8 +211,18 @@ class Page:
 
     def _settings(self) -> None:
         add = self.parts
-        names = self.models[self.tasks[0].name]
-        add["model"] = gr.Dropdown(names, value=names[0], label="Model", elem_id="model", filterable=False)
+        # What differs by task has a component for each. If one were changed instead, a button pressed before
+        # the browser has the change would send the former task's value: gradio refuses a choice that is gone.
+        for does in dict.fromkeys(task.does for task in self.tasks):
+            names = self.models[does]
+            add[f"model_{does}"] = gr.Dropdown(
+                names,
+                value=names[0],
+                label="Model",
+                visible=does == self.tasks[0].does,
+                elem_id=f"model_{does}",
+                filterable=False,
+            )
         with gr.Row():
             for name in ("width", "height"):
                 self._add_control(name, min_width=110)
@@ -223,15 +233,22 @@ class Page:
             self._add_control("seed", min_width=130)
         with gr.Row():
             self._add_control("sampler", min_width=150)
-            self._add_control("strength", min_width=150)
+            for task in self._tasks_with_strength():
+                control = replace(controls()["strength"], value=f"{task.defaults['strength']:g}")
+                name = f"strength_{task.name}"
+                add[name] = self._component(control, min_width=150, visible=False, elem_id=f"set_{name}")
         groups: dict[str, list[Control]] = {}
         for control in controls().values():
-            if control.name not in self.held:
+            if control.name not in (*self.held, "strength"):
                 groups.setdefault(control.group, []).append(control)
         for group in sorted(groups, key=lambda group: group not in EXTRA_GROUPS):
             self._add_group(group, groups[group])
         self._add_adapters()
         with gr.Accordion("Comparison sheet", open=False, elem_id="sheet"):
+            gr.HTML(
+                "<p class='about'>Draws an image for each pair of values of two settings. "
+                "Separate values by commas, or write one a line.</p>"
+            )
             choices = [(label_of(name), name) for name in compared()]
             for axis, what, name, values in (
                 ("x", "Columns", "steps", "5, 10, 20"),
@@ -242,7 +259,6 @@ class Page:
                     add[f"{axis}_values"] = gr.Textbox(
                         values,
                         label=f"{what}: values",
-                        info="Between commas, or one a line",
                         min_width=150,
                         elem_id=f"{axis}_values",
                     )
@@ -262,26 +278,23 @@ class Page:
             self.groups[group] = accordion
 
     def _add_control(self, name: str, **layout: Any) -> None:
-        control = controls()[name]
-        facts = {"label": control.label, "info": control.help, "elem_id": f"set_{name}", **layout}
-        if name in IN_SIGHT:
+        self.held[name] = self._component(controls()[name], **layout)
+
+    def _component(self, control: Control, **layout: Any) -> Any:
+        """gradio's component of a control."""
+        facts = {"label": control.label, "info": control.help, "elem_id": f"set_{control.name}", **layout}
+        if control.name in IN_SIGHT:
             facts["info"] = None  # the placeholders say what is needed, and the help is in the documentation
         if control.form == "checkbox":
-            made = gr.Checkbox(control.value, **facts)
-        elif control.form == "choice":
-            made = gr.Dropdown(list(control.choices), value=control.value, **facts)
-        elif control.form == "slider":
-            made = gr.Slider(control.low, control.high, control.value, step=0.01, buttons=[], **facts)
-        elif control.form == "number":
-            made = gr.Number(control.value, step=0.05, **facts)
-        else:
-            placeholder, keyboard = _short(control), [f"keyboard-{control.keyboard}"]
-            made = gr.Textbox(
-                control.value, placeholder=placeholder, max_lines=4, elem_classes=keyboard, **facts
-            )
-        if name == "strength":
-            made.visible = False
-        self.held[name] = made
+            return gr.Checkbox(control.value, **facts)
+        if control.form == "choice":
+            return gr.Dropdown(list(control.choices), value=control.value, **facts)
+        if control.form == "slider":
+            return gr.Slider(control.low, control.high, control.value, step=0.01, buttons=[], **facts)
+        if control.form == "number":
+            return gr.Number(control.value, step=0.05, **facts)
+        placeholder, keyboard = _short(control), [f"keyboard-{control.keyboard}"]
+        return gr.Textbox(control.value, placeholder=placeholder, max_lines=4, elem_classes=keyboard, **facts)
 
     def _add_adapters(self) -> None:
         add, files = self.parts, self.files
@@ -320,7 +333,7 @@ class Page:
             buttons=[],
             elem_id="control_image",
         )
-        with gr.Row():
+        with gr.Row(elem_id="control_span"):
             add["control_weight"] = gr.Slider(0, 2, 1, step=0.05, label="Weight", buttons=[], min_width=130)
             add["control_start"] = gr.Slider(0, 1, 0, step=0.05, label="From", buttons=[], min_width=130)
             add["control_end"] = gr.Slider(0, 1, 1, step=0.05, label="Up to", buttons=[], min_width=130)
@@ -339,9 +352,11 @@ class Page:
         for button, work in (("generate", self.generate), ("draw_sheet", self.draw_sheet)):
             add[button].click(work, asked, outputs, **quiet)
         add["cancel"].click(self.cancel, None, None, **quiet)
-        shaped = [add["task"], add["model"], *self.groups.values(), *self._inputs(), self.held["strength"]]
+        shaped = [*self._parts_by_task(), *self.groups.values()]
         shaped += [self.held[name] for name in self._task_controls()]
-        add["task"].input(self.choose_task, [add["task"]], shaped, **quiet)
+        # who chooses twice before the first answer has come gets what was chosen last
+        add["task"].input(self.choose_task, [add["task"]], shaped, trigger_mode="always_last", **quiet)
+        shaped.append(add["task"])
         filled = [*dict.fromkeys([*shaped, *self.held.values(), add["status"]])]
         others = ("loras", "lora_weights", "embeddings", "control", "images")
         filled += [add[name] for name in others if name in add]
@@ -359,8 +374,15 @@ class Page:
                 )
         blocks.unload(self.leave)
 
-    def _inputs(self) -> list[Any]:
-        return [self.parts[name] for name in IMAGES_OF]
+    def _tasks_with_strength(self) -> list[Task]:
+        return [task for task in self.tasks if shown(controls()["strength"], task)]
+
+    def _parts_by_task(self) -> dict[Any, set[str]]:
+        """The components beside the controls that only some tasks have, with the names of these tasks."""
+        parts, found = self.parts, {self.parts[part]: set(tasks) for part, tasks in IMAGES_OF.items()}
+        for task in self.tasks:
+            found.setdefault(parts[f"model_{task.does}"], set()).add(task.name)
+        return found | {parts[f"strength_{task.name}"]: {task.name} for task in self._tasks_with_strength()}
 
     def _task_controls(self) -> list[str]:
         """Controls outside of their tasks' accordions that some task lacks."""
@@ -452,6 +474,7 @@ class Page:
         value = {name: asked[part] for name, part in self.parts.items() if part in asked}
         task = TASKS[value["task"]]
         held = {name: asked[part] for name, part in self.held.items()}
+        held["strength"] = value.get(f"strength_{task.name}")
         most = self.engine.options.max_pixels
         inputs: dict[str, Any] = {}
         if task.name in IMAGES_OF["editor"]:
@@ -471,7 +494,7 @@ class Page:
             span = (value[f"control_{name}"] for name in ("weight", "start", "end"))
             inputs["control"] = (self.files.control(value["control"], image, *map(float, span)),)
         given = {name: one for name, one in inputs.items() if one is not None}
-        return task, held, given, value["model"]
+        return task, held, given, value[f"model_{task.does}"]
 
     def _order(self, asked: dict) -> Order:
         task, held, inputs, model = self._asked(asked)
@@ -537,20 +560,11 @@ class Page:
 
     def choose_task(self, name: str) -> dict:
         """Shows what a task has, and hides the rest."""
-        task = TASKS[name]
-        return self._shape(task) | {self.held["strength"]: self._strength(task)}
+        return self._shape(TASKS[name])
 
-    def _strength(self, task: Task, value: Any = None) -> Any:
-        visible = shown(controls()["strength"], task)
-        value = task.defaults.get("strength", "") if value is None else value
-        return gr.update(visible=visible, value=f"{value:g}" if isinstance(value, float) else value)
-
-    def _shape(self, task: Task, model: str | None = None) -> dict:
-        names = self.models[task.name]
+    def _shape(self, task: Task) -> dict:
         updates = {
-            self.parts["task"]: gr.update(value=task.name),
-            self.parts["model"]: gr.update(choices=names, value=model or names[0]),
-            **{self.parts[part]: gr.update(visible=task.name in tasks) for part, tasks in IMAGES_OF.items()},
+            **{part: gr.update(visible=task.name in tasks) for part, tasks in self._parts_by_task().items()},
             **{part: gr.update(visible=group in task.groups) for group, part in self.groups.items()},
         }
         for name in self._task_controls():
@@ -572,11 +586,15 @@ class Page:
 
     def _filled(self, found: Recorded) -> dict:
         task, add = found.task, self.parts
-        updates = self._shape(task, self._model_by_hash(found))
+        updates = self._shape(task) | {add["task"]: task.name}
         for name in self.held.keys() & found.held.keys():
             value = found.held[name]
             updates[self.held[name]] = gr.update(value=value, **updates.get(self.held[name], {}))
-        updates[self.held["strength"]] = self._strength(task, found.held.get("strength"))
+        if task in self._tasks_with_strength():
+            part = add[f"strength_{task.name}"]
+            updates[part] = gr.update(visible=True, value=found.held["strength"])
+        if model := self._model_by_hash(found):
+            updates[add[f"model_{task.does}"]] = gr.update(visible=True, value=model)
         weights = ", ".join(found.loras.values()) or "1"
         updates |= {
             add["loras"]: gr.update(value=list(found.loras)),
@@ -592,7 +610,7 @@ class Page:
 
     def _model_by_hash(self, found: Recorded) -> str | None:
         """The bundled model that made an image; others are too large to be hashed meanwhile."""
-        for name in self.models[found.task.name] if found.model_hash else ():
+        for name in self.models[found.task.does] if found.model_hash else ():
             weights = self.engine.models.reader(name).files.weights
             if bundled_family(weights) and same_model(found.model_hash, weights):
                 return name
@@ -612,7 +630,7 @@ class Page:
         if not results:
             return {self.parts["status"]: status_html("There is no result to start from yet.", "error")}
         file = results[min(chosen, len(results) - 1)].file
-        updates = self._shape(task) | {self.held["strength"]: self._strength(task)}
+        updates = self._shape(task) | {self.parts["task"]: task.name}
         if task.name in IMAGES_OF["editor"]:
             part, value = self.parts["editor"], {"background": file, "layers": [], "composite": file}
         else:

@@ -57,7 +57,8 @@ def test_a_missing_package_is_named_with_what_installs_it(
     monkeypatch.setattr(entry, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["webui.py"])
     assert entry.run(script("webui").main) == 2
-    assert capsys.readouterr().err.strip().endswith('gradio missing: pip install -e ".[webui]"')
+    err = capsys.readouterr().err.strip()
+    assert err.endswith('gradio, fastapi, uvicorn, prometheus_client missing: pip install -e ".[webui]"')
 
 
 def test_help_speaks_of_a_page(capsys: pytest.CaptureFixture[str]) -> None:

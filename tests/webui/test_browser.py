@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import lora_files
 import numpy as np
 import pytest
 from commands import Result
 from PIL import Image
+from safetensors import safe_open
+
+from ldm.pipeline.infotext import read_settings
 
 pytest.importorskip("gradio")
 pytest.importorskip("playwright")
@@ -183,6 +187,21 @@ def test_results_go_on_to_other_tasks(page: object) -> None:
     assert "256x256" in page.inner_text("#gallery")
 
 
+def test_of_two_tasks_chosen_at_once_the_last_one_is_shown(page: object) -> None:
+    """The second choice was dropped while the page waited for the answer to the first, which undid it."""
+    choose_both = """() => {
+      const radio = (name) => document.querySelector(`#task input[value=${name}]`);
+      radio("inpaint").click();
+      setTimeout(() => radio("upscale").click(), 5);
+    }"""
+    page.evaluate(choose_both)
+    page.wait_for_selector("#model_upscale")
+    page.wait_for_timeout(500)
+    assert page.get_by_label("Upscale", exact=True).is_checked()
+    assert page.locator("#image").is_visible()
+    assert not page.locator("#editor").is_visible()
+
+
 def test_an_image_leads_to_others(page: object, tmp_path: Path) -> None:
     """Image to image, over an estimated depth, and along its edges: each by the command of its own."""
     driver.fill(page, "prompt", "a yellow cone")
@@ -194,7 +213,7 @@ def test_an_image_leads_to_others(page: object, tmp_path: Path) -> None:
         assert "1 image in" in driver.generate(page)
         assert f"scripts/{script}.py" in command_of(page)
     page.get_by_label("Text to image", exact=True).check()
-    page.wait_for_function("document.querySelector('#model input').value === 'scenes-64'")
+    page.wait_for_function("document.querySelector('#model_text input').value === 'scenes-64'")
     driver.generate(page)
     plain = shown_image(page, tmp_path).read_bytes()
     page.get_by_role("button", name="ControlNet").first.click()
@@ -205,6 +224,51 @@ def test_an_image_leads_to_others(page: object, tmp_path: Path) -> None:
     assert "1 image in" in driver.generate(page)
     assert "--control" in command_of(page)
     assert shown_image(page, tmp_path).read_bytes() != plain
+
+
+def lora_of_the_bundled_model(path: Path) -> Path:
+    """A LoRA with random values for the cross-attention of scenes-64, by the names of its own layers."""
+    with safe_open(ROOT / "models/scenes-64/model.safetensors", "pt") as file:
+        keys = [key for key in file.keys() if key.endswith("attn2.to_v.weight")]  # noqa: SIM118
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+    names = {key: key.removesuffix(".weight").removeprefix("model.") for key in keys}
+    return lora_files.write(path, {names[key]: shapes[key] for key in keys}, alpha=20.0)
+
+
+def choose(page: object, control: str, name: str) -> None:
+    """Choose from the list of this id, whose fold is open."""
+    page.click(f"#{control} input")
+    page.get_by_role("option", name=name).click()
+    page.keyboard.press("Escape")
+
+
+def test_a_lora_is_chosen_with_its_weight(command: Callable[..., Result], tmp_path: Path) -> None:
+    """The image is the command's, differs from the one without the LoRA, and names it."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    path = lora_of_the_bundled_model(folder / "wobbly.safetensors")
+    with driver.served("--lora_folder", str(folder)) as address, driver.browsing(address) as page:
+        driver.fill(page, "prompt", "a red cube to the left of a blue sphere")
+        driver.fill(page, "set_steps", "10")
+        driver.fill(page, "set_seed", "7")
+        assert "1 image in" in driver.generate(page)
+        plain = np.asarray(Image.open(shown_image(page, tmp_path, "plain.png"))).astype(int)
+        page.get_by_role("button", name="LoRA and textual inversions").click()
+        choose(page, "loras", "wobbly.safetensors")
+        driver.fill(page, "lora_weights", "0.6")
+        assert "1 image in" in driver.generate(page)
+        made = shown_image(page, tmp_path)
+        words = command_of(page)
+    assert words[words.index("--lora") + 1] == f"{path}:0.6"
+    ours = np.asarray(Image.open(made)).astype(int)
+    assert np.abs(ours - plain).mean() > 5
+    settings = read_settings(made)
+    assert settings["lora"] == ["wobbly.safetensors:0.6"]
+    assert settings["lora_hashes"].startswith("wobbly: ")
+    result = command("txt2img", *words[2:])
+    assert result.code == 0
+    assert np.abs(result.images[0] - ours).max() <= 1
+    assert result.settings[0]["lora_hashes"] == settings["lora_hashes"]
 
 
 def test_a_mistake_is_said_and_nothing_is_lost(page: object) -> None:
@@ -242,4 +306,4 @@ def test_the_tab_key_goes_through_the_page_in_its_order(page: object) -> None:
         name for name in dict.fromkeys(seen) if name in ("prompt", "negative_prompt", "generate", "command")
     ]
     assert order == ["prompt", "negative_prompt", "generate", "command"]
-    assert any(name in ("model", "set_width") or name.startswith("range") for name in seen)
+    assert any(name in ("model_text", "set_width") or name.startswith("range") for name in seen)

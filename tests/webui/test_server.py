@@ -2,15 +2,27 @@
 
 import io
 import json
+import os
+import re
+import runpy
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+import tiny_inpainting
 import tiny_service
+import tiny_siblings
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 pytest.importorskip("gradio")
@@ -19,10 +31,16 @@ from starlette.testclient import TestClient
 
 from ldm.errors import InputError
 from ldm.pipeline.infotext import read_settings
+from ldm.pipeline.options import RuntimeOptions
 from ldm.service.engine import Engine
+from ldm.service.models import NamedModel
+from ldm.service.options import ServiceOptions
 from ldm.webui.files import Files
 from ldm.webui.options import PageOptions
 from ldm.webui.server import CLOSED, create_app, page_models, private_folder, serve
+from ldm.weights.hashes import same_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -255,6 +273,108 @@ def test_a_page_with_users_asks_for_them(engine: Engine, folder: Path, tmp_path:
         assert client.post("/login", data={"username": "ann", "password": "secret"}).status_code == 200
         assert client.get("/config").status_code == 200
         assert client.get("/config", headers={"host": "page.example"}).status_code == 200
+
+
+def test_a_button_that_is_pressed_while_the_task_changes_takes_the_new_tasks_model(
+    model: tuple[Path, Path], folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The browser sent the former task's model, as it had not been given the new list yet. gradio refused it
+    with a toast "Error" and a traceback in the terminal, or it made the image.
+    """
+    enlarging = tiny_siblings.write_model(tmp_path, "enlarging", tiny_siblings.upscaler_section())
+    models = {"tiny": model, "paint": tiny_inpainting.write_model(tmp_path), "x4": enlarging}
+    named = [NamedModel(name, str(weights), str(config)) for name, (config, weights) in models.items()]
+    runtime = RuntimeOptions(device="cpu", batch_size=8)
+    data = file_of(Image.new("RGBA", (16, 16), "black"), "PNG")
+    settings = {}
+    with (
+        Engine.open(named, ServiceOptions(), runtime, safety="off") as several,
+        opened(several, folder) as client,
+    ):
+        for task in ("image", "inpaint", "upscale"):
+            assert call(client, "task", session=task, task=task)["success"]
+            image, below, stroke = (uploaded(client, f"{name}.png", data) for name in "abc")
+            drawn = {"background": below, "layers": [stroke], "composite": None, "id": None}
+            # whatever is not given here is as the page was before its task changed
+            given = {"task": task, "image": image, "editor": drawn, "set_steps": "2"}
+            text = json.dumps(call(client, "generate", session=task, **given)["output"])
+            assert "1 image in" in text
+            settings[task] = read_settings(text.split('"path": "')[1].split('"')[0])
+    for task, name in (("image", "tiny"), ("inpaint", "paint"), ("upscale", "x4")):
+        assert same_model(settings[task]["model_hash"], models[name][1])
+    strengths = [one.get("strength") for one in settings.values()]
+    assert strengths == [0.75, 1.0, None]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def required(extra: str) -> set[str]:
+    """The packages, by their normalized names, that pip installs with an extra in setup.py, ours included."""
+    found: dict[str, Any] = {}
+    stand_in = SimpleNamespace(setup=lambda **facts: found.update(facts), find_packages=lambda **_: [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "setuptools", stand_in)
+        runpy.run_path(str(ROOT / "setup.py"))
+    waiting = [Requirement(text) for text in [*found["install_requires"], *found["extras_require"][extra]]]
+    known: set[tuple[str, str]] = set()  # names with each of their extras, "" for none
+    while waiting:
+        one = waiting.pop()
+        for name, option in {(canonicalize_name(one.name), option) for option in ("", *one.extras)} - known:
+            known.add((name, option))
+            try:
+                requires = distribution(name).requires or ()
+            except PackageNotFoundError:  # those of other platforms
+                continue
+            waiting += [
+                each
+                for each in map(Requirement, requires)
+                if each.marker is None or each.marker.evaluate({"extra": option})
+            ]
+    return {found["name"], *(name for name, _ in known)}
+
+
+ALONE = """
+import json, runpy, sys
+from importlib.machinery import PathFinder
+
+gone, find = set(json.loads(sys.argv.pop(1))), PathFinder.find_spec
+
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in gone else find(name, path, target)
+
+PathFinder.find_spec = find_spec
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_its_own_extra_is_all_that_the_page_needs(model: tuple[Path, Path], tmp_path: Path) -> None:
+    """With [webui] alone it ended before it began: No module named 'prometheus_client'."""
+    there = required("webui")
+    gone = [
+        module
+        for module, owners in packages_distributions().items()
+        if there.isdisjoint(map(canonicalize_name, owners))
+    ]
+    assert "pytest" in gone
+    assert "gradio" not in gone
+    config, weights = model
+    command = [sys.executable, "-c", ALONE, json.dumps(gone), str(ROOT / "scripts/webui.py"), "--port", "0"]
+    command += ["--safety", "off", "--model", f"tiny={weights},{config}"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    ) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("The page is at "), process.stderr.read()
+            with httpx.Client(base_url=line.split()[-1], timeout=60) as client:
+                for button in ("generate", "draw_sheet"):
+                    found = call(client, button, prompt="a red cube", set_steps="1", x_values="1, 2")
+                    assert found["success"], found
+                    assert re.search("[14] images? in", json.dumps(found["output"]))
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def test_a_port_in_use_is_one_line() -> None:
