@@ -6,7 +6,8 @@
 #
 # Each process takes the next batch of images when it is free. What is finished stays: after a preemption, a
 # lost machine or the end of the time limit the job is queued again and makes what is missing. The output
-# folder has to be one that all machines see. Submit from the repository's folder, or set TOOLKIT to it.
+# folder has to be one that all machines see. Submit from the repository's folder, or set TOOLKIT to it;
+# relative names are in the folder that sbatch was called from.
 #SBATCH --job-name=images
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
@@ -17,42 +18,46 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# SIGUSR1 comes to this script three minutes before the time limit
+# SIGUSR1 comes to this script three minutes before the time limit: more than a batch of images takes
 #SBATCH --signal=B:USR1@180
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
-    echo "usage: sbatch $0 INPUT.csv|INPUT.json|FOLDER OUTDIR [options of scripts/batch_score.py]" >&2
+    echo "usage: sbatch deploy/slurm.sh INPUT.csv|INPUT.json|FOLDER OUTDIR [batch_score.py's options]" >&2
     exit 2
 fi
 input=$1 outdir=$2
 shift 2
-cd "${TOOLKIT:-${SLURM_SUBMIT_DIR:-.}}"
+toolkit=${TOOLKIT:-$PWD}
+if [ ! -f "$toolkit/scripts/batch_score.py" ]; then
+    echo "no scripts/batch_score.py in $toolkit: submit from the repository's folder, or set TOOLKIT" >&2
+    exit 2
+fi
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 python=python
-[ -x .venv/bin/python ] && python=.venv/bin/python
+[ -x "$toolkit/.venv/bin/python" ] && python=$toolkit/.venv/bin/python
 
-# shellcheck disable=SC2329  # the trap calls it
-again() {
-    trap - USR1 TERM
-    kill -TERM "$step" || true # the images in hand are finished, and saved
-    wait "$step" || true
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
-}
-trap again USR1
+# scancel signals the tasks, which finish the images in hand; srun, sent SIGTERM, would have them killed.
+expiring='' ended=''
+trap 'expiring=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
+# SLURM sends SIGTERM to script and tasks alike, and cancels the job or queues it again by itself.
+trap 'ended=1' TERM
 
-# --resume starts a run where there is none
-srun --gpus-per-task=1 --kill-on-bad-exit=0 \
-    "$python" scripts/batch_score.py --input "$input" --outdir "$outdir" --resume "$@" &
+# --resume starts a run where there is none. A process that ends, well or badly, does not end the others.
+srun --gpus-per-task=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=0 \
+    "$python" "$toolkit/scripts/batch_score.py" --input "$input" --outdir "$outdir" --resume "$@" &
 step=$!
-# On preemption SLURM sends SIGTERM and queues the job again by itself.
-trap 'kill -TERM "$step"' TERM
+while kill -0 "$step" 2>/dev/null; do
+    wait "$step" || true # a trap ends the wait, not the step
+done
 status=0
 wait "$step" || status=$?
-# a trap ends the first wait, not the step
-if kill -0 "$step" 2>/dev/null; then
-    status=0
-    wait "$step" || status=$?
+
+# SIGTERM to the tasks alone (130, or 143 while they load) is a preemption that leaves them time to end. SLURM
+# does not queue a job again that ends within that time.
+case $status in 130 | 143) interrupted=1 ;; *) interrupted=$expiring ;; esac
+if [ -n "$interrupted" ] && [ -z "$ended" ] && [ "$status" -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
 fi
 exit "$status"

@@ -36,13 +36,14 @@ class LeaderEnded(InputError):
 T = TypeVar("T")
 MEETING = 600.0  # seconds within which all processes have to come together
 SILENCE = 600.0  # seconds without a step of any process, after which unfinished ones count as lost
-LEADER_BEAT = 5.0  # seconds between two signs of rank 0's life
-LEADER_SILENCE = 60.0  # seconds without one, after which rank 0 counts as ended
+LEADER_BEAT = 5.0  # seconds between two signs of a process's life
+LEADER_SILENCE = 60.0  # seconds without one, after which rank 0 counts as ended, or all others do
 LOOKS = 60  # looks for such a sign within that time
 TALLY = 0.5  # seconds between two messages about how far a process is
 POLLS = 5000.0  # questions a second that all processes together ask while they wait
 PART = 4 * 2**20  # bytes of a value in the store, which refuses more than 8 MiB
 TAKING = 30.0  # seconds that rank 0 gives the others to take a shared value
+OTHERS_SIGNS = "others' signs of life"  # the counter that all but rank 0 share
 NO_MORE = 2**40  # added to the number of batches that were dealt
 
 
@@ -204,8 +205,7 @@ class Team:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self.store = PrefixStore(f"ldm-run-{attempt}", store)
         self.store.add("met", 1)
-        if self.leads:
-            self._give_signs_of_life()
+        self._give_signs_of_life("signs of life" if self.leads else OTHERS_SIGNS)
         if not self._all("met", self.place.size, MEETING):
             raise TimeoutError("some have ended, or are not there yet")
 
@@ -223,14 +223,15 @@ class Team:
             raise LeaderEnded("the process with rank 0 has ended") from error
         return True
 
-    def _give_signs_of_life(self) -> None:
-        """Count in the background while this process lives: torchrun's store outlives rank 0."""
+    def _give_signs_of_life(self, name: str) -> None:
+        """Count in the background while this process lives: torchrun's store outlives rank 0, and rank 0 has
+        no other way to learn of the end of a process that a launcher started."""
         stop = threading.Event()
 
         def give() -> None:
             try:
                 while not stop.wait(LEADER_BEAT):
-                    self.store.add("signs of life", 1)
+                    self.store.add(name, 1)
             except RuntimeError:  # the store is gone
                 return
 
@@ -321,6 +322,7 @@ class Team:
             self.count("finished", 1)
             return 0
         others, progress, since = self.place.size - 1, -1, time.monotonic()
+        signs, last_sign = -1, since
         while (finished := self.count("finished", 0)) < others:
             ended = [process.poll() is not None for process in self.processes]
             if self.place.nodes == 1 and ended and all(ended):
@@ -329,6 +331,10 @@ class Team:
             if (now := self.count("steps", 0)) != progress:
                 progress, since = now, time.monotonic()
             elif time.monotonic() - since > SILENCE:
+                break
+            if (now := self.count(OTHERS_SIGNS, 0)) != signs:
+                signs, last_sign = now, time.monotonic()
+            elif time.monotonic() - last_sign > LEADER_SILENCE:
                 break
             tick()
             time.sleep(0.05)

@@ -18,7 +18,16 @@ from commands import SCRIPTS, Result, refused
 from run_helpers import data, manifest, start, wait_for
 
 from ldm.errors import InputError
-from ldm.runs.processes import NO_MORE, Counters, Place, Team, find_place, has_own_device, is_follower
+from ldm.runs.processes import (
+    NO_MORE,
+    OTHERS_SIGNS,
+    Counters,
+    Place,
+    Team,
+    find_place,
+    has_own_device,
+    is_follower,
+)
 
 LAUNCHER = ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 LAUNCHER += ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
@@ -189,6 +198,20 @@ def test_the_leader_waits_and_reports_the_lost(monkeypatch, caplog) -> None:
     assert team.finish(tick) == 1
     assert ticks[0] == 1
     assert caplog.messages == ["1 of 3 processes ended before they were done"]
+
+
+def test_the_leader_does_not_wait_for_the_dead(monkeypatch) -> None:
+    """After the SIGKILL of a task of srun rank 0 waited ten minutes for its steps, also when told to end."""
+    team, ticks = Team(Place(0, 3, started=True)), []
+
+    def tick() -> None:
+        ticks.append(time.monotonic())
+        if ticks[-1] - ticks[0] < 0.6:
+            team.count(OTHERS_SIGNS, 1)
+
+    monkeypatch.setattr("ldm.runs.processes.LEADER_SILENCE", 0.3)
+    assert team.finish(tick) == 2
+    assert ticks[-1] - ticks[0] > 0.6
 
 
 class CountedStore(Counters):
