@@ -11,7 +11,7 @@ test: .venv/installed-test
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 	# one thread to a process: two of torch's pools on two cores wait for each other
-	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 4 --ignore tests/training
+	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 25 --ignore tests/training
 	# in processes of their own: twice one that had run the tests above ended in these without a word
 	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 4 tests/training
 

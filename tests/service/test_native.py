@@ -232,6 +232,8 @@ def test_the_page_says_that_a_token_is_needed(client: TestClient) -> None:
 
 
 def test_health_and_readiness_need_no_token_and_figures_do(client: TestClient) -> None:
+    client.get(client.post("/generate", json=ASKED | {"wait": False}).headers["Location"])
+    client.post("/generate", json=ASKED)
     nobody = {"Authorization": ""}
     assert client.get("/health", headers=nobody).json() == {"status": "ok"}
     assert client.get("/ready", headers=nobody).json() == {"status": "ready"}

@@ -213,7 +213,7 @@ def test_an_image_leads_to_others(page: object, tmp_path: Path) -> None:
         assert "1 image in" in driver.generate(page)
         assert f"scripts/{script}.py" in command_of(page)
     page.get_by_label("Text to image", exact=True).check()
-    page.wait_for_function("document.querySelector('#model_text input').value === 'scenes-64'")
+    page.wait_for_function("document.querySelector('#model_text input')?.value === 'scenes-64'")
     driver.generate(page)
     plain = shown_image(page, tmp_path).read_bytes()
     page.get_by_role("button", name="ControlNet").first.click()
