@@ -36,8 +36,8 @@ class LeaderEnded(InputError):
 T = TypeVar("T")
 MEETING = 600.0  # seconds within which all processes have to come together
 SILENCE = 600.0  # seconds without a step of any process, after which unfinished ones count as lost
-LEADER_BEAT = 5.0  # seconds between two signs of a process's life
-LEADER_SILENCE = 60.0  # seconds without one, after which rank 0 counts as ended, or all others do
+SIGN_INTERVAL = 5.0  # seconds between two signs of life of a process
+NO_SIGN = 60.0  # seconds without one, after which rank 0 counts as ended, or all the others do
 LOOKS = 60  # looks for such a sign within that time
 TALLY = 0.5  # seconds between two messages about how far a process is
 POLLS = 5000.0  # questions a second that all processes together ask while they wait
@@ -230,7 +230,7 @@ class Team:
 
         def give() -> None:
             try:
-                while not stop.wait(LEADER_BEAT):
+                while not stop.wait(SIGN_INTERVAL):
                     self.store.add(name, 1)
             except RuntimeError:  # the store is gone
                 return
@@ -244,11 +244,11 @@ class Team:
         if self.leads:
             return False
         now = time.monotonic()
-        if now - self._looked > LEADER_SILENCE / LOOKS:
+        if now - self._looked > NO_SIGN / LOOKS:
             self._looked, signs = now, self.store.add("signs of life", 0)
             if signs != self._signs:
                 self._signs, self._last_sign = signs, now
-        return now - self._last_sign > LEADER_SILENCE
+        return now - self._last_sign > NO_SIGN
 
     def share(self, value: T | None) -> T:
         """Rank 0's value, for all processes. LeaderEnded if rank 0 has ended."""
@@ -334,7 +334,7 @@ class Team:
                 break
             if (now := self.count(OTHERS_SIGNS, 0)) != signs:
                 signs, last_sign = now, time.monotonic()
-            elif time.monotonic() - last_sign > LEADER_SILENCE:
+            elif time.monotonic() - last_sign > NO_SIGN:
                 break
             tick()
             time.sleep(0.05)

@@ -176,7 +176,7 @@ def test_without_rank_0_nothing_is_left_to_do() -> None:
 
 def test_rank_0_without_a_sign_of_life_has_ended(monkeypatch) -> None:
     """The store of torchrun stays when rank 0 dies, so that its silence has to end the followers."""
-    monkeypatch.setattr("ldm.runs.processes.LEADER_SILENCE", 0.1)
+    monkeypatch.setattr("ldm.runs.processes.NO_SIGN", 0.1)
     follower = Team(Place(1, 2))
     items = follower.deal(range(1000))
     assert next(items) == 0
@@ -209,7 +209,7 @@ def test_the_leader_does_not_wait_for_the_dead(monkeypatch) -> None:
         if ticks[-1] - ticks[0] < 0.6:
             team.count(OTHERS_SIGNS, 1)
 
-    monkeypatch.setattr("ldm.runs.processes.LEADER_SILENCE", 0.3)
+    monkeypatch.setattr("ldm.runs.processes.NO_SIGN", 0.3)
     assert team.finish(tick) == 2
     assert ticks[-1] - ticks[0] > 0.6
 
@@ -281,7 +281,7 @@ def listening():
     return [int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own]
 
 folder, devices, items = Path(sys.argv[1]), int(sys.argv[2]) or None, int(sys.argv[3])
-processes.LEADER_BEAT, processes.LEADER_SILENCE = 0.05, float(sys.argv[4])
+processes.SIGN_INTERVAL, processes.NO_SIGN = 0.05, float(sys.argv[4])
 team = processes.Team(processes.find_place(devices, None))
 team.join("cpu")
 facts = {"job": len(team.share(b"x" * 20_000_000 if team.leads else None))}
