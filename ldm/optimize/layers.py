@@ -22,6 +22,14 @@ from ldm.modules.diffusionmodules.model import Decoder, Encoder, Upsample
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel
 from ldm.optimize.attention import NO_ACTIVATION, SHORTEST, attention_kernels, use_attention_in_rows
 from ldm.optimize.kernels import choose
+from ldm.optimize.packed import (
+    dense,
+    dense_halves,
+    halves_plus_product,
+    pack,
+    pack_halves,
+    plus_product,
+)
 from ldm.optimize.replaced import Made
 from ldm.optimize.upsampling import fold_upsampling, folded
 from ldm.weights.header import let_go
@@ -50,9 +58,6 @@ KERNELS = {  # for --kernels
     "onednn": Kernels("onednn", "folded", "packed", "rows"),
 }
 FOLDED = KERNELS["torch"]._replace(upsampling="folded")  # in float32 it is the faster one everywhere
-
-
-dense = Tensor.to_dense  # of a weight in oneDNN's order, exactly
 
 
 def packed_conv(conv: nn.Conv2d) -> Forward:
@@ -85,7 +90,7 @@ CONVOLUTIONS: dict[str, Callable[[nn.Conv2d], Forward]] = {
 
 def packed_linear(layer: nn.Linear | nn.Conv2d) -> Forward:
     """The linear layer [..., n_in] -> [..., n_out], or a 1x1 convolution on rows, with a reordered weight."""
-    made = Made(layer, lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1)), dense)
+    made = Made(layer, pack, dense, plus_product)
 
     def forward(x: Tensor) -> Tensor:
         packed = made.value
@@ -99,11 +104,7 @@ def packed_linear(layer: nn.Linear | nn.Conv2d) -> Forward:
 def packed_geglu(layer: GEGLU) -> Forward:
     """The gated layer as two products: the gate's ends in its GELU, the other's output is gated at once."""
     biases = layer.proj.bias.detach().chunk(2)
-
-    def pack(weight: Tensor) -> list[Tensor]:
-        return [torch.ops.mkldnn._reorder_linear_weight(half.contiguous()) for half in weight.chunk(2)]
-
-    made = Made(layer.proj, pack, lambda halves: torch.cat([half.to_dense() for half in halves]))
+    made = Made(layer.proj, pack_halves, dense_halves, halves_plus_product)
 
     def forward(x: Tensor) -> Tensor:
         value, gate = made.value

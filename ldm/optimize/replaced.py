@@ -17,7 +17,8 @@ State = tuple[Tensor | None, list[Any]]  # of a layer: its weight, and what is m
 class Made:
     """What `make` makes of a layer's weight: what a forward reads in place of it, as `value`.
 
-    `dense` gives the weight back, exactly, for layers that keep no other copy; it may be a matrix.
+    `dense` gives the weight back, exactly, for layers that keep no other copy; it may be a matrix. `plus`
+    adds a product of two float32 matrices to what was made; None where it cannot.
     """
 
     def __init__(
@@ -25,8 +26,9 @@ class Made:
         layer: nn.Module,
         make: Callable[[Tensor], Any],
         dense: Callable[[Any], Tensor] | None = None,
+        plus: Callable[[Any, Tensor, Tensor], Any | None] | None = None,
     ):
-        self.make, self.dense = make, dense
+        self.make, self.dense, self.plus = make, dense, plus
         self.value = make(layer.weight.detach())
         vars(layer).setdefault("made_of_weight", []).append(self)
 
@@ -71,6 +73,20 @@ class Replaceable:
         self._write(weight)
         for made in self.made:
             made.value = made.make(weight)
+
+    def add_product(self, up: Tensor, down: Tensor) -> bool:
+        """Let the layer compute with its own weight plus up [rows, r] @ down [r, columns].
+
+        False, and nothing is changed, where that needs the weight itself: take `plain` and `replace` then.
+        """
+        if self.is_kept or not all(made.plus for made in self.made):
+            return False
+        sums = [made.plus(value, up, down) for made, value in zip(self.made, self.original[1], strict=True)]
+        if any(one is None for one in sums):
+            return False
+        for made, one in zip(self.made, sums, strict=True):
+            made.value = one
+        return True
 
     def state(self) -> State:
         """What the layer computes with right now, for `put_back`; overwritten by `replace` if `in_place`."""

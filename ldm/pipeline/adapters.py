@@ -27,7 +27,7 @@ from ldm.weights.files import user_file
 from ldm.weights.hashes import FileHash
 from ldm.weights.header import read_header
 from ldm.weights.loading import find
-from ldm.weights.lora import LoraFile, Match, merge
+from ldm.weights.lora import LoraFile, Match, as_product, merge
 from ldm.weights.lora_names import TEXT, Target, targets
 
 if TYPE_CHECKING:
@@ -276,6 +276,8 @@ class Adapters:
                 replaced.put_back(kept[name])
                 continue
             factors = [(file.change(layer), weight, third) for file, layer, weight, third in changes[name]]
+            if not replaced.is_kept and (product := as_product(factors)) and replaced.add_product(*product):
+                continue
             plain = replaced.plain.to(model.device)
             replaced.replace(merge(plain, factors, overwrite=not replaced.is_kept))
         for state in call_states(model.model.diffusion_model):

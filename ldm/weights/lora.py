@@ -193,13 +193,18 @@ class Change:
         if not self.is_product:
             matrix.add_(self.delta(plain.float(), total.shape), alpha=weight)
             return
-        up, down = (self._part(name, total).flatten(1) for name in ("up", "down"))
+        up, down = self.factors(total)
         matrix.addmm_(up, down, alpha=weight * self.scale)
 
     @property
     def is_product(self) -> bool:
         """Whether it is one product of matrices, which needs no memory of its own."""
         return self.parts.keys() <= {"up", "down", "alpha"}
+
+    def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a product, without its scale: up [rows, rank], down [rank, columns], float32 beside `like`."""
+        up, down = (self._part(name, like).flatten(1) for name in ("up", "down"))
+        return up, down
 
     def delta(self, plain: Tensor, shape: Shape) -> Tensor:
         """What is added at a weight of 1, float32 [rows, columns], to `plain` of this shape as a matrix."""
@@ -290,6 +295,23 @@ def merge(
         part, unchanged = (total, plain) if third is None else (total.chunk(3)[third], plain.chunk(3)[third])
         change.add_to(part, unchanged, weight)
     return total.to(plain.dtype)
+
+
+def as_product(changes: Sequence[tuple[Change, float, int | None]]) -> tuple[Tensor, Tensor] | None:
+    """The sum of changes at their weights as up [rows, r] and down [r, columns], float32, where they lie.
+
+    None if it is no product of two matrices, or for some of the rows alone.
+    """
+    import torch
+
+    if not all(change.is_product and third is None for change, _, third in changes):
+        return None
+    ups, downs = [], []
+    for change, weight, _ in changes:
+        up, down = change.factors(change.parts["up"])
+        ups.append(up * (weight * change.scale))
+        downs.append(down)
+    return (torch.cat(ups, dim=1), torch.cat(downs)) if len(changes) > 1 else (ups[0], downs[0])
 
 
 def _matrix(shape: Shape) -> tuple[int, int]:
