@@ -39,7 +39,15 @@ python=python
 
 # scancel signals the tasks, which finish the images in hand; srun, sent SIGTERM, would have them killed.
 expiring='' ended=''
-trap 'expiring=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
+expire() {
+    if ((SECONDS < 60)); then # the limit is less than four minutes: queued again it would never get further
+        echo "the time limit is too short for the job to be queued again: give it more than 4 minutes" >&2
+        return 0 # without a number it would be that of the wait, and end the script
+    fi
+    expiring=1
+    scancel --signal=TERM "$SLURM_JOB_ID" || true
+}
+trap expire USR1
 # SLURM sends SIGTERM to script and tasks alike, and cancels the job or queues it again by itself.
 trap 'ended=1' TERM
 

@@ -1,5 +1,6 @@
 import functools
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,10 @@ from ldm.cli import entry
 from ldm.modules.encoders import modules as encoders
 
 CLIPTokenizer = functools.cache(encoders.CLIPTokenizer)  # it takes longer to make than a tiny image
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)  # others may still write to it
 
 
 @pytest.fixture(scope="session")

@@ -151,10 +151,14 @@ def _help(each: Setting) -> str:
     return text[0].upper() + text[1:]
 
 
+def has_group(task: Task, group: str) -> bool:
+    """Whether a task has a group of settings."""
+    return group in task.groups if group in EXTRA_GROUPS else group not in task.lacks
+
+
 def shown(control: Control, task: Task) -> bool:
     """Whether a task has the control."""
-    extra = control.group in EXTRA_GROUPS and control.group not in task.groups
-    return not extra and control.name not in task.leave_out
+    return has_group(task, control.group) and control.name not in task.leave_out
 
 
 def settings_from(task: Task, held: Mapping[str, Any]) -> dict[str, Any]:

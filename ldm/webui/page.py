@@ -32,7 +32,17 @@ from ldm.service.errors import ServiceError
 from ldm.service.jobs import CANCELLED, QUEUED, Job
 from ldm.service.outputs import Signer, encoded
 from ldm.webui.command import command_line, input_images
-from ldm.webui.controls import IN_SIGHT, TITLES, Control, controls, in_labels, label_of, request_of, shown
+from ldm.webui.controls import (
+    IN_SIGHT,
+    TITLES,
+    Control,
+    controls,
+    has_group,
+    in_labels,
+    label_of,
+    request_of,
+    shown,
+)
 from ldm.webui.files import Files
 from ldm.webui.inputs import read_editor, read_upload
 from ldm.webui.recorded import Recorded, read_dropped
@@ -274,7 +284,7 @@ class Page:
                 self._add_controlnet()
             for control in members:
                 self._add_control(control.name)
-        if not visible:
+        if any(not has_group(task, group) for task in TASKS.values()):
             self.groups[group] = accordion
 
     def _add_control(self, name: str, **layout: Any) -> None:
@@ -385,13 +395,8 @@ class Page:
         return found | {parts[f"strength_{task.name}"]: {task.name} for task in self._tasks_with_strength()}
 
     def _task_controls(self) -> list[str]:
-        """Controls outside of their tasks' accordions that some task lacks."""
-        tasks = TASKS.values()
-        return [
-            name
-            for name, control in controls().items()
-            if control.group not in EXTRA_GROUPS and not all(shown(control, task) for task in tasks)
-        ]
+        """Single controls that some task lacks."""
+        return [name for name in self.held if any(name in task.leave_out for task in TASKS.values())]
 
     async def generate(self, asked: dict, request: gr.Request) -> AsyncGenerator[dict]:
         """Makes images of what the controls hold; yields what the page shows meanwhile."""
@@ -487,7 +492,7 @@ class Page:
             inputs["lora"] = self.files.lora_texts(value["loras"], value["lora_weights"])
         if value["embeddings"]:
             inputs["embedding"] = self.files.embedding_texts(value["embeddings"])
-        if value.get("control", NO_CHOICE) != NO_CHOICE:
+        if has_group(task, CONTROL) and value.get("control", NO_CHOICE) != NO_CHOICE:
             image = read_upload(value["control_image"], "Image that the ControlNet follows", most)
             if image is None:
                 raise InputError("the ControlNet follows an image: drop one into its place")
@@ -565,7 +570,7 @@ class Page:
     def _shape(self, task: Task) -> dict:
         updates = {
             **{part: gr.update(visible=task.name in tasks) for part, tasks in self._parts_by_task().items()},
-            **{part: gr.update(visible=group in task.groups) for group, part in self.groups.items()},
+            **{part: gr.update(visible=has_group(task, group)) for group, part in self.groups.items()},
         }
         for name in self._task_controls():
             updates[self.held[name]] = gr.update(visible=shown(controls()[name], task))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.pipeline.request import DEPTH, INIT, MASK, UPSCALE
+from ldm.pipeline.settings.control import CONTROL
 from ldm.pipeline.settings.passes import PASSES
 
 
@@ -15,8 +16,9 @@ class Task:
     """A way to make an image.
 
     `does` is what its model has to be able to do, a key of `ldm.weights.loading.ABLE`. `groups` are the
-    groups of settings that it has besides text to image's, `leave_out` the settings that it lacks all the
-    same, and `defaults` what the command sets where nothing is given.
+    groups of settings that it has besides text to image's, `lacks` the groups of those that it does not
+    have, `leave_out` single settings that it lacks, and `defaults` what the command sets where nothing is
+    given.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Task:
     command: str
     does: str = "text"
     groups: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
     leave_out: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -40,6 +43,7 @@ ENLARGE = Task(
     "upscale.py",
     "upscale",
     (INIT, UPSCALE),
+    (CONTROL,),
     # an image is enlarged from pure noise, and in tiles where that needs them
     ("strength", "tiling", "panorama", *PASSES),
     {"noise_level": 20, "prompt": "a high quality professional photograph"},

@@ -97,6 +97,7 @@ class Job:
             "TASKS": "2",
             "SLURM_JOB_ID": "17",
             "SLURM_CPUS_PER_TASK": "1",
+            "SECONDS": "3600",  # bash counts the age of the job from here on
         }
         self.process: subprocess.Popen | None = None
 
@@ -238,6 +239,22 @@ def test_before_the_time_limit_the_tasks_finish_what_is_in_hand(job: Job) -> Non
     assert job.end()[0] == 0
     assert len(list(job.folder.glob("saved *"))) == 2
     assert job.requeued
+
+
+def test_a_time_limit_that_leaves_no_time_ends_the_job(job: Job) -> None:
+    """With a limit below three minutes SIGUSR1 comes at once: the job was queued again without end."""
+    job.with_stand_in("done")
+    job.environment["SECONDS"] = "0"
+    job.start("prompts.csv", "out")
+    job.wait_until("ready *", 2)
+    job.process.send_signal(signal.SIGUSR1)
+    time.sleep(0.5)  # in which the tasks would have been sent SIGTERM
+    assert not list(job.folder.glob("asked *"))
+    job.signal_tasks(signal.SIGTERM)
+    code, err = job.end()
+    assert code == 0
+    assert "give it more than 4 minutes" in err
+    assert not job.requeued
 
 
 def test_a_job_that_is_done_at_its_time_limit_is_not_queued_again(job: Job) -> None:

@@ -224,6 +224,12 @@ def test_an_image_leads_to_others(page: object, tmp_path: Path) -> None:
     assert "1 image in" in driver.generate(page)
     assert "--control" in command_of(page)
     assert shown_image(page, tmp_path).read_bytes() != plain
+    # upscaling has no ControlNets: the one that was chosen must not be in the way
+    page.get_by_label("Upscale", exact=True).check()
+    page.wait_for_selector("#control", state="hidden")
+    page.wait_for_selector("#image img")
+    assert "1 image in" in driver.generate(page)
+    assert "scripts/upscale.py" in command_of(page)
 
 
 def lora_of_the_bundled_model(path: Path) -> Path:
