@@ -23,6 +23,9 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     arguments = sys.argv[1:] if argv is None else argv
     prog = Path(sys.argv[0]).name
     before, LOG.handlers, LOG.propagate = LOG.handlers, [logging.StreamHandler()], False
+    level = LOG.level
+    if "--debug" in arguments:
+        LOG.setLevel(logging.DEBUG)
     try:
         return main(arguments)
     except InputError as error:
@@ -49,6 +52,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         for handler in LOG.handlers:
             handler.close()
         LOG.handlers, LOG.propagate = before, True
+        LOG.setLevel(level)
 
 
 def require(packages: Iterable[str], extra: str) -> None:

@@ -44,7 +44,7 @@ def cannot_write(path: Path, error: OSError) -> CannotWrite:
     """What to raise where a file, or into a folder, could not be written."""
     reason = "a file has that name" if isinstance(error, FileExistsError) else error.strerror
     full = error.errno in FULL
-    advice = "make room, and --resume makes what is missing" if full else "choose another --outdir"
+    advice = "make room, and --resume makes what is missing" if full else "choose another folder"
     return CannotWrite(f"cannot write to {path.absolute()}: {reason}; {advice}", full)
 
 

@@ -190,9 +190,11 @@ class Service:
             return OutputFile(image, None, from_input_error(error, self.engine.folders))
 
     def let_pass(self, job: Job) -> list[GeneratedImage]:
-        """The images of a finished job that moderation does not refuse. For other threads than the loop's."""
+        """The images of a finished job that moderation lets pass: neither those that it refuses nor those on
+        which it gave no answer. For other threads than the loop's.
+        """
         files = asyncio.run_coroutine_threadsafe(self.files(job), self.loop).result()
-        return [file.image for file in files if not file.refused]
+        return [file.image for file in files if file.error is None]
 
     def report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log an error that nobody waits for, as asyncio's own handler would print it."""

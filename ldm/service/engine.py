@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from ldm.errors import InputError
+from ldm.errors import FieldError, InputError
 from ldm.images.preview import factors_of
 from ldm.log import LOG, notice, problem
 from ldm.pipeline.batches import with_start_seeds
@@ -33,9 +33,10 @@ from ldm.service.errors import BadRequest, Draining, LimitExceeded, QueueFull, S
 from ldm.service.jobs import ENDED, Job, Jobs
 from ldm.service.limits import check_files, check_limits, check_size
 from ldm.service.models import Models, NamedModel
-from ldm.service.options import ServiceOptions
+from ldm.service.options import FOLDERS, ServiceOptions
 from ldm.service.outputs import Keeper, Signer
 from ldm.service.queue import FairQueue, Full, Waiting
+from ldm.weights.loading import find
 
 if TYPE_CHECKING:
     from ldm.pipeline.generated import GeneratedImage
@@ -103,6 +104,10 @@ class Engine:
 
         `choices` are those of `Pipeline.open`, but for those that the service's options decide. InputError.
         """
+        for name in FOLDERS:
+            folder = getattr(options, name)
+            if folder is not None and not find(folder).is_dir():
+                raise FieldError("{" + name + "} {folder} is no folder", folder=folder)
         limits = {"max_pixels": options.max_pixels, "lora_folder": options.lora_folder}
         models = Models(named, runtime, loaded=options.loaded_models, **limits, **choices)
         return cls(models, options, signer=signer)

@@ -244,13 +244,19 @@ def _check_host(host: str) -> None:
 
 def _check_origin(method: str, headers: Mapping[str, str]) -> None:
     """ServiceError for what a page of another site sends: a browser would do so without a question."""
-    origin = headers.get("origin")
-    if method in ("GET", "HEAD", "OPTIONS") or origin is None:
+    if method in ("GET", "HEAD", "OPTIONS"):
         return
-    if not _is_sound(origin) or urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+    if is_foreign(headers.get("origin"), headers.get("host", "")):
         raise ServiceError(
             "pages of other sites may not use this service", status=403, code="cross_site_request"
         )
+
+
+def is_foreign(origin: str | None, host: str) -> bool:
+    """Whether a request's Origin header names another site than the one of its Host header."""
+    if origin is None:
+        return False
+    return not _is_sound(origin) or urlsplit(origin).netloc.lower() != host.lower()
 
 
 def _is_sound(address: str) -> bool:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from ldm.errors import FieldError, InputError
-from ldm.log import notice, one_line
+from ldm.log import LOG, notice, one_line
 from ldm.service.errors import Refused, ServiceError
 from ldm.service.options import ServiceOptions, is_loopback
 
@@ -139,8 +139,7 @@ class Moderation:
         except Exception as error:  # whatever a user's function raises
             outcome = FAILED_OPEN if self.failure == "open" else FAILED_CLOSED
             reason = f"no answer in {self.deadline:g} s" if isinstance(error, TimeoutError) else str(error)
-            if isinstance(content, str):  # a function's error may repeat the prompt, which logs leave out
-                reason = reason.replace(content, "…")
+            LOG.debug("moderation failed", exc_info=True)
             notice(f"moderation of the {what} failed, {self.failure}: {_short(reason)}")
         self.counts[what, outcome] += 1
         return Verdict(what, outcome, _short(reason or ""))
@@ -192,7 +191,7 @@ def asker(function: Callable[..., Any]) -> Ask:
         except NoAnswer:
             raise
         except Exception as error:
-            raise NoAnswer(f"{type(error).__name__}: {error}") from error
+            raise _failed(error) from error
         if answer is None or (isinstance(answer, str) and answer.strip()):
             return answer
         raise NoAnswer(
@@ -201,6 +200,13 @@ def asker(function: Callable[..., Any]) -> Ask:
         )
 
     return ask
+
+
+def _failed(error: BaseException) -> NoAnswer:
+    """What is said of a function that raised: not the message, which may have the prompt, and logs have none."""
+    failed = NoAnswer(f"the function raised {type(error).__name__} (--debug shows it)")
+    failed.__cause__ = error
+    return failed
 
 
 async def _in_thread(slots: asyncio.Semaphore, function: Callable[..., Any], *args: Any) -> Any:
@@ -214,7 +220,7 @@ async def _in_thread(slots: asyncio.Semaphore, function: Callable[..., Any], *ar
         try:
             result = function(*args)
         except BaseException as raised:
-            error = NoAnswer(f"{type(raised).__name__}: {raised}")
+            error = _failed(raised)
 
         def hand_over() -> None:
             slots.release()

@@ -11,6 +11,7 @@ from ldm.fields import check_fields, setting
 
 MOST_PIXELS, LEAST_PIXELS = 4_194_304, 1_048_576  # the default limit lies between them
 TIMES_NATIVE = 16  # pixels of the largest image, in those of the size that a model was trained at
+FOLDERS = ("lora_folder", "embedding_folder", "control_folder")  # whose files clients may name
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class ServiceOptions:
     @property
     def folders(self) -> tuple[Path, ...]:
         """Those of the service's files, of which no client need know where they are."""
-        given = (self.lora_folder, self.embedding_folder, self.control_folder, self.keep)
+        given = (*(getattr(self, name) for name in FOLDERS), self.keep)
         return tuple(Path(folder) for folder in given if folder)
 
     @property

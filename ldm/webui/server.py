@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import InputError
+from ldm.service.guards import is_foreign
 from ldm.service.models import NamedModel, bundled_models, name_of
 from ldm.service.options import ServiceOptions, is_loopback
 from ldm.webui.files import BUNDLED_CONTROLS, LORA_FOLDER, Files
@@ -60,7 +62,8 @@ ENVIRONMENT = {
 
 
 class Guard:
-    """ASGI: security headers on every answer, closed routes, and only the names of this machine as a host.
+    """ASGI: security headers on every answer, closed routes, no requests of other sites' pages, and only the
+    names of this machine as a host.
 
     The last keeps away pages of other sites whose name is made to stand for this machine's address.
     """
@@ -84,7 +87,10 @@ class Guard:
         return await self.app(scope, receive, with_headers)
 
     def _is_open(self, scope: Scope) -> bool:
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "")
+        if is_foreign(headers.get(b"origin"), host):
+            return False
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self.hosts is not None and name.strip("[]") not in self.hosts:
             return False
@@ -97,13 +103,15 @@ def private_folder() -> Iterator[Path]:
     """A folder for uploads and results that only this user can read, and that is gone afterwards.
 
     gradio reads its settings from the environment when it is imported: that folder, and to ask no other
-    server.
+    server. SIGTERM ends the process by an exception meanwhile, so that the folder does not stay.
     """
     folder = Path(tempfile.mkdtemp(prefix="page-"))
     os.environ.update(ENVIRONMENT, GRADIO_TEMP_DIR=str(folder))
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield folder
     finally:
+        signal.signal(signal.SIGTERM, before)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -34,6 +34,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+def test_debug_shows_errors_that_end_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a service's batch or hook had failed was logged, and shown to nobody."""
+
+    def main(words: list[str] | None) -> int:
+        try:
+            raise ValueError("of one request")
+        except ValueError:
+            LOG.debug("a batch failed", exc_info=True)
+        return 0
+
+    level = LOG.level
+    assert entry.run(main, []) == 0
+    assert capsys.readouterr().err == ""
+    assert entry.run(main, ["--debug"]) == 0
+    assert "ValueError: of one request" in capsys.readouterr().err
+    assert LOG.level == level
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

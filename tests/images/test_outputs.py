@@ -215,7 +215,7 @@ def test_folders_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatc
         ("folder", f"{tmp_path}/folder/samples: a file has that name"),
         ("x" * 300, "x: File name too long"),
     ]:
-        with pytest.raises(InputError, match=rf"cannot write to .*{message}; choose another --outdir"):
+        with pytest.raises(InputError, match=rf"cannot write to .*{message}; choose another folder"):
             OutputFolder(outdir)
     assert files(tmp_path) == ["file", "folder/samples"]
 

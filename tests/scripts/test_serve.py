@@ -92,6 +92,8 @@ def test_what_cannot_be_served_is_one_line(
     check("--token_file", "--port", 0, "--token_file", empty)
     check("--log_file", "--port", 0, "--log_file", tmp_path / "none" / "log")
     check("--moderate", "--port", 0, "--moderate", "no_such_module:check")
+    for option in ("--lora_folder", "--embedding_folder", "--control_folder"):
+        check(f"{option} /no/such is no folder", "--port", 0, option, "/no/such")
     with listen("127.0.0.1", 0) as other:
         port = other.getsockname()[1]
         check(f"--port {port}: Address already in use", "--port", port)

@@ -281,7 +281,7 @@ def test_an_output_folder_that_cannot_be_written(txt2img, tmp_path, monkeypatch)
     monkeypatch.setattr(pipeline, "load_model", None)
     (tmp_path / "file").write_text("mine")
     result = txt2img("--outdir", tmp_path / "file/below")
-    refused(result, "cannot write to", "file/below", "choose another --outdir")
+    refused(result, "cannot write to", "file/below", "choose another folder")
     assert (tmp_path / "file").read_text() == "mine"
 
 

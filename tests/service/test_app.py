@@ -274,6 +274,25 @@ def test_a_refused_image_is_not_handed_out(engine: Engine) -> None:
     assert service.asked[1][1].startswith(b"\x89PNG")
 
 
+def test_an_image_that_nobody_judged_is_not_kept(model: tuple[Path, Path], tmp_path: Path) -> None:
+    """With a hook that fails, and is closed then, clients got 503 and the folder their images."""
+
+    async def judge(what: str, content: str | bytes) -> str | None:
+        if what == "image":
+            raise OSError("no answer")
+
+    folder = tmp_path / "kept"
+    with tiny_service.running(model, keep=str(folder)) as engine:
+        service = Service(engine, engine.options, moderation=Moderation(judge))
+        with TestClient(create_app(service), base_url="http://localhost") as client:
+            body = {"input_data": {"columns": ["prompt"], "data": ["a cube"]}}
+            assert client.post("/score", json=body).status_code == 503
+            while engine.running:
+                time.sleep(0.005)
+    assert not list((folder / "samples").iterdir())
+    assert not (folder / "manifest.jsonl").exists()
+
+
 def test_a_refused_image_is_not_kept(model: tuple[Path, Path], tmp_path: Path) -> None:
     """Images were kept as soon as they were finished, before moderation had seen them."""
     seen: list[bytes] = []

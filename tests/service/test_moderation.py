@@ -207,7 +207,7 @@ def test_a_function_is_asked(text: str, tmp_path: Path, monkeypatch: pytest.Monk
     [
         ("return True", "type bool"),
         ("return ''", "type str"),
-        ("raise OSError('about ' + content)", "OSError: about …"),
+        ("raise OSError('about ' + content.upper())", "the function raised OSError"),
         ("raise SystemExit", "SystemExit"),
         ("raise StopIteration", "StopIteration"),
     ],
@@ -220,7 +220,7 @@ def test_a_function_that_fails(
     with caplog.at_level(logging.WARNING):
         assert asked_about(Moderation.of(ServiceOptions(moderate=name)), "a cube").outcome == "failed_closed"
     assert why in caplog.text
-    assert "a cube" not in caplog.text
+    assert "a cube" not in caplog.text.lower()  # a message has it in any form: KeyError's is a repr
 
 
 def test_a_function_that_blocks_stops_neither_the_event_loop_nor_the_answer() -> None:

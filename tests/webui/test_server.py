@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import struct
 import subprocess
 import sys
@@ -121,6 +122,20 @@ def test_another_sites_name_for_this_machine_is_refused(client: TestClient) -> N
         assert client.get("/config", headers={"host": host}).status_code == 403
     for host in ("localhost:7860", "127.0.0.1", "[::1]:7860"):
         assert client.get("/config", headers={"host": host}).status_code == 200
+
+
+def test_pages_of_other_sites_are_refused(client: TestClient) -> None:
+    """They could upload files until the disk was full, and those on this machine could read the page."""
+    host = {"host": "127.0.0.1:7860"}
+    file = {"files": ("z.bin", b"z")}
+    for origin in ("http://evil.example", "http://127.0.0.1:9999", "http://[", "null"):
+        headers = {**host, "origin": origin}
+        assert client.get("/config", headers=headers).status_code == 403
+        answer = client.post("/gradio_api/upload", files=file, headers=headers)
+        assert answer.status_code == 403
+        assert "access-control-allow-origin" not in answer.headers
+    for own in ({}, {"origin": "http://127.0.0.1:7860"}):
+        assert client.post("/gradio_api/upload", files=file, headers=host | own).status_code == 200
 
 
 @pytest.mark.parametrize("route", CLOSED)
@@ -375,6 +390,26 @@ def test_its_own_extra_is_all_that_the_page_needs(model: tuple[Path, Path], tmp_
         finally:
             process.terminate()
             process.wait(60)
+
+
+def test_sigterm_while_models_are_read_leaves_no_folder(tmp_path: Path) -> None:
+    """The folder of uploads and results stayed."""
+    program = (
+        "import time\n"
+        "from ldm.webui.server import private_folder\n"
+        "with private_folder() as folder:\n"
+        "    print(folder, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        folder = Path(process.stdout.readline().strip())
+        assert folder.parent == tmp_path
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert not folder.exists()
 
 
 def test_a_port_in_use_is_one_line() -> None:
