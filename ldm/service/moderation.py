@@ -203,7 +203,7 @@ def asker(function: Callable[..., Any]) -> Ask:
 
 
 def _failed(error: BaseException) -> NoAnswer:
-    """What is said of a function that raised: not the message, which may have the prompt, and logs have none."""
+    """What is said of a function that raised: not its message, in which the prompt may be."""
     failed = NoAnswer(f"the function raised {type(error).__name__} (--debug shows it)")
     failed.__cause__ = error
     return failed
