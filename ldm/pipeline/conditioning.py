@@ -27,9 +27,11 @@ def check_task(task: str, request: ImageRequest) -> None:
     if request.noise_level is not None and task != "upscale":
         raise FieldError("{noise_level}: this model enlarges nothing; take a checkpoint of the x4 upscaler")
     if task == "upscale" and request.noise_level is None:
-        raise InputError("this model enlarges images: use upscale.py with --init-img")
+        if request.init_img is None:
+            raise FieldError("this model enlarges images: give one as {init_img}")
+        raise FieldError("{strength}: this model enlarges from pure noise; give {noise_level} in its place")
     if task == "depth" and request.init_img is None and request.depth is None:
-        raise InputError("this model paints over a depth map: use depth2img.py with --init-img or --depth")
+        raise FieldError("this model paints over a depth map: give {init_img}, or a map as {depth}")
 
 
 def prompt_stages(

@@ -2,14 +2,13 @@
 
 Source: modules/api/{api,models}.py of AUTOMATIC1111/stable-diffusion-webui. A field that is not known, or
 does nothing here, is ignored as there; the reply's `info` lists these under `ignored`. Prompts are read by
-the web UI's rules. Each client has a checkpoint of its own, which POST /sdapi/v1/options sets.
+the web UI's rules. Each client has a checkpoint and a CLIP skip of its own; POST /sdapi/v1/options sets them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import secrets
 import time
 from collections import OrderedDict
@@ -31,7 +30,14 @@ from ldm.pipeline.settings.passes import LANCZOS, LATENT
 from ldm.pipeline.settings.text import A1111
 from ldm.sampling import catalogue
 from ldm.service.answers import base64_of, json_answer
-from ldm.service.errors import BadRequest, LimitExceeded, ServiceError, UnknownModel, from_input_error
+from ldm.service.errors import (
+    BadRequest,
+    LimitExceeded,
+    ServiceError,
+    UnknownModel,
+    from_input_error,
+    in_names,
+)
 from ldm.service.inputs import image_of, json_object, text_of
 from ldm.service.schema import number_of, request_of
 
@@ -41,10 +47,13 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_SCALE = "Euler", 50, 7.0  # the web UI's API's
 TEXT_STRENGTH, IMAGE_STRENGTH, MASK_BLUR = 0.7, 0.75, 4
+FROM_IMAGES = ("upscale", "depth")  # tasks of models that need an image
+BLURS = ("mask_blur", "mask_blur_x", "mask_blur_y")  # here one, which is that of both directions
 RESIZE = ("stretch", "crop", "pad")  # by the web UI's numbers; 3 is "latent upscale"
 # By inpainting_fill: what sampling starts from under the mask. Here it is always the original.
 FILLS = ("fill", "original", "latent noise", "latent nothing")
-# Settings by the web UI's names. What an error is about begins its message; init_img is known anywhere in it.
+CLIP_SKIP, CHECKPOINT = "CLIP_stop_at_last_layers", "sd_model_checkpoint"
+# Settings by the web UI's names.
 THEIRS = {
     "init_img": "init_images",
     "strength": "denoising_strength",
@@ -56,10 +65,9 @@ THEIRS = {
     "hires_strength": "denoising_strength",
     "variation_strength": "subseed_strength",
     "variation_seed": "subseed",
+    "clip_skip": CLIP_SKIP,
 }
-OURS = re.compile(rf"^({'|'.join(THEIRS)})(?=[: ])|\binit_img\b")
-MOST_CLIENTS = 1024  # whose checkpoint and last job are remembered
-CLIP_SKIP, CHECKPOINT = "CLIP_stop_at_last_layers", "sd_model_checkpoint"
+MOST_CLIENTS = 1024  # whose options and last job are remembered
 # What the web UI's fields say where they ask for nothing that is not done here anyway.
 NOTHING: dict[str, tuple[Any, ...]] = {
     "seed_resize_from_h": (-1, 0),
@@ -80,6 +88,7 @@ class Client:
     """What is remembered of a client."""
 
     model: str | None = None
+    clip_skip: int | None = None
     jobs: list[Job] = field(default_factory=list)  # that are not over
 
 
@@ -98,10 +107,11 @@ class Clients:
 
 
 class Fields:
-    """The fields of a request as they are taken; what is left over has no effect."""
+    """The fields of a request as they are taken; what is left over, or `in_vain`, has no effect."""
 
     def __init__(self, content: Mapping[str, Any]):
         self.left = dict(content)
+        self.in_vain: list[str] = []  # names of fields that were taken, and whose values have no effect
 
     def take(self, name: str, default: Any = None) -> Any:
         value = self.left.pop(name, None)
@@ -134,14 +144,15 @@ class Fields:
         return value
 
     def ignored(self) -> list[str]:
-        """The fields left over that ask for something, and so do not go unsaid."""
+        """The fields that ask for something without effect, and so do not go unsaid."""
 
         def asks(name: str, value: Any) -> bool:
             if isinstance(value, dict) and name == "alwayson_scripts":
                 return any(isinstance(one, dict) and one.get("args") for one in value.values())
             return value not in (None, False, "", 0, -1, "None", [], {}, *NOTHING.get(name, ()))
 
-        return [name[:80] for name, value in self.left.items() if asks(name, value)][:100]
+        left = [name[:80] for name, value in self.left.items() if asks(name, value)]
+        return (left + self.in_vain)[:100]
 
 
 @dataclass(frozen=True)
@@ -165,13 +176,14 @@ def routes(service: Service) -> APIRouter:
     async def make(http: Request, from_image: bool) -> Response:
         content = await json_object(http)
         client = clients[service.client(http)]
-        order = await run_in_threadpool(read_order, content, service, client.model, from_image)
-        job = await service.submit(order.requests, http, model=order.model, preview=True)
-        client.jobs.append(job)
-        try:
-            await service.finish(job, http)
-        finally:
-            client.jobs.remove(job)
+        with in_names(names_for(content)):
+            order = await run_in_threadpool(read_order, content, service, client, from_image)
+            job = await service.submit(order.requests, http, model=order.model, preview=True)
+            client.jobs.append(job)
+            try:
+                await service.finish(job, http)
+            finally:
+                client.jobs.remove(job)
         files = await service.files(job)
         for file in files:
             if file.error:
@@ -233,18 +245,24 @@ def routes(service: Service) -> APIRouter:
     @router.get("/options")
     async def options(http: Request) -> dict[str, Any]:
         """What this client has set, and what stays as it is."""
-        name = clients[service.client(http)].model or models.default
-        facts = await run_in_threadpool(model_facts, models, name)
-        fixed = {"samples_format": "png", CLIP_SKIP: 1, "sd_vae": "Automatic"}
-        return {CHECKPOINT: facts["title"], "sd_checkpoint_hash": facts["hash"], **fixed}
+        client = clients[service.client(http)]
+        facts = await run_in_threadpool(model_facts, models, client.model or models.default)
+        own = {CHECKPOINT: facts["title"], CLIP_SKIP: client.clip_skip or 1}
+        return {**own, "sd_checkpoint_hash": facts["hash"], "samples_format": "png", "sd_vae": "Automatic"}
 
-    @image_route("/options", {"type": "object", "properties": {CHECKPOINT: {"type": "string"}}})
+    @image_route("/options", OPTIONS)
     async def set_options(http: Request) -> None:
-        """Choose the model of this client's following requests: `sd_model_checkpoint`."""
-        content = await json_object(http)
-        if content.get(CHECKPOINT) is not None:
-            name = await run_in_threadpool(model_named, models, content[CHECKPOINT])
-            clients[service.client(http)].model = name
+        """Set `sd_model_checkpoint` and `CLIP_stop_at_last_layers` for this client's following requests.
+
+        Other options have no effect; the log has their names.
+        """
+        fields = Fields(await json_object(http))
+        skip, checkpoint = fields.whole(CLIP_SKIP, None, 1, 99), fields.take(CHECKPOINT)
+        name = None if checkpoint is None else await run_in_threadpool(model_named, models, checkpoint)
+        client = clients[service.client(http)]
+        client.model, client.clip_skip = name or client.model, skip or client.clip_skip
+        if ignored := fields.ignored():
+            http.state.facts = {"ignored": ignored}
 
     @image_route("/png-info", PNG_INFO)
     async def png_info(http: Request) -> dict[str, Any]:
@@ -267,23 +285,32 @@ def routes(service: Service) -> APIRouter:
 # Reading
 
 
-def read_order(content: Mapping[str, Any], service: Service, model: str | None, from_image: bool) -> Order:
-    """What a request's fields ask for; `model` is the client's. ServiceError."""
+def names_for(content: Mapping[str, Any]) -> dict[str, str]:
+    """The web UI's names for settings in errors, by ours."""
+    sizes = [name for name in ("hr_resize_x", "hr_resize_y") if content.get(name)]
+    return THEIRS | ({"hires": f"the factor by {sizes[0]}"} if sizes else {})
+
+
+def read_order(content: Mapping[str, Any], service: Service, client: Client, from_image: bool) -> Order:
+    """What a request's fields ask for. ServiceError."""
     options, models = service.options, service.engine.models
-    fields = Fields(content)
+    fields, model = Fields(content), client.model
     override = Fields(fields.object("override_settings"))
     if (checkpoint := override.take(CHECKPOINT)) is not None:
         model = model_named(models, checkpoint)
     model = model or models.default
-    values = text_values(fields, override) | sampling_values(fields)
+    task = models.task(model)
+    values = text_values(fields, override, client.clip_skip) | sampling_values(fields)
     if from_image:
         images = fields.take("init_images", [])
-        if not isinstance(images, list) or not images:
+        if not isinstance(images, list) or not images or None in images:
             raise BadRequest("init_images: give a list of images in base64")
-        values |= image_values(fields)
+        values |= image_values(fields, task)
+    elif task in FROM_IMAGES:
+        raise BadRequest(f"the model {model} starts from images: give them to img2img as init_images")
     else:
         images = [None]
-        values |= second_pass_values(fields, values)
+        values |= second_pass_values(fields, values, models.native_size(model))
     batch_size = fields.whole("batch_size", 1, 1, options.max_images)
     if len(images) > 1:  # each makes an image of a batch
         batch_size = max(batch_size, len(images))
@@ -295,7 +322,7 @@ def read_order(content: Mapping[str, Any], service: Service, model: str | None, 
         values |= {"variation_seed": subseeds[0], "variation_strength": strength}
     for name in ("include_init_images", "save_images"):
         fields.take(name)
-    send_images, task = fields.switch("send_images", True), models.task(model)
+    send_images = fields.switch("send_images", True)
     starts = [
         request_of(values | ({} if one is None else {"init_img": one}), options, task=task) for one in images
     ]
@@ -306,11 +333,11 @@ def read_order(content: Mapping[str, Any], service: Service, model: str | None, 
     return Order(tuple(made), model, batch_size, send_images, subseeds, ignored)
 
 
-def text_values(fields: Fields, override: Fields) -> dict[str, Any]:
-    """The prompts, and how they are read."""
+def text_values(fields: Fields, override: Fields, clip_skip: int | None) -> dict[str, Any]:
+    """The prompts, and how they are read; `clip_skip` is the client's."""
     values: dict[str, Any] = {"prompt_syntax": A1111, "long_prompts": True}
     values |= {name: fields.text(name) for name in ("prompt", "negative_prompt")}
-    if (skip := override.whole(CLIP_SKIP, None, 1, 99)) not in (None, 1):
+    if (skip := override.whole(CLIP_SKIP, clip_skip, 1, 99)) not in (None, 1):
         values["clip_skip"] = skip
     return values
 
@@ -347,47 +374,69 @@ def sampling_values(fields: Fields) -> dict[str, Any]:
     return values
 
 
-def image_values(fields: Fields) -> dict[str, Any]:
-    """What starts from an image, and of it where there is a mask."""
-    values: dict[str, Any] = {"strength": fields.number("denoising_strength", IMAGE_STRENGTH, 0, 1)}
+def image_values(fields: Fields, task: str) -> dict[str, Any]:
+    """What starts from an image, and of it where there is a mask; `task` is what the model does."""
+    values: dict[str, Any] = {}
+    strength = fields.number("denoising_strength", None, 0, 1)
+    if task != "upscale":
+        values["strength"] = IMAGE_STRENGTH if strength is None else strength
+    elif strength is not None:  # such a model enlarges from pure noise
+        fields.in_vain.append("denoising_strength")
     mode = fields.whole("resize_mode", 0, 0, len(RESIZE))
     if mode < len(RESIZE):
         values["resize"] = RESIZE[mode]
     else:
-        fields.left["resize_mode"] = mode
+        fields.in_vain.append("resize_mode")
     mask, fill = fields.take("mask"), fields.whole("inpainting_fill", 1, 0, len(FILLS) - 1)
-    blur = fields.number("mask_blur", None, 0, 256)
-    blurs = [fields.number(name, None, 0, 256) for name in ("mask_blur_x", "mask_blur_y")]
+    blurs = {name: fields.number(name, None, 0, 256) for name in BLURS}
     padding = fields.whole("inpaint_full_res_padding", 0, 0, 4096)
     only_masked = fields.switch("inpaint_full_res", True)
     invert = fields.switch("inpainting_mask_invert", False)
     if mask is None:
         return values
-    if FILLS[fill] != "original" and values["strength"] < 1:  # from pure noise none of them shows
-        fields.left["inpainting_fill"] = FILLS[fill]
-    given = [one for one in (blur, *blurs) if one is not None]
-    values |= {"mask": mask, "invert_mask": invert, "mask_blur": given[0] if given else MASK_BLUR}
+    if FILLS[fill] != "original" and values.get("strength", 1) < 1:  # from pure noise none of them shows
+        fields.in_vain.append("inpainting_fill")
+    blur = next((each for each in blurs.values() if each is not None), MASK_BLUR)
+    fields.in_vain += [name for name, each in blurs.items() if each not in (None, blur)]
+    values |= {"mask": mask, "invert_mask": invert, "mask_blur": blur}
     return values | ({"crop_to_mask": padding} if only_masked else {})
 
 
-def second_pass_values(fields: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The web UI's "hires. fix"."""
+def second_pass_values(fields: Fields, values: Mapping[str, Any], native: int) -> dict[str, Any]:
+    """The web UI's "hires. fix"; `native` is the side in pixels of the model's own images."""
     strength = fields.number("denoising_strength", TEXT_STRENGTH, 0, 1)
     factor = fields.number("hr_scale", 2.0, 0, 16)
     upscaler = fields.text("hr_upscaler", "Latent")
     steps = fields.whole("hr_second_pass_steps", 0, 0, 1000)
-    across = fields.whole("hr_resize_x", 0, 0, 65_536), values["width"]
-    down = fields.whole("hr_resize_y", 0, 0, 65_536), values["height"]
+    across, down = (fields.whole(name, 0, 0, 65_536) for name in ("hr_resize_x", "hr_resize_y"))
     if not fields.switch("enable_hr", False):
         return {}
-    for length, side in (down, across):
-        if length and side:
-            factor = length / side
+    if across or down:
+        factor = factor_to((across, down), (values["width"] or native, values["height"] or native))
     if not (upscaler.startswith("Latent") or upscaler == "Lanczos"):
         raise BadRequest("hr_upscaler: this service has Latent and Lanczos")
+    if upscaler not in ("Latent", "Lanczos"):  # such as "Latent (antialiased)", which is plain Latent here
+        fields.in_vain.append("hr_upscaler")
     ours = LANCZOS if upscaler == "Lanczos" else LATENT
     found = {"hires": factor, "hires_strength": strength, "hires_upscaler": ours}
     return found | ({"hires_steps": steps} if steps else {})
+
+
+def factor_to(asked: tuple[int, int], size: tuple[int, int]) -> float:
+    """The factor from a size (width, height) to the one that is asked for, of which 0 leaves a side open.
+
+    BadRequest for a size of another ratio: the web UI would crop the enlarged image between the two passes.
+    Sides are multiples of 8, so a factor that comes within 4 pixels of both gives the size.
+    """
+    given = [(one, side) for one, side in zip(asked, size, strict=True) if one]
+    factors = [one / side for one, side in given]
+    low, high = max((one - 4) / side for one, side in given), min((one + 4) / side for one, side in given)
+    if low >= high:
+        raise BadRequest(
+            f"hr_resize_x {asked[0]} and hr_resize_y {asked[1]} have another ratio than {size[0]}x{size[1]}, "
+            "and nothing is cropped here; give one of them, or width and height of their ratio"
+        )
+    return factors[0] if len(set(factors)) == 1 else (low + high) / 2
 
 
 def seeds_of(fields: Fields, count: int) -> tuple[list[int], list[int], float]:
@@ -565,8 +614,7 @@ def settings_in(content: Mapping[str, Any], max_pixels: int) -> dict[str, Any]:
 
 def error_body(error: ServiceError) -> dict[str, Any]:
     """An error as the web UI's API has it."""
-    message = OURS.sub(lambda match: THEIRS[match[0]], error.message)
-    return {"error": error.code, "detail": message, "body": "", "errors": message}
+    return {"error": error.code, "detail": error.message, "body": "", "errors": error.message}
 
 
 # The schema
@@ -599,9 +647,10 @@ IMG2IMG = {
         **COMMON,
         "init_images": {"type": "array", "minItems": 1, "items": BASE64},
         "mask": BASE64 | {"type": ["string", "null"]},
-        **dict.fromkeys(("resize_mode", "mask_blur", "inpaint_full_res_padding", "inpainting_fill"), WHOLE),
+        **dict.fromkeys(("resize_mode", *BLURS, "inpaint_full_res_padding", "inpainting_fill"), WHOLE),
         **dict.fromkeys(("inpaint_full_res", "include_init_images"), SWITCH),
         "inpainting_mask_invert": WHOLE,
     },
 }
+OPTIONS = {"type": "object", "properties": {CHECKPOINT: {"type": "string"}, CLIP_SKIP: WHOLE}}
 PNG_INFO = {"type": "object", "required": ["image"], "properties": {"image": BASE64}}

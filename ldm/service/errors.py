@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from ldm.errors import InputError
+from ldm.errors import FieldError, InputError
 
 # Folders of an absolute path: in quotes they may have spaces.
 FOLDERS = re.compile(r"""(?<=['"])/(?:[^/'"]+/)+|(?<![\w.])/(?:[^\s/'",;:()]+/)+""")
@@ -39,10 +41,16 @@ class ServiceError(Exception):
 
 
 class BadRequest(ServiceError):
-    """A value that is malformed or out of range."""
+    """A value that is malformed or out of range.
+
+    `spelled`, if it is there, gives the message with another name for each setting.
+    """
+
+    spelled: Callable[[Callable[[str], str]], str] | None
 
     def __init__(self, message: str, *, code: str = "invalid_request"):
         super().__init__(message, status=422, code=code)
+        self.spelled = None
 
 
 class LimitExceeded(ServiceError):
@@ -113,9 +121,51 @@ def from_input_error(error: InputError, folders: Iterable[Path] = ()) -> BadRequ
     """The error for a client: one line, in which files go by their names alone, wherever they lie.
 
     `folders` are the service's own, relative ones and names with spaces among them, which the message alone
-    would not show to be folders. A FieldError names its fields as ImageRequest does.
+    would not show to be folders. A FieldError names its fields as ImageRequest does; `in_names` changes that.
     """
-    return BadRequest(without_places(" ".join(str(error).splitlines()), folders))
+    folders = tuple(folders)
+
+    def spelled(spell: Callable[[str], str]) -> str:
+        text = error.spelled(spell) if isinstance(error, FieldError) else str(error)
+        return without_places(" ".join(text.splitlines()), folders)
+
+    found = BadRequest(spelled(lambda name: name))
+    if isinstance(error, FieldError):
+        found.spelled = spelled
+    return found
+
+
+def renamed(error: ServiceError, names: Mapping[str, str]) -> ServiceError:
+    """The error with a contract's names, by ours, for the settings in its message.
+
+    Where the message is a plain text, these are the setting that it begins with, and those whose names have
+    an underscore, as no other word has.
+    """
+    if isinstance(error, BadRequest) and error.spelled:
+        return reworded(error, error.spelled(lambda name: names.get(name, name)))
+    if not names:
+        return error
+    anywhere = "".join(rf"|\b{name}\b" for name in names if "_" in name)
+    pattern = rf"^(?:{'|'.join(names)})(?=[: ]){anywhere}"
+    return reworded(error, re.sub(pattern, lambda match: names[match[0]], error.message))
+
+
+def reworded(error: ServiceError, message: str) -> ServiceError:
+    """The same error with another message."""
+    found = copy.copy(error)
+    found.message, found.args = message, (message,)
+    if isinstance(found, BadRequest):
+        found.spelled = None
+    return found
+
+
+@contextmanager
+def in_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside, errors name settings as a contract does: `names` has its names by ours."""
+    try:
+        yield
+    except ServiceError as error:
+        raise renamed(error, names) from error
 
 
 def without_places(text: str, folders: Iterable[Path] = ()) -> str:

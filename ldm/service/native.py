@@ -115,9 +115,9 @@ def routes(service: Service) -> APIRouter:
         await service.finish(job, http)
         files = await service.files(job, asked.format)
         media = MEDIA_TYPES[asked.format]
+        if len(files) == 1 and files[0].error:  # of several, each has an error of its own
+            raise files[0].error
         if len(files) == 1 and http.headers.get("accept", "").split(",")[0].strip() == media:
-            if files[0].error:
-                raise files[0].error
             return Response(files[0].data, media_type=media, headers={"X-Seed": str(files[0].image.seed)})
         return await json_answer(_finished, job, files, asked.format)
 

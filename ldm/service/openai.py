@@ -12,8 +12,8 @@ import io
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from starlette.datastructures import UploadFile
 
 from ldm.pipeline.request import ImageRequest, image_seed
 from ldm.service.answers import base64_of, json_answer
-from ldm.service.errors import BadRequest, ServiceError
+from ldm.service.errors import BadRequest, ServiceError, in_names, reworded
 from ldm.service.inputs import decoded, json_object, text_of
 from ldm.service.schema import known_names, request_of, request_schema
 
@@ -41,6 +41,8 @@ WITHOUT_EFFECT = (
 )
 MOST_PARTIAL = 3
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+# How messages about an image's size begin: "height 63 is …", "width: 0 is …", "9992x9992 are …".
+ABOUT_SIZE = re.compile(r"(height|width):? (?=[0-9])|(?=[0-9]+x[0-9]+ are )")
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -76,8 +78,13 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/images/generations", openapi_extra={"requestBody": {"required": True, "content": body}})
     async def create_image(http: Request) -> Any:
         """Images of a prompt."""
-        order = await run_in_threadpool(read_order, await json_object(http), service)
-        return await _answer(service, order, http, "image_generation")
+        values = await json_object(http)
+        for name in ("image", "mask"):
+            if values.get(name) is not None and values.get("init_img") is None:
+                raise BadRequest(f"{name}: images are given to /v1/images/edits")
+        with _their_names(values):
+            order = await run_in_threadpool(read_order, values, service)
+            return await _answer(service, order, http, "image_generation")
 
     form = {"multipart/form-data": {"schema": edit_schema(service)}}
 
@@ -85,13 +92,30 @@ def routes(service: Service) -> APIRouter:
     async def edit_image(http: Request) -> Any:
         """Images that start from an image; with a mask, only where that is transparent."""
         values = await run_in_threadpool(with_images, await form_values(http), service.options.max_pixels)
-        order = await run_in_threadpool(read_order, values, service)
-        return await _answer(service, order, http, "image_edit")
+        with _their_names(values, init_img="image"):
+            order = await run_in_threadpool(read_order, values, service)
+            return await _answer(service, order, http, "image_edit")
 
     return router
 
 
 # Reading
+
+
+@contextmanager
+def _their_names(values: Mapping[str, Any], **names: str) -> Iterator[None]:
+    """Inside, errors name the fields of OpenAI's that a request has: `names` has them by ours, and `size`
+    stands for height and width.
+    """
+    try:
+        with in_names(names):
+            yield
+    except ServiceError as error:
+        match = ABOUT_SIZE.match(error.message)
+        if values.get("size") in (None, "auto") or match is None:
+            raise
+        side = f"{match[1]} " if match[1] else ""
+        raise reworded(error, f"size: {side}{error.message[match.end() :]}") from error
 
 
 def read_order(values: Mapping[str, Any], service: Service) -> Order:
@@ -312,9 +336,10 @@ async def _events(service: Service, order: Order, job: Job, http: Request, what:
                 shown += 1
         await finishing
         files = await service.files(job, FORMATS[order.format])
-        for file in files:
+        for file in files:  # one that is refused fails the whole request, as it does without a stream
             if file.error:
                 raise file.error
+        for file in files:
             facts = _facts(order, files) | {"usage": USAGE, "seed": file.image.seed}
             yield await run_in_threadpool(_event, f"{what}.completed", file.data, facts)
     except ServiceError as error:
@@ -357,7 +382,7 @@ def _param(error: ServiceError) -> str | None:
     if error.status >= 500 or match is None:
         return None
     quoted, name, colon = match.groups()
-    return quoted or (name if colon or name in known_names() else None)
+    return quoted or (name if colon or name == "image" or name in known_names() else None)
 
 
 def _model(name: str) -> dict[str, Any]:

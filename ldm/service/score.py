@@ -12,7 +12,7 @@ from ldm.errors import InputError
 from ldm.images.metadata import encode_image
 from ldm.pipeline.request import ImageRequest
 from ldm.service.answers import base64_of, json_answer
-from ldm.service.errors import BadRequest, LimitExceeded, ServiceError
+from ldm.service.errors import BadRequest, LimitExceeded, ServiceError, in_names, renamed, reworded
 from ldm.service.inputs import json_object
 from ldm.service.schema import request_of
 from ldm.service.table import COLUMNS, THEIRS, Table, answer, in_words
@@ -40,8 +40,10 @@ SCHEMA = {
                 },
             },
             "additionalProperties": False,
-        }
+        },
+        "params": {"type": ["object", "null"], "maxProperties": 0, "description": "MLflow's; empty here"},
     },
+    "additionalProperties": False,
     "example": {
         "input_data": {
             "columns": ["prompt"],
@@ -79,8 +81,9 @@ def routes(service: Any) -> APIRouter:
         """An image for each line of a table of prompts, as AzureML's endpoints answer."""
         content = await json_object(http)
         table, requests = await run_in_threadpool(requests_of, content, service, model)
-        job = await service.submit(requests, http, model=model)
-        await service.finish(job, http)
+        with in_names(THEIRS):
+            job = await service.submit(requests, http, model=model)
+            await service.finish(job, http)
         files = await service.files(job)
         return await json_answer(answers_of, table, requests, files)
 
@@ -116,9 +119,7 @@ def _request(table: Table, k: int, options: Any, task: str) -> ImageRequest:
     except InputError as error:
         raise BadRequest(f"data[{k}]: {in_words(error)}") from error
     except ServiceError as error:
-        name, colon, rest = error.message.partition(":")
-        error.message = f"data[{k}]: {THEIRS.get(name, name)}{colon}{rest}"
-        raise
+        raise reworded(error, f"data[{k}]: {renamed(error, THEIRS).message}") from error
 
 
 def png_of(file: Any) -> bytes:

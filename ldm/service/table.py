@@ -35,6 +35,7 @@ NAMES = {
 # Settings that no line can have of its own, or that are made from it.
 NOT_HERE = ("rng", "fixed_code", "start_seed", "prompt_template", "negative_template")
 PARTS = ("columns", "data", "index", "parameters")
+NOT_ENLARGED = ("mask", "outpaint", "depth", "hires", "tiling", "panorama")  # what upscalers cannot do
 STRENGTH, MASK_STRENGTH, NOISE_LEVEL = {"text": 0.75, "depth": 0.9}, 1.0, 20  # the commands' defaults
 
 
@@ -60,7 +61,9 @@ class Table:
     @classmethod
     def of(cls, content: Any) -> Table:
         """The table of a request's JSON. InputError that names what is wrong with it as a whole."""
-        table = _object(_object(content, "the request").get("input_data"), "input_data")
+        content = _object(content, "the request")
+        table = _object(content.get("input_data"), "input_data")
+        _check_beside(content)
         for name in table:
             if name not in PARTS:
                 raise InputError(f"input_data has {name!r}, which is none of {', '.join(PARTS)}")
@@ -135,8 +138,18 @@ def by_the_rules(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_strength(values: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """A line's settings with the commands' defaults for what starts from an image, by what the model does."""
-    if not _given(values, "init_img") or _given(values, "noise_level") or _given(values, "strength"):
+    """A line's settings with the commands' defaults for what starts from an image, by what the model does.
+
+    FieldError for what a model that enlarges images does not do: ImageRequest would say that it does not go
+    together with the noise level, which is added here.
+    """
+    if not _given(values, "init_img") or _given(values, "noise_level"):
+        return dict(values)
+    if task == "upscale":
+        for name in NOT_ENLARGED:
+            if values.get(name) not in (None, False, "none"):
+                raise FieldError("{" + name + "} is not for this model, which enlarges an image as it is")
+    if _given(values, "strength"):
         return dict(values)
     if task == "upscale":
         return {**values, "noise_level": NOISE_LEVEL}
@@ -230,6 +243,17 @@ def _checked(name: str, value: Any) -> Any:
 
 def _given(values: Mapping[str, Any], name: str) -> bool:
     return values.get(name) is not None
+
+
+def _check_beside(content: Mapping[str, Any]) -> None:
+    """InputError for what stands beside input_data; an empty `params`, which MLflow's clients send, may."""
+    for name, value in content.items():
+        if name in PARTS:
+            raise InputError(f"{name} is beside input_data; it belongs inside it")
+        if name == "params" and value not in (None, {}):
+            raise InputError("params has values; they belong into parameters, inside input_data")
+        if name not in ("input_data", "params"):
+            raise InputError(f"the request has {name!r:.60} beside input_data, where nothing belongs")
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:

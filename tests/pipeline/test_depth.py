@@ -221,7 +221,7 @@ def test_a_model_without_an_estimator_takes_maps_alone(
 def test_other_models_refuse_a_map(load: Load, pipeline: Pipeline) -> None:
     with pytest.raises(FieldError, match="this model reads no depth map"):
         load().resolve(one(depth=ramp()))
-    with pytest.raises(InputError, match=r"use depth2img.py with --init-img or --depth"):
+    with pytest.raises(FieldError, match=r"paints over a depth map: give init_img, or a map as depth"):
         pipeline.resolve(one())
 
 

@@ -195,6 +195,10 @@ def test_a_killed_run_goes_on(tmp_path: Path, model: tuple[Path, Path]) -> None:
         assert np.abs(pixels(one) - pixels(same)).max() <= 1
 
 
+# It was accepted, and the values had no effect.
+BESIDE = json.dumps({**json.loads(table(["a cat"])), "parameters": {"num_inference_steps": 99999}})
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -208,6 +212,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, model: tuple[Path, Path]) -> None:
         ("a_json", "[]", "no JSON object"),
         ("a_json", table(["a cat"], index=[0, 1]), "index has 2 entries for 1 lines"),
         ("a_json", table(["a cat"], parameters={"step": 3}), "the parameter 'step' is not known"),
+        ("a_json", BESIDE, "parameters is beside input_data; it belongs inside it"),
         ("a_txt", "a cat", "holds no .csv or .json file"),
     ],
 )

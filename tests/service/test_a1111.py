@@ -11,17 +11,19 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import tiny
 import webuiapi
 from live_service import base64_png, live, pixels
 from PIL import Image
+from tiny_siblings import write_model
 
 from ldm.pipeline.infotext import a1111_sampling
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.sampling import catalogue
-from ldm.service.a1111 import error_body, scheduler_label, scheduler_name
+from ldm.service.a1111 import scheduler_label, scheduler_name
 from ldm.service.engine import Engine
-from ldm.service.errors import BadRequest, ServiceError
+from ldm.service.errors import BadRequest
 
 SIZE = {"width": 16, "height": 16, "steps": 2}
 READING = {"prompt_syntax": "a1111", "long_prompts": True}
@@ -150,6 +152,70 @@ def test_the_second_pass(client: webuiapi.WebUIApi) -> None:
     assert found.image.size == (48, 48)
 
 
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [
+        ({"hr_resize_x": 32, "hr_resize_y": 64}, (32, 64)),
+        ({"hr_resize_x": 24}, (24, 48)),
+        ({"hr_resize_y": 48}, (24, 48)),
+        ({"hr_resize_x": 28, "hr_resize_y": 60}, (32, 64)),  # multiples of 8, one factor for both sides
+    ],
+)
+def test_a_second_pass_of_a_given_size(url: str, asked: dict[str, int], size: tuple[int, int]) -> None:
+    body = {"prompt": "a", "enable_hr": True, "width": 16, "height": 32, "steps": 1, **asked}
+    answer = post(url, "txt2img", **body).json()
+    assert pixels(answer["images"][0]).shape[1::-1] == size
+    assert json.loads(answer["info"])["ignored"] == []
+
+
+def test_a_size_alone_is_that_of_the_models_own_images(url: str) -> None:
+    """Without width and height hr_resize_x had no effect: the image was twice the model's."""
+    answer = post(url, "txt2img", prompt="a", enable_hr=True, hr_resize_x=48, steps=1).json()
+    assert pixels(answer["images"][0]).shape == (48, 48, 3)
+
+
+@pytest.mark.parametrize("asked", [(32, 48), (48, 32), (8, 48)])
+def test_a_second_pass_of_another_ratio_is_refused(url: str, asked: tuple[int, int]) -> None:
+    """The image had the ratio of the first pass, at the width that was asked for, and nothing said so."""
+    across, down = asked
+    answer = post(url, "txt2img", prompt="a", enable_hr=True, hr_resize_x=across, hr_resize_y=down, **SIZE)
+    assert (answer.status_code, answer.json()["error"]) == (422, "invalid_request")
+    words = f"hr_resize_x {across} and hr_resize_y {down} have another ratio than 16x16"
+    assert answer.json()["detail"].startswith(words)
+    plain = {"hr_resize_x": across, "hr_resize_y": down, "enable_hr": False}
+    assert post(url, "txt2img", prompt="a", **plain, **SIZE).status_code == 200  # as without a second pass
+
+
+@pytest.mark.parametrize(
+    ("blurs", "recorded", "ignored"),
+    [
+        ({"mask_blur_x": 0, "mask_blur_y": 32}, 0, ["mask_blur_y"]),
+        ({"mask_blur": 4, "mask_blur_x": 0, "mask_blur_y": 4}, 4, ["mask_blur_x"]),
+        ({"mask_blur_x": 6, "mask_blur_y": 6}, 6, []),
+        ({"mask_blur_y": 6}, 6, []),
+        ({}, 4, []),
+    ],
+)
+def test_a_blur_without_effect_is_named(
+    url: str, blurs: dict[str, int], recorded: int, ignored: list[str]
+) -> None:
+    """Of blurs that differ only the first had an effect, and the other was not listed."""
+    image = base64_png(Image.new("RGB", (64, 64), "red"))
+    mask = base64_png(Image.new("L", (64, 64), 255))
+    body = {"prompt": "a", "init_images": [image], "mask": mask, "inpaint_full_res": False, "steps": 1}
+    answer = post(url, "img2img", **body, **blurs).json()
+    assert json.loads(answer["info"])["ignored"] == ignored
+    items = post(url, "png-info", image=answer["images"][0]).json()["items"]
+    assert json.loads(items["stable-diffusion"])["mask_blur"] == recorded
+
+
+def test_another_latent_upscaler_is_named(url: str) -> None:
+    """All that begin with "Latent" are the plain one here, and nothing said so."""
+    body = {"prompt": "a", "enable_hr": True, "hr_upscaler": "Latent (nearest-exact)"}
+    answer = post(url, "txt2img", **body, **SIZE).json()
+    assert json.loads(answer["info"])["ignored"] == ["hr_upscaler"]
+
+
 def test_img2img_with_a_mask(client: webuiapi.WebUIApi, reference: Pipeline) -> None:
     start = Image.effect_noise((64, 64), 90).convert("RGB")
     mask = Image.new("L", (64, 64))
@@ -222,6 +288,32 @@ def test_models(client: webuiapi.WebUIApi, url: str, capsys: pytest.CaptureFixtu
         404,
         "no model 'large'; choose from tiny, twin",
     )
+
+
+def test_options_are_the_clients_own(tmp_path: Path) -> None:
+    """CLIP_stop_at_last_layers, which the web UI's own example sets, got the answer 200 and had no effect."""
+    log = tmp_path / "log.jsonl"
+    two_layers = tiny.model_section({"cond_stage_config.params.layers": 2})
+    with live(write_model(tmp_path, "tiny", two_layers), log_file=str(log)) as (url, _):
+        url = f"{url}/sdapi/v1"
+
+        def info(**override: Any) -> dict[str, Any]:
+            body = {"prompt": "a cat", "seed": 3, "override_settings": override}
+            return json.loads(post(url, "txt2img", **body, **SIZE).json()["info"])
+
+        assert info()["clip_skip"] == 1
+        answer = post(url, "options", CLIP_stop_at_last_layers=2, sd_model_checkpoint="tiny", eta_ddim=0.3)
+        assert (answer.status_code, answer.json()) == (200, None)
+        assert httpx.get(f"{url}/options").json()["CLIP_stop_at_last_layers"] == 2
+        assert (info()["clip_skip"], info(CLIP_stop_at_last_layers=1)["clip_skip"]) == (2, 1)
+        deeper = post(url, "txt2img", override_settings={"CLIP_stop_at_last_layers": 3}, **SIZE)
+        assert deeper.json()["detail"].startswith("CLIP_stop_at_last_layers 3: ")
+        refused = post(url, "options", CLIP_stop_at_last_layers=0, sd_model_checkpoint="tiny")
+        assert refused.status_code == 422
+        assert refused.json()["detail"].startswith("CLIP_stop_at_last_layers: it is no whole number in 1")
+        assert httpx.get(f"{url}/options").json()["CLIP_stop_at_last_layers"] == 2
+    asked = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [one["ignored"] for one in asked if "ignored" in one] == [["eta_ddim"]]
 
 
 def test_png_info(client: webuiapi.WebUIApi) -> None:
@@ -336,9 +428,21 @@ def test_clients_do_not_see_each_other(model: tuple[Path, Path], tmp_path: Path)
             webuiapi.WebUIApi(baseurl=anna.baseurl, username="anna", password="x").txt2img(prompt="a")
 
 
-def test_errors_name_the_web_uis_fields(url: str) -> None:
-    """They said init_img, strength and so on, which no client had sent."""
-    answer = post(url, "img2img", prompt="a", init_images=["no image!"]).json()
-    assert answer["detail"].startswith("init_images: it is no base64")
-    error = ServiceError("scale: 1 is not above init_img's scale", status=422)
-    assert error_body(error)["detail"] == "cfg_scale: 1 is not above init_images's scale"
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("img2img", {"init_images": ["no image!"]}, "init_images: it is no base64"),
+        ("img2img", {"init_images": [None]}, "init_images: give a list of images in base64"),
+        ("txt2img", {"enable_hr": True, "hr_scale": 1}, "hr_scale 1: the second pass is for a larger image"),
+        (
+            "txt2img",
+            {"enable_hr": True, "hr_resize_y": 8},
+            "the factor by hr_resize_y 0.5: the second pass is for a larger image",
+        ),
+    ],
+)
+def test_errors_name_the_web_uis_fields(url: str, path: str, body: dict[str, Any], words: str) -> None:
+    """They said init_img, strength and so on, which no client had sent; and of init_images [null]
+    "denoising_strength 0.75 without init_images", of which the one was added and the other given.
+    """
+    assert post(url, path, prompt="a", **body, **SIZE).json()["detail"].startswith(words)

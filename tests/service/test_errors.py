@@ -8,11 +8,13 @@ from ldm.pipeline.request import ImageRequest
 from ldm.service.errors import (
     Cancelled,
     DeadlinePassed,
+    LimitExceeded,
     QueueFull,
     ServiceError,
     UnknownJob,
     UnknownModel,
     from_input_error,
+    in_names,
 )
 
 
@@ -22,6 +24,33 @@ def test_a_field_error_names_the_field_in_plain_words() -> None:
     error = from_input_error(caught.value)
     assert error.message.startswith("steps: 0 is not")
     assert (error.status, error.code, error.headers) == (422, "invalid_request", {})
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (
+            LimitExceeded("scale: 9 is not above init_img's scale"),
+            "cfg_scale: 9 is not above init_images's scale",
+        ),
+        (
+            from_input_error(FieldError("{scale} 3 with {init_img} of /a/b.png, {why}", why="a scale")),
+            "cfg_scale 3 with init_images of b.png, a scale",
+        ),
+        (from_input_error(InputError("no scale: none")), "no scale: none"),
+        (QueueFull(3), QueueFull(3).message),
+    ],
+)
+def test_a_contract_names_settings_as_its_clients_do(error: ServiceError, shown: str) -> None:
+    """Only the word that a message began with was renamed; OpenAI's clients read our names."""
+    with pytest.raises(type(error)) as caught, in_names({"init_img": "init_images", "scale": "cfg_scale"}):
+        raise error
+    found = caught.value
+    assert (found.message, str(found)) == (shown, shown)
+    assert (found.status, found.code, found.headers) == (error.status, error.code, error.headers)
+    with pytest.raises(type(error)) as again, in_names({"image": "picture"}):  # it has its names already
+        raise found
+    assert again.value.message == shown
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ldm.pipeline.request import ImageRequest
 from ldm.service import native
 from ldm.service.app import Service, create_app
 from ldm.service.engine import Engine
+from ldm.service.moderation import Moderation
 
 ASKED = {"prompt": "a red cube", "seed": 7, "steps": 2}
 TOKENS = {"ann": "secret-of-ann", "bob": "secret-of-bob"}
@@ -179,6 +180,43 @@ def test_no_client_sees_what_is_another_ones(client: TestClient) -> None:
 def test_a_deadline_ends_a_request(client: TestClient, gate: threading.Event) -> None:
     answer = client.post("/generate", json=ASKED | {"timeout": 0.05})
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_passed")
+
+
+# Moderation
+
+
+@pytest.mark.parametrize(("reason", "status"), [("no cubes", 400), (None, 503)])
+def test_a_lone_image_without_its_verdict_is_an_error(
+    engine: Engine, reason: str | None, status: int
+) -> None:
+    """Unless a header asked for the file itself, the answer was 200, with the error inside."""
+
+    async def verdict(what: str, content: object) -> str | None:
+        if what == "image" and reason is None:
+            raise RuntimeError("the hook fails")
+        return reason if what == "image" else None
+
+    service = Service(engine, engine.options, moderation=Moderation(verdict))
+    with TestClient(create_app(service), base_url="http://localhost", headers=headers_of("ann")) as client:
+        for accept in ("application/json", "image/png"):
+            answer = client.post("/generate", json=ASKED, headers={"Accept": accept})
+            assert answer.status_code == status
+            assert answer.json()["error"]["code"] == (
+                "content_policy" if reason else "moderation_unavailable"
+            )
+        several = client.post("/generate", json=ASKED | {"count": 2})
+        assert several.status_code == 200
+        assert [(one["image"], "error" in one) for one in several.json()["images"]] == [(None, True)] * 2
+        place = client.post("/generate", json=ASKED | {"wait": False}).headers["location"]
+        with client.stream("GET", f"{place}/events") as stream:
+            assert list(stream.iter_lines())
+        job = client.get(place)
+        assert (job.status_code, job.json()["state"], job.json()["images"][0]["image"]) == (
+            200,
+            "finished",
+            None,
+        )
+        assert client.get(f"{place}/images/0").status_code == status
 
 
 # Bad input

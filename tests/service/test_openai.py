@@ -11,11 +11,15 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import tiny_service
+from fastapi.testclient import TestClient
 from live_service import decoded, live, pixels
 from PIL import Image
 
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
+from ldm.service.app import Service, create_app
+from ldm.service.moderation import Moderation
 
 STEPS = {"steps": 2}
 
@@ -155,6 +159,36 @@ def test_a_streamed_edit(client: openai.OpenAI, start: Image.Image) -> None:
     assert [event.type for event in events] == ["image_edit.completed"] * 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("reason", "status"), [("no cats", 400), (None, 503)])
+def test_one_image_without_its_verdict_fails_the_request(
+    model: tuple[Path, Path], stream: bool, reason: str | None, status: int
+) -> None:
+    """As OpenAI itself does. A stream had sent the images before it."""
+    seen: list[bytes] = []
+
+    async def verdict(what: str, content: Any) -> str | None:
+        if what == "prompt":
+            return None
+        seen.append(content)
+        if len(seen) == 2 and reason is None:
+            raise RuntimeError("the hook fails")
+        return reason if len(seen) == 2 else None
+
+    body = {"prompt": "a cat", "n": 2, "stream": stream, **STEPS}
+    with tiny_service.running(model) as engine:
+        service = Service(engine, engine.options, moderation=Moderation(verdict))
+        with TestClient(create_app(service), base_url="http://localhost") as client:
+            answer = client.post("/v1/images/generations", json=body)
+    assert len(seen) == 2
+    code = "content_policy_violation" if reason else "moderation_unavailable"
+    if not stream:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    else:
+        (line,) = (line for line in answer.text.splitlines() if line.startswith("data: "))
+        assert json.loads(line.removeprefix("data: "))["error"]["code"] == code
+
+
 def test_a_stream_that_fails_says_so(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any) -> Any:
         raise RuntimeError("a secret of the machine")
@@ -174,9 +208,19 @@ def test_a_stream_that_fails_says_so(client: openai.OpenAI, monkeypatch: pytest.
         ({"prompt": "a", "n": 5}, "n", "1 … 4"),
         ({"prompt": "a", "n": True}, "n", "1 … 4"),
         ({"prompt": "a", "size": "large"}, "size", "WIDTHxHEIGHT"),
-        ({"prompt": "a", "size": "17x16"}, "width", "nearest is 16"),
+        (
+            {"prompt": "a", "size": "17x16"},
+            "size",
+            "size: width 17 is not a multiple of 8; the nearest is 16",
+        ),
+        ({"prompt": "a", "size": "63x63"}, "size", "size: height 63 is not a multiple of 8"),
+        ({"prompt": "a", "size": "0x0"}, "size", "size: height 0 is not a whole number in range"),
+        ({"prompt": "a", "size": "99999x99999"}, "size", "size: height 99999 is not"),
+        ({"prompt": "a", "size": "auto", "H": 63}, "height", "height 63 is not a multiple of 8"),
+        ({"prompt": "a", "mask": "aW1hZ2U="}, "mask", "mask: images are given to /v1/images/edits"),
+        ({"prompt": "a", "image": "aW1hZ2U="}, "image", "image: images are given to /v1/images/edits"),
         ({"prompt": "a", "size": "16x16", "width": 16}, "size", "give one of them"),
-        ({"prompt": "a", "size": "9992x9992"}, None, "pixels"),
+        ({"prompt": "a", "size": "9992x9992"}, "size", "size: 9992x9992 are 99,840,064 pixels"),
         ({"prompt": "a", "response_format": "png"}, "response_format", "b64_json, url"),
         ({"prompt": "a", "output_format": "svg"}, "output_format", "png, jpeg, webp"),
         ({"prompt": "a", "background": "transparent"}, "background", "cannot be made"),
@@ -193,6 +237,7 @@ def test_a_stream_that_fails_says_so(client: openai.OpenAI, monkeypatch: pytest.
 def test_bad_input_is_named_in_the_contracts_form(
     url: str, body: dict[str, Any], param: str | None, words: str
 ) -> None:
+    """Of size "63x63" the message and `param` said "height", and of a mask "without init_img"."""
     response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=600)
     assert response.status_code in (400, 422)
     error = response.json()["error"]

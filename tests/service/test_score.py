@@ -120,8 +120,14 @@ def test_what_is_unwanted_comes_as_a_black_image(
         (["prompt", "image"], [["a", "no image!"]], {}, "data[0]: image: it is no base64"),
         (["prompt", "image"], [["a", "aW1hZ2U="]], {}, "data[0]: image: it is no image"),
         (["prompt", "image"], [["a", "/etc/passwd"]], {}, "data[0]: image: it is no"),
-        (["prompt", "mask"], [["a", base64_png(Image.new("L", (8, 8)))]], {}, "mask without init_img"),
-        (["prompt"], ["a"], {"parameters": {"num_inference_steps": 9999}}, "steps"),
+        (["prompt", "mask"], [["a", base64_png(Image.new("L", (8, 8)))]], {}, "data[0]: mask without image"),
+        (
+            ["prompt"],
+            ["a"],
+            {"parameters": {"num_inference_steps": 999}},
+            "num_inference_steps: 999 are more",
+        ),
+        (["prompt", "H"], [["a", 17]], {}, "height 17 is not a multiple of 8"),
         (["prompt"], ["a"], {"parameters": {"sampler": "Eulr"}}, "Eulr is not known"),
         (["prompt"], ["\0"], {}, "NUL"),
     ],
@@ -135,6 +141,29 @@ def test_bad_input_is_named_in_the_contracts_form(
     assert words in response.json()["message"]
     assert "\n" not in response.json()["message"]
     assert images(score(served[0], ["prompt"], ["a cat"]))  # the queue goes on
+
+
+@pytest.mark.parametrize(
+    ("beside", "words"),
+    [
+        (
+            {"parameters": {"num_inference_steps": 99999}},
+            "parameters is beside input_data; it belongs inside it",
+        ),
+        ({"params": {"num_inference_steps": 3}}, "params has values; they belong into parameters"),
+        ({"model": "tiny"}, "the request has 'model' beside input_data"),
+    ],
+)
+def test_what_stands_beside_the_table_is_refused(
+    served: tuple[httpx.Client, Engine], beside: dict[str, Any], words: str
+) -> None:
+    """It was dropped without a word: images had the default number of steps."""
+    table = {"columns": ["prompt"], "data": ["a"], "parameters": {"steps": 1}}
+    response = served[0].post("/score", json={"input_data": table, **beside})
+    assert (response.status_code, response.json()["error_code"]) == (422, "INVALID_REQUEST")
+    assert words in response.json()["message"]
+    for empty in ({}, None):
+        assert images(served[0].post("/score", json={"input_data": table, "params": empty}))
 
 
 def test_models_are_chosen_by_name(served: tuple[httpx.Client, Engine]) -> None:

@@ -136,7 +136,18 @@ def test_a_table_that_is_none(parts: dict[str, Any], words: str) -> None:
         table(**parts)
 
 
-@pytest.mark.parametrize("content", [None, 3, [], {}, {"input_data": None}, {"input_data": []}])
+@pytest.mark.parametrize("name", ["mask", "outpaint", "depth", "hires", "panorama"])
+def test_a_model_that_enlarges_does_nothing_else(name: str) -> None:
+    """The message was "mask and noise_level are for different models"; the noise level had been added."""
+    with pytest.raises(InputError, match=f"{name} is not for this model, which enlarges an image as it is"):
+        with_strength({"init_img": "an image", name: True, "strength": 0.5}, "upscale")
+    values = {"init_img": "an image", name: None, "tiling": "none"}
+    assert with_strength(values, "upscale")["noise_level"] == 20
+
+
+@pytest.mark.parametrize(
+    "content", [None, 3, [], {}, {"prompt": "a"}, {"input_data": None}, {"input_data": []}]
+)
 def test_a_request_without_a_table(content: Any) -> None:
     with pytest.raises(InputError, match="the form is"):
         Table.of(content)
