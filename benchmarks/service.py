@@ -535,7 +535,7 @@ def measure_equal(folder: Path, images: int = BATCH, steps: int = THROUGHPUT_STE
 
 
 def measure_throughput(
-    folder: Path, images: int = 48, steps: int = THROUGHPUT_STEPS, rounds: int = 3, clients: int = BATCH
+    folder: Path, images: int = 96, steps: int = THROUGHPUT_STEPS, rounds: int = 8, clients: int = BATCH
 ) -> Iterator[Row]:
     ours, command = [], []
     with serving(folder) as service:

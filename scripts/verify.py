@@ -33,7 +33,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="PNG, JPEG or WebP files made here")
-    add("--folder", action="append", metavar="DIR", help="where init images, masks and the like are")
+    add("--folder", action="append", metavar="DIR", help="where init images, LoRAs and the like are")
     add("--diff", metavar="DIR", help="write an image there of what is altered in each")
     add(
         "--tolerance",

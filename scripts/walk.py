@@ -20,6 +20,7 @@ from ldm.cli import arguments, entry, parser
 from ldm.errors import InputError
 from ldm.log import notice, problem
 from ldm.pipeline.request import MAX_SEED, ImageRequest
+from ldm.pipeline.settings.text import A1111
 from ldm.weights.description import describe
 
 NOT_FOR_FRAMES = (
@@ -68,12 +69,36 @@ def parse(argv: list[str]) -> tuple[arguments.Arguments, list[ImageRequest], int
     if given["frames"] < len(places):
         raise InputError(f"--frames {given['frames']}: give at least one for each of {len(places)} places")
     command = arguments.gather(options, given)
+    _check_prompts(given["prompts"], command.values.get("prompt_syntax"))
     arguments.warn_of_ignored_eta(command.values)
     if command.values.get("rng") == "compvis":
         raise InputError("--rng compvis is not for walk.py: in the original's one stream no frame has a seed")
     requests = [command.variant(one) for one in _frames(places, given["frames"], bool(given.get("loop")))]
     requests[0].check_size(describe(command.config).factor or 8)
     return command, requests, given["fps"]
+
+
+def _check_prompts(prompts: Sequence[str], syntax: str | None) -> None:
+    """InputError for what the frames between different prompts cannot have."""
+    if syntax != A1111 or len(set(prompts)) == 1:
+        return
+    from ldm.prompts.lora_tags import split_lora_tags
+    from ldm.prompts.syntax import PromptError, changes, check, composed
+
+    for prompt in prompts:
+        text, tags = split_lora_tags(prompt)
+        if tags:
+            raise InputError(
+                f"--prompts: {prompt!r} has a tag of the LoRA {tags[0][0]!r}, and a LoRA cannot come and go "
+                "between frames; give it as --lora, for all of them"
+            )
+        try:
+            check(text, prompt=prompt)
+        except PromptError as error:
+            raise InputError(f"--prompts: {error}") from None
+        parts = composed(text)
+        if len(parts) > 1 or changes(parts[0][0]):
+            raise InputError(f"--prompts: {prompt!r} has AND or a schedule: embeddings are mixed once")
 
 
 def _places(prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:

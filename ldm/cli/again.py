@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import parser as parsers
 from ldm.cli.arguments import Arguments, gather
+from ldm.cli.like import texts_of
 from ldm.errors import InputError
-from ldm.fields import settings_of
 from ldm.pipeline.infotext import read_metadata
 from ldm.pipeline.request import IMAGE_SETTINGS, ImageRequest
+from ldm.pipeline.settings.control import parse_control
+from ldm.pipeline.settings.passes import LANCZOS, LATENT
+from ldm.pipeline.settings.text import EmbeddingFile
 from ldm.weights.description import describe
 from ldm.weights.families import FAMILIES
 from ldm.weights.hashes import same_model
@@ -20,7 +24,13 @@ from ldm.weights.loading import ModelFiles, choose_model, find, read_config
 if TYPE_CHECKING:
     from ldm.pipeline.pipeline import Pipeline
 
-FILES = (*IMAGE_SETTINGS, "vae", "hires_upscaler")  # settings that name a file; so may each text of a list
+FILES = (*IMAGE_SETTINGS, "vae", "hires_upscaler")  # settings that name a file
+MADE = {  # in messages; from all others
+    "vae": "with the autoencoder",
+    "hires_upscaler": "with the upscaler",
+    "embedding": "with the textual inversion",
+    "control": "with the ControlNet",
+}
 PARSERS = {
     "text": parsers.txt2img_parser,
     "init": parsers.img2img_parser,
@@ -38,8 +48,8 @@ class Again:
     """The commands that make images again; the pipeline of the last one is kept.
 
     `given` are options that the user chose, over which the images have no say: the model's and how it
-    computes. Files that an image's settings name are looked for in `folders`, beside the image, in the
-    folder above it and in the working folder.
+    computes. Files that an image's settings name, or its prompt, are looked for in `folders`, beside the
+    image, in the folder above it and in the working folder.
     """
 
     def __init__(self, given: Mapping[str, Any], folders: Sequence[str] = ()):
@@ -93,40 +103,62 @@ class Again:
         return command.variant({"seed": recorded["seed"]})
 
     def pipeline(self, command: Arguments) -> Pipeline:
-        """The pipeline of a command; the one of the command before, if they have the same."""
+        """The pipeline of a command; the one of the command before, if they have the same.
+
+        CannotRepeat for a LoRA that is nowhere.
+        """
         key = (command.files, command.weights, command.given.get("vae"), command.runtime, command.run.safety)
         if self._kept[0] != key:
             self._kept = None, None  # its memory is free before the next one is loaded
             self._kept = key, command.pipeline()
-        return self._kept[1]
+        pipeline = self._kept[1]
+        pipeline.adapters.look_in(self._searched(command.given["like"]))
+        for one in command.request.loras:
+            try:
+                pipeline.adapters.find(one.file)
+            except InputError as error:
+                words = parsers.in_flags(error)
+                raise CannotRepeat(f"{words}; or give the LoRA's folder as --folder DIR") from error
+        return pipeline
 
     def _named_files(self, file: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings that name files, with the paths where those are; without those that are nowhere."""
-        lists = [name for name, each in settings_of(ImageRequest).items() if each.kind is list]
+        """Settings that name files, with the paths where those are; LoRAs are found by the pipeline.
+
+        CannotRepeat for a file that is nowhere.
+        """
         found: dict[str, Any] = {}
         for name in FILES:
-            if recorded.get(name) and (path := self._path(file, str(recorded[name]))):
-                found[name] = path
-        for name in lists:
-            texts = recorded.get(name)
-            if isinstance(texts, list) and texts:
-                paths = [self._with_paths(file, str(text)) for text in texts]
-                if paths != texts:
-                    found[name] = tuple(paths)
+            if recorded.get(name) and name not in self.given and recorded[name] not in (LATENT, LANCZOS):
+                found[name] = self._path(file, str(recorded[name]), name)
+        if embeddings := texts_of(recorded.get("embedding")):
+            named = [EmbeddingFile.parse(text) for text in embeddings]
+            paths = [self._path(file, one.path, "embedding") for one in named]
+            found["embedding"] = tuple(
+                f"{path}:{one.name}" if one.name else path for path, one in zip(paths, named, strict=True)
+            )
+        if controls := texts_of(recorded.get("control")):
+            nets = list(map(parse_control, controls))
+            weights = [self._path(file, one.file, "control") for one in nets]
+            images = [self._path(file, one.image) for one in nets]
+            found["control"] = tuple(
+                str(replace(one, file=net, image=image))
+                for one, net, image in zip(nets, weights, images, strict=True)
+            )
         return found
 
-    def _with_paths(self, file: str, text: str) -> str:
-        """FILE:…:… with the paths of the files that are found."""
-        return ":".join(self._path(file, part) or part for part in text.split(":"))
+    def _path(self, file: str, recorded: str, setting: str = "") -> str:
+        """Where a file of this name is. CannotRepeat if it is nowhere."""
+        name = PurePath(recorded).name
+        for folder in self._searched(file):
+            if name and (folder / name).exists():
+                return str(folder / name)
+        made = f"it was made {MADE.get(setting, 'from')} {recorded}"
+        raise CannotRepeat(f"{made}, which is not here; give its folder as --folder DIR")
 
-    def _path(self, file: str, name: str) -> str | None:
-        """Where a file of this name is."""
-        name = PurePath(name).name
-        if not name:
-            return None
+    def _searched(self, file: str) -> list[Path]:
+        """Where the files are looked for that an image names."""
         own = Path(file).absolute().parent
-        there = [*self.folders, own, own.parent, Path()]
-        return next((str(folder / name) for folder in there if (folder / name).exists()), None)
+        return [*self.folders, own, own.parent, Path()]
 
 
 def _kind(recorded: Mapping[str, Any], task: str) -> str:

@@ -62,11 +62,11 @@ def settings_like(
         if name in recorded and name not in given:
             raise InputError(f"it was made from {recorded[name]}; give that as {spelling(owner, name)}")
     if recorded.get("embedding") and "embedding" not in given:
-        for text in _texts(recorded["embedding"]):
+        for text in texts_of(recorded["embedding"]):
             if not Path(EmbeddingFile.parse(text).path).is_file():
                 raise InputError(f"it was made with the textual inversion {text}; give that as --embedding")
     if recorded.get("control") and "control" not in given:
-        used = " ".join(_texts(recorded["control"])) or recorded["control"]
+        used = " ".join(texts_of(recorded["control"])) or recorded["control"]
         raise InputError(f"it was made with the ControlNet {used}; give that as --control")
     upscaler = recorded.get("hires_upscaler")
     if upscaler not in (None, LATENT, LANCZOS) and "hires_upscaler" not in given and UPSCALE not in groups:
@@ -92,7 +92,7 @@ def settings_like(
     return {name: value for name, value in found.items() if value is not None and value is not False}
 
 
-def _texts(value: Any) -> list[str]:
+def texts_of(value: Any) -> list[str]:
     """The texts of a list, or the only one; a file may have anything in their place."""
     return [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
 

@@ -7,6 +7,7 @@ their own any more. On a GPU recorded graphs and compiled code read weights wher
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm.errors import InputError
@@ -18,7 +19,7 @@ class Made:
     """What `make` makes of a layer's weight: what a forward reads in place of it, as `value`.
 
     `dense` gives the weight back, exactly, for layers that keep no other copy; it may be a matrix. `plus`
-    adds a product of two float32 matrices to what was made; None where it cannot.
+    adds a product of two float32 matrices to what was made of a float32 weight; None where it cannot.
     """
 
     def __init__(
@@ -28,7 +29,8 @@ class Made:
         dense: Callable[[Any], Tensor] | None = None,
         plus: Callable[[Any, Tensor, Tensor], Any | None] | None = None,
     ):
-        self.make, self.dense, self.plus = make, dense, plus
+        self.make, self.dense = make, dense
+        self.plus = plus if layer.weight.dtype == torch.float32 else None
         self.value = make(layer.weight.detach())
         vars(layer).setdefault("made_of_weight", []).append(self)
 
@@ -74,13 +76,16 @@ class Replaceable:
         for made in self.made:
             made.value = made.make(weight)
 
+    @property
+    def takes_products(self) -> bool:
+        """Whether `add_product` is worth its factors: kernels have float32 weights alone, and add to them."""
+        return not self.is_kept and all(made.plus for made in self.made)
+
     def add_product(self, up: Tensor, down: Tensor) -> bool:
-        """Let the layer compute with its own weight plus up [rows, r] @ down [r, columns].
+        """Let the layer, which `takes_products`, compute with its own weight plus up [rows, r] @ down [r, i].
 
         False, and nothing is changed, where that needs the weight itself: take `plain` and `replace` then.
         """
-        if self.is_kept or not all(made.plus for made in self.made):
-            return False
         sums = [made.plus(value, up, down) for made, value in zip(self.made, self.original[1], strict=True)]
         if any(one is None for one in sums):
             return False

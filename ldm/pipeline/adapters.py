@@ -6,15 +6,15 @@ import difflib
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from ldm.errors import FieldError
+from ldm.errors import FieldError, InputError
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.openclip import SelfAttention
@@ -62,6 +62,7 @@ class Adapters:
 
     def __init__(self, folder: str | Path | None = None):
         self.folder = find(str(folder or FOLDER))
+        self.others: tuple[Path, ...] = ()
         self.is_default = folder is None
         self.files: dict[Path, LoraFile] = {}
         self.hashes: WeakKeyDictionary[LoraFile, FileHash] = WeakKeyDictionary()
@@ -74,6 +75,11 @@ class Adapters:
 
     # Files
 
+    def look_in(self, folders: Iterable[Path]) -> None:
+        """Look for files in these folders, too, and there first; not in the folders below them."""
+        self.others = tuple(folders)
+        self._found.clear()
+
     def find(self, name: str) -> Path:
         """The file of a LoRA: a path, or a name in the folder in any case, suffix or not. InputError."""
         if name not in self._found:
@@ -81,6 +87,9 @@ class Adapters:
         return self._found[name]
 
     def _find(self, name: str) -> Path:
+        for folder in self.others:
+            if found := _in_folder(folder, PurePath(name).name):
+                return found
         if Path(name).is_file():
             return Path(name)
         known = self.names()
@@ -123,7 +132,7 @@ class Adapters:
         if not self.folder.is_dir():
             return found
         with user_file(self.folder):
-            paths = sorted(path for path in self.folder.rglob("*") if path.suffix[1:].lower() in SUFFIXES)
+            paths = _weights_among(self.folder.rglob("*"))
         for path in paths:
             inside = path.relative_to(self.folder)
             for name in {path.name, path.stem, str(inside), str(inside.with_suffix(""))}:
@@ -276,7 +285,8 @@ class Adapters:
                 replaced.put_back(kept[name])
                 continue
             factors = [(file.change(layer), weight, third) for file, layer, weight, third in changes[name]]
-            if not replaced.is_kept and (product := as_product(factors)) and replaced.add_product(*product):
+            product = as_product(factors) if replaced.takes_products else None
+            if product and replaced.add_product(*product):
                 continue
             plain = replaced.plain.to(model.device)
             replaced.replace(merge(plain, factors, overwrite=not replaced.is_kept))
@@ -296,6 +306,25 @@ class Adapters:
         room = host_memory()[1] > SPARE * size
         while len(self._kept) > (KEPT if room else 1):
             self._kept.popitem(last=False)
+
+
+def _weights_among(paths: Iterable[Path]) -> list[Path]:
+    return sorted(path for path in paths if path.suffix[1:].lower() in SUFFIXES)
+
+
+def _in_folder(folder: Path, name: str) -> Path | None:
+    """The file of this name in a folder, in any case, suffix or not. InputError if there are several."""
+    if (folder / name).is_file():
+        return folder / name
+    if not folder.is_dir():
+        return None
+    with user_file(folder):
+        paths = _weights_among(folder.iterdir())
+    found = [path for path in paths if name.casefold() in (path.name.casefold(), path.stem.casefold())]
+    if len(found) > 1:
+        listed = ", ".join(path.name for path in found[:SHOWN])
+        raise InputError(f"{name!r} is the name of {len(found)} files in {folder}: {listed}")
+    return found[0] if found else None
 
 
 def in_place(model: LatentDiffusion) -> bool:

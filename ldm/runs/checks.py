@@ -90,7 +90,8 @@ def report_prompts(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> None
     """Notices before sampling: what is cut off from prompts or has no effect."""
     for prompt, reading in texts_read(requests):
         if lost := pipeline.cut_off(prompt, reading):
-            notice(f"The prompt {prompt[:30]!r}… is longer than 77 tokens; cut off: {lost!r}")
+            room = pipeline.model.cond_stage_model.tokenizer.max_length - 2  # without start and end
+            notice(f"The prompt {prompt[:30]!r}… is longer than {room} tokens; cut off: {lost!r}")
     report_embeddings(pipeline, requests)
     for line in dict.fromkeys(line for request in requests for line in request.in_vain()):
         notice(line)

@@ -24,7 +24,7 @@ from ldm.errors import InputError
 from ldm.weights import lora_names
 from ldm.weights.files import user_file
 from ldm.weights.header import Header, read_header
-from ldm.weights.lora_names import Shape, Target
+from ldm.weights.lora_names import PartsError, Shape, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +56,7 @@ class LoraFile:
 
     def __post_init__(self) -> None:
         self.state = self._state_now()
+        self.finite: set[str] = set()  # layers whose values have been looked at
         self.header = read_header(self.path)
         self.layers, self.unknown = lora_names.layers_of(self.header.tensors)
         if not self.layers:
@@ -85,12 +86,26 @@ class LoraFile:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int] | None]:
-        """Rows and columns of what is added to each layer's weight; None where a part of it lacks."""
-        tensors = self.header.tensors
-        return {
-            layer: lora_names.change_shape({part: tensors[key].shape for part, key in parts.items()})
-            for layer, parts in self.layers.items()
-        }
+        """Rows and columns of what is added to each layer's weight; None for the layers in `faults`."""
+        return {layer: found for layer, (found, _) in self._checked.items()}
+
+    @cached_property
+    def faults(self) -> dict[str, PartsError]:
+        """The layers that are incomplete, or whose parts do not fit each other."""
+        return {layer: fault for layer, (_, fault) in self._checked.items() if fault}
+
+    @cached_property
+    def _checked(self) -> dict[str, tuple[tuple[int, int], None] | tuple[None, PartsError]]:
+        found = {}
+        for layer in self.layers:
+            try:
+                found[layer] = lora_names.change_shape(self._part_shapes(layer)), None
+            except PartsError as fault:
+                found[layer] = None, fault
+        return found
+
+    def _part_shapes(self, layer: str) -> dict[str, Shape]:
+        return {part: self.header.tensors[key].shape for part, key in self.layers[layer].items()}
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -109,7 +124,11 @@ class LoraFile:
     def match(self, targets: Mapping[str, Target]) -> Match:
         """The layers that a model's `targets` have. InputError for a file that is for another model."""
         found = {layer: targets[layer] for layer in self.layers if layer in targets}
-        fitting = {layer: target for layer, target in found.items() if self._fits(layer, target)}
+        fitting = {
+            layer: target
+            for layer, target in found.items()
+            if layer not in self.faults and not self._misfit(layer, target)
+        }
         theirs = lora_names.context_width(self.shapes)
         ours = lora_names.context_width({name: _matrix(target.shape) for name, target in targets.items()})
         family = lora_names.family(self.shapes)
@@ -117,10 +136,11 @@ class LoraFile:
             if theirs and ours and theirs != ours:
                 widths = f"its layers read text of width {theirs}, this model's of {ours}"
             elif found:
-                layer = next(iter(found))
-                widths = (
-                    f"its {layer} is {_sides(self.shapes[layer])}, this model's {_sides(found[layer].shape)}"
-                )
+                layer = next((layer for layer in found if layer not in self.faults), next(iter(found)))
+                if fault := self.faults.get(layer):
+                    what = "incomplete" if fault.incomplete else "damaged"
+                    raise InputError(f"{self.path} is {what}: its {layer} {fault}")
+                widths = f"its {layer} {self._misfit(layer, found[layer])}"
             else:
                 first = next(iter(self.layers))
                 widths = f"none of its {len(self.layers)} layers is in this model (first {first})"
@@ -130,23 +150,42 @@ class LoraFile:
         parts = []
         if absent := [layer for layer in left_out if layer not in found]:
             parts.append(f"{_count(absent, 'is', 'are')} not in this model (such as {absent[0]})")
-        if misshapen := [layer for layer in left_out if layer in found]:
+        for what, incomplete in (("incomplete", True), ("damaged", False)):
+            faulty = [x for x in left_out if x in found and x in self.faults]
+            if faulty := [layer for layer in faulty if self.faults[layer].incomplete == incomplete]:
+                why = f"such as {faulty[0]}, which {self.faults[faulty[0]]}"
+                parts.append(f"{_count(faulty, 'is', 'are')} {what} ({why})")
+        if misshapen := [layer for layer in left_out if layer in found and layer not in self.faults]:
             parts.append(f"{_count(misshapen, 'has', 'have')} another shape (such as {misshapen[0]})")
         if self.unknown:
             parts.append(f"{len(self.unknown)} values are of no kind known here (such as {self.unknown[0]})")
         return Match(fitting, len(self.layers), (*left_out, *self.unknown), "; ".join(parts))
 
-    def _fits(self, layer: str, target: Target) -> bool:
-        if self.shapes[layer] != _matrix(target.shape):
-            return False
-        for part in ("dora_scale", "magnitude"):
-            if key := self.layers[layer].get(part):
-                return self.header.tensors[key].numel in (target.shape[0], target.shape[1])
-        return True
+    def _misfit(self, layer: str, target: Target) -> str:
+        """What a layer without fault has that cannot be added to a model's weight; "" if it fits."""
+        own, parts = self.shapes[layer], self._part_shapes(layer)
+        if own != _matrix(target.shape):
+            return f"is {_sides(own)}, this model's {_sides(target.shape)}"
+        for part, sides in (("dora_scale", target.shape[:2]), ("magnitude", target.shape[:1])):
+            if part in parts and math.prod(parts[part]) not in sides:
+                return f"has {part} {list(parts[part])} for {_sides(target.shape)}"
+        if any(part.startswith("lokr_") for part in parts):
+            _, columns = lora_names.product(parts, "lokr_w2", "lokr_t2")
+            if columns % math.prod(target.shape[2:]):
+                return f"has a lokr_w2 of {columns} columns for {_sides(target.shape)}"
+        return ""
 
     def change(self, layer: str) -> Change:
-        """What the file adds to a layer's weight."""
-        parts = {part: self.tensors[key] for part, key in self.layers[layer].items()}
+        """What the file adds to a layer's weight. InputError for values that are not finite.
+
+        Other layers may have such values, as a text encoder that is at a weight of 0.
+        """
+        keys = self.layers[layer]
+        for key in () if layer in self.finite else keys.values():
+            if not _is_finite(self.tensors[key]):
+                raise InputError(f"{self.path} is damaged: its {key} has values that are no finite numbers")
+        self.finite.add(layer)
+        parts = {part: self.tensors[key] for part, key in keys.items()}
         return Change(parts, self._peft_scale(layer))
 
     def _peft_scale(self, layer: str) -> float | None:
@@ -161,9 +200,12 @@ class LoraFile:
                 if layer.endswith(own):
                     rank, alpha = (value, alpha) if name == "rank" else (rank, value)
         try:
-            return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else float(rank))
+            scale = float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else float(rank))
         except (TypeError, ValueError, ZeroDivisionError):
             return None
+        if not math.isfinite(scale):
+            raise InputError(f"{self.path}: alpha over rank of {layer} is no finite number in its settings")
+        return scale
 
     @cached_property
     def _peft_settings(self) -> dict[str, Any]:
@@ -213,7 +255,8 @@ class Change:
             return _with_length(plain + change, self._part("magnitude", plain), True, 0.0) - plain
         if "dora_scale" in self.parts:  # LyCORIS': [o, 1, …], in its older versions [1, i, …]
             lengths = self._part("dora_scale", plain)
-            return _with_length(plain + change, lengths, len(lengths) == len(plain), EPSILON) - plain
+            rows = len(lengths) == len(plain) or lengths.numel() != shape[1]  # peft's has [1, o, 1, 1]
+            return _with_length(plain + change, lengths, rows, EPSILON) - plain
         return change
 
     @property
@@ -250,6 +293,7 @@ class Change:
                 return torch.einsum("op,pqkl,qi->oikl", up, parts["mid"], down).flatten(1)
             return up @ down
         one, two = (_factor(parts, side) for side in ("lokr_w1", "lokr_w2"))
+        one = one.flatten(1)
         kernel = shape[2:]
         two = two.reshape(two.shape[0], -1, *kernel)
         return torch.kron(one.reshape(*one.shape, *(1 for _ in kernel)), two.contiguous()).flatten(1)
@@ -312,6 +356,14 @@ def as_product(changes: Sequence[tuple[Change, float, int | None]]) -> tuple[Ten
         ups.append(up * (weight * change.scale))
         downs.append(down)
     return (torch.cat(ups, dim=1), torch.cat(downs)) if len(changes) > 1 else (ups[0], downs[0])
+
+
+def _is_finite(values: Tensor) -> bool:
+    """By the sum, which takes one reading: it is not finite if a value is not, or if the values are huge."""
+    import torch
+
+    values = values if values.dtype.itemsize > 1 else values.float()  # float8 has no sum
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
 
 
 def _matrix(shape: Shape) -> tuple[int, int]:

@@ -28,6 +28,7 @@ KEY = re.compile(
     r")"
 )
 PEFT = {"A": "down", "B": "up"}
+SPELLED = {part: f"lora_{part}" for part in ("down", "up", "mid")}  # in messages, as kohya has them
 # beginnings of layers' names with underscores, longest first, and the network that they are of
 PREFIXES = {
     "model_diffusion_model_": "unet",
@@ -58,6 +59,14 @@ class Target(NamedTuple):
     name: str
     shape: tuple[int, ...]
     third: int | None = None
+
+
+class PartsError(ValueError):
+    """Parts of a layer that make up no change of its weight; the message says what it has, or has not."""
+
+    def __init__(self, why: str, incomplete: bool = False):
+        super().__init__(why)
+        self.incomplete = incomplete
 
 
 def flat(module: str) -> str:
@@ -127,32 +136,81 @@ def targets(shapes: Mapping[str, Shape]) -> dict[str, Target]:
     return found
 
 
-def change_shape(parts: Mapping[str, Shape]) -> tuple[int, int] | None:
-    """Rows and columns of what a layer's parts add to its weight, seen as a matrix; None if one lacks."""
-    try:
-        if "diff" in parts:
-            return parts["diff"][0], prod(parts["diff"][1:])
-        if "hada_w1_a" in parts:
-            rows, columns = parts["hada_w1_a"], parts["hada_w1_b"]
-            if "hada_t1" in parts:
-                return rows[1], columns[1] * prod(parts["hada_t1"][2:])
-            return rows[0], columns[1]
-        if any(part.startswith("lokr_") for part in parts):
-            sides = [_kronecker_side(parts, side) for side in ("lokr_w1", "lokr_w2")]
-            return sides[0][0] * sides[1][0], sides[0][1] * sides[1][1]
-        kernel = prod(parts["mid"][2:]) if "mid" in parts else 1
-        return parts["up"][0], prod(parts["down"][1:]) * kernel
-    except (KeyError, IndexError):
-        return None
+def change_shape(parts: Mapping[str, Shape]) -> tuple[int, int]:
+    """Rows and columns of what a layer's parts add to its weight, seen as a matrix.
+
+    PartsError for parts of which one lacks, or that do not fit each other.
+    """
+    if prod(parts.get("alpha", ())) != 1:
+        raise PartsError(f"has alpha {list(parts['alpha'])}, which is not one number")
+    if "diff" in parts:
+        return _whole(parts, "diff")
+    if any(part.startswith("hada_") for part in parts):
+        one, two = product(parts, "hada_w1", "hada_t1"), product(parts, "hada_w2", "hada_t2")
+        if one != two:
+            sides = " and ".join(f"{rows}x{columns}" for rows, columns in (one, two))
+            raise PartsError(f"has products of its hada factors of {sides}, which are not of one shape")
+        return one
+    if any(part.startswith("lokr_") for part in parts):
+        one, two = product(parts, "lokr_w1"), product(parts, "lokr_w2", "lokr_t2")
+        return one[0] * two[0], one[1] * two[1]
+    _need(parts, "up", "down")
+    (rows, rank), (_, columns) = _whole(parts, "up"), _whole(parts, "down")
+    if "mid" not in parts:
+        _agree(parts, "up", rank, "down", parts["down"][0])
+        return rows, columns
+    _axes(parts, "mid", 4)
+    _agree(parts, "up", rank, "mid", parts["mid"][0])
+    _agree(parts, "down", parts["down"][0], "mid", parts["mid"][1])
+    return rows, columns * prod(parts["mid"][2:])
 
 
-def _kronecker_side(parts: Mapping[str, Shape], side: str) -> tuple[int, int]:
-    if side in parts:
-        return parts[side][0], prod(parts[side][1:])
-    a, b = parts[f"{side}_a"], parts[f"{side}_b"]
-    if side == "lokr_w2" and "lokr_t2" in parts:
-        return a[1], b[1] * prod(parts["lokr_t2"][2:])
-    return a[0], b[1]
+def product(parts: Mapping[str, Shape], name: str, core: str = "") -> tuple[int, int]:
+    """Rows and columns of a LoHa's or LoKr's matrix `name`: whole, a @ b, or a core between a and b.
+
+    PartsError as of `change_shape`.
+    """
+    if name in parts:
+        return _whole(parts, name)
+    names = f"{name}_a", f"{name}_b"
+    _need(parts, *names)
+    for factor in names:
+        _axes(parts, factor, 2)
+    a, b = (parts[factor] for factor in names)
+    if core not in parts:
+        _agree(parts, names[0], a[1], names[1], b[0])
+        return a[0], b[1]
+    _axes(parts, core, 4)
+    for factor, rank in zip(names, parts[core], strict=False):
+        _agree(parts, factor, parts[factor][0], core, rank)
+    return a[1], b[1] * prod(parts[core][2:])
+
+
+def _whole(parts: Mapping[str, Shape], name: str) -> tuple[int, int]:
+    """Rows and columns of a part as a matrix, whose kernel, if it has one, belongs to the columns."""
+    if len(parts[name]) < 2:
+        raise PartsError(f"has {_shown(parts, name)}, which is no matrix")
+    return parts[name][0], prod(parts[name][1:])
+
+
+def _need(parts: Mapping[str, Shape], *names: str) -> None:
+    if lacking := [SPELLED.get(name, name) for name in names if name not in parts]:
+        raise PartsError(f"has no {' and no '.join(lacking)}", incomplete=True)
+
+
+def _axes(parts: Mapping[str, Shape], name: str, count: int) -> None:
+    if len(parts[name]) != count:
+        raise PartsError(f"has {_shown(parts, name)}, which is to have {count} axes")
+
+
+def _agree(parts: Mapping[str, Shape], one: str, rank: int, two: str, other: int) -> None:
+    if rank != other:
+        both = f"{_shown(parts, one)} and {_shown(parts, two)}"
+        raise PartsError(f"has {both}, whose ranks {rank} and {other} differ")
+
+
+def _shown(parts: Mapping[str, Shape], name: str) -> str:
+    return f"{SPELLED.get(name, name)} {list(parts[name])}"
 
 
 def context_width(layers: Mapping[str, tuple[int, int] | None]) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from commands import refused
 from diffusers_pipelines import WIDTH, tiny_config, tiny_pipeline
 from lora_files import RANK, factors, v1_layers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm.errors import InputError
@@ -22,6 +22,7 @@ from ldm.optimize.layers import has_onednn
 from ldm.optimize.offload import offload
 from ldm.optimize.timesteps import keep_timesteps
 from ldm.pipeline import ImageRequest, Pipeline
+from ldm.pipeline import adapters as adapters_module
 from ldm.pipeline.adapters import Adapters, changeable, lora_hash
 from ldm.pipeline.infotext import image_texts
 from ldm.util import instantiate_from_config
@@ -388,6 +389,108 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
     monkeypatch.setattr("ldm.pipeline.pipeline.load_model", lambda *_: pytest.fail("the model was loaded"))
     text = given.format(one=lora, folder=folder, model=model[1])
     refused(command("txt2img", "--config", model[0], "--ckpt", model[1], "--lora", text), words)
+
+
+LAYER = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def changed_file(path: Path, part: str, values: torch.Tensor | None, **others: tuple[int, ...]) -> Path:
+    """A file for LAYER, of which one tensor is another one, or lacks."""
+    lora_files.write(path, {f"lora_unet_{LAYER}": (32, 32), **others})
+    state = load_file(path)
+    del state[f"lora_unet_{LAYER}.{part}"]
+    if values is not None:
+        state[f"lora_unet_{LAYER}.{part}"] = values
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "words"),
+    [
+        ("lora_up.weight", torch.ones(32, 4), "has lora_up [32, 4] and lora_down [3, 32], whose ranks"),
+        ("lora_up.weight", torch.ones(32), "has lora_up [32], which is no matrix"),
+        ("alpha", torch.ones(2), "has alpha [2], which is not one number"),
+        ("lora_down.weight", None, "has no lora_down"),
+    ],
+)
+def test_damaged_factors_are_said_before_the_model_is_loaded(
+    part: str, values: torch.Tensor | None, words: str, command, model, tmp_path: Path, monkeypatch
+) -> None:
+    """The command ended with torch's error and exit code 1, when the model had been loaded."""
+    monkeypatch.setattr("ldm.pipeline.pipeline.load_model", lambda *_: pytest.fail("the model was loaded"))
+    path = changed_file(tmp_path / "bad.safetensors", part, values)
+    what = "incomplete" if values is None else "damaged"
+    result = command("txt2img", "--config", model[0], "--ckpt", model[1], "--lora", path)
+    refused(result, f"{path} is {what}: its unet_{LAYER} {words}")
+
+
+@pytest.mark.parametrize("kernels", ["onednn", "eager"])
+@pytest.mark.parametrize("part", ["lora_up.weight", "alpha"])
+def test_values_that_are_not_finite_are_an_error(
+    part: str, kernels: str, load: Callable, tmp_path: Path
+) -> None:
+    """The image failed without a word of the file; with NaN as alpha some kernels made an image."""
+    if kernels == "onednn" and not has_onednn(torch.float32):
+        pytest.skip("no oneDNN here")
+    nan = torch.full((32, 3), torch.nan) if part == "lora_up.weight" else torch.tensor(torch.nan)
+    path = changed_file(tmp_path / "nan.safetensors", part, nan)
+    pipeline = load(**FAST[kernels])
+    plain = pixels(pipeline, request())[0]
+    with pytest.raises(InputError, match=r"nan\.safetensors is damaged: its .*no finite numbers"):
+        pixels(pipeline, request(path))
+    assert np.array_equal(pixels(pipeline, request())[0], plain)
+
+
+def test_text_encoders_that_are_not_used_may_be_damaged(load: Callable, tmp_path: Path) -> None:
+    """Their training in float16 leaves NaN there, and the UNet's part is of use."""
+    text = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    path = lora_files.write(tmp_path / "text.safetensors", {f"lora_unet_{LAYER}": (32, 32), text: (128, 32)})
+    state = load_file(path)
+    state[f"{text}.lora_up.weight"].fill_(torch.nan)
+    save_file(state, path)
+    pixels(load(), request(f"{path}:1:0"))
+
+
+@pytest.mark.parametrize("precision", ["full", "bf16"])
+def test_factors_are_computed_only_for_kernels_that_take_them(
+    precision: str, load: Callable, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were scaled and put together for bfloat16 and for 3x3 convolutions, too, and then thrown away."""
+    dtype = torch.float32 if precision == "full" else torch.bfloat16
+    if not has_onednn(dtype):
+        pytest.skip("no oneDNN here")
+    shapes = []
+
+    def as_product(factors: list) -> tuple[torch.Tensor, torch.Tensor] | None:
+        shapes.append(factors[0][0].parts["down"].shape)
+        return original(factors)
+
+    original = adapters_module.as_product
+    monkeypatch.setattr(adapters_module, "as_product", as_product)
+    pipeline = load(eager=False, kernels="onednn", precision=precision)
+    pipeline.adapters.put_on(pipeline.model, request(lora))
+    assert bool(shapes) == (precision == "full")
+    assert not any(len(shape) == 4 and shape[2:] == (3, 3) for shape in shapes)
+
+
+def test_further_folders_are_looked_into_first(tmp_path: Path) -> None:
+    """By name and stem in any case, but not below; names may have a folder of another machine."""
+    for folder in ("loras", "beside", "beside/below"):
+        (tmp_path / folder).mkdir()
+        lora_files.write(tmp_path / folder / "One.safetensors", v1_layers())
+    lora_files.write(tmp_path / "beside/below/two.safetensors", v1_layers())
+    adapters = Adapters(tmp_path / "loras")
+    assert adapters.find("one") == tmp_path / "loras/One.safetensors"
+    adapters.look_in([tmp_path / "absent", tmp_path / "beside"])
+    for name in ("one", "One", "ONE.SAFETENSORS", "styles/one"):
+        assert adapters.find(name) == tmp_path / "beside/One.safetensors"
+    with pytest.raises(InputError, match="there is no LoRA 'two'"):
+        adapters.find("two")
+    (tmp_path / "beside/one.pt").touch()
+    adapters.look_in([tmp_path / "beside"])
+    with pytest.raises(InputError, match=r"'one' is the name of 2 files in .*: One\.safetensors, one\.pt"):
+        adapters.find("one")
 
 
 def test_an_unknown_name_lists_the_nearest(command, model: tuple[Path, Path], lora: Path) -> None:

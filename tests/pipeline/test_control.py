@@ -344,7 +344,11 @@ def test_the_parts_of_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"control": "n.pth:a.png", "canny_thresholds": (1, 2)}, "without control_preprocess canny"),
         (
             {"control": "n.pth:a.png", "control_preprocess": "canny", "canny_thresholds": (5, 2)},
-            "canny_thresholds 5,2: give two numbers LOW,HIGH",
+            "canny_thresholds 5,2: LOW, 5, is above HIGH, 2",  # asked for two numbers, which it had
+        ),
+        (
+            {"control": "n.pth:a.png", "control_preprocess": "canny", "canny_thresholds": (5,)},
+            "canny_thresholds 5: give two numbers LOW,HIGH",
         ),
     ],
 )

@@ -24,7 +24,16 @@ def txt2img(command: Command, model: tuple[Path, Path]) -> Command:
 
 def test_prompts_that_are_cut_off_are_said_once(txt2img: Command) -> None:
     result = txt2img("--prompt", "cat " * 100)
-    assert len([line for line in result.err if "is longer than 77 tokens; cut off: " in line]) == 1
+    assert len([line for line in result.err if "is longer than 75 tokens; cut off: " in line]) == 1
+
+
+@pytest.mark.parametrize("syntax", ["plain", "a1111"])
+def test_75_tokens_are_read(txt2img: Command, syntax: str) -> None:
+    """Of 76 the notice said that they are more than 77, among which it counted start and end."""
+    argv = ("--prompt_syntax", syntax, "--prompt")
+    assert txt2img(*argv, "cat " * 75, folder="all").err == []
+    (line,) = txt2img(*argv, "cat " * 76).err
+    assert line.endswith("is longer than 75 tokens; cut off: 'cat'")
 
 
 def test_a_watermark_that_does_not_fit_is_said_once(txt2img: Command) -> None:

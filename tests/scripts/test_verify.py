@@ -132,8 +132,16 @@ def test_an_init_image_is_found(make: Command, verify: Verify, tmp_path: Path) -
     made = make("--init-img", init, "--strength", 0.5, name="img2img")
     code, _, (line, *_) = verify(made.paths[0])
     assert code == 2
-    assert "cannot be verified: it was made from init.png; give that as --init-img" in line
+    assert line.endswith("it was made from init.png, which is not here; give its folder as --folder DIR")
     assert verify(*made.paths, "--folder", init.parent)[0] == 0
+
+
+def write_files(folder: Path) -> None:
+    """A textual inversion, a LoRA, a ControlNet and an image for it."""
+    torch.save({"*": torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, folder / "word.pt")
+    lora_files.write(folder / "one.safetensors", lora_files.v1_layers())
+    random_controlnet(folder / "net.safetensors", tiny.MODEL)
+    Image.new("RGB", (16, 16), "teal").save(folder / "edges.png")
 
 
 @pytest.mark.parametrize(
@@ -157,10 +165,7 @@ def test_with_each_of_what_decides_an_image(
     make: Command, verify: Verify, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list
 ) -> None:
     """And the run is taken up: nothing but what is recorded decides an image."""
-    torch.save({"*": torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, tmp_path / "word.pt")
-    lora_files.write(tmp_path / "one.safetensors", lora_files.v1_layers())
-    random_controlnet(tmp_path / "net.safetensors", tiny.MODEL)
-    Image.new("RGB", (16, 16), "teal").save(tmp_path / "edges.png")
+    write_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     argv = [*argv, "--n_samples", 3, "--batch_size", 2]
     made = make(*argv)
@@ -171,6 +176,71 @@ def test_with_each_of_what_decides_an_image(
     assert made.paths[1].read_bytes() == before
     code, out, err = verify(*made.paths, "--folder", tmp_path)
     assert (code, err, len(out)) == (0, [], 3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--embedding", "word.pt", "--prompt", "a word"], "with the textual inversion word.pt"),
+        (["--control", "net.safetensors:edges.png"], "with the ControlNet net.safetensors"),
+        (["--lora", "one.safetensors"], "'one.safetensors', neither as a path nor in"),
+    ],
+    ids=["embedding", "control", "lora"],
+)
+def test_files_that_are_nowhere(
+    make: Command, verify: Verify, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list, words: str
+) -> None:
+    """It advised --embedding and --control, which it does not have, or named no option at all."""
+    (tmp_path / "files").mkdir()
+    monkeypatch.chdir(tmp_path / "files")
+    write_files(tmp_path / "files")
+    made = make(*argv)
+    assert made.code == 0
+    code, _, err = verify(made.paths[0])  # in the working folder
+    assert (code, err) == (0, [])
+    monkeypatch.chdir(made.folder)
+    code, out, (line,) = verify(made.paths[0])
+    assert (code, out) == (2, [])
+    assert words in line
+    assert "folder as --folder DIR" in line
+    assert not {"--embedding", "--control", "--lora "} & set(line.split())
+    assert verify(made.paths[0], "--folder", tmp_path / "files")[0] == 0
+
+
+@pytest.mark.parametrize("place", ["beside", "above", "working", "--folder", "--lora_folder"])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--lora", "ONE:0.7"],
+        ["--prompt_syntax", "a1111", "--prompt", "a cat <lora:one:0.7>"],
+    ],
+    ids=["name", "tag"],
+)
+def test_loras_without_suffix_are_found(
+    make: Command, verify: Verify, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list, place: str
+) -> None:
+    """Only files of the very name were looked for, and what the prompt's tags name was not."""
+    (tmp_path / "files").mkdir()
+    path = lora_files.write(tmp_path / "files" / "one.safetensors", lora_files.v1_layers())
+    made = make(*argv, "--lora_folder", path.parent)
+    assert made.code == 0
+    own = made.paths[0].parent
+    (own / "one").mkdir()  # of the name, and no LoRA
+    there = {"beside": own, "above": own.parent, "working": tmp_path / "cwd"}.get(place, tmp_path / "other")
+    for folder in (there, tmp_path / "cwd"):
+        folder.mkdir(exist_ok=True)
+    path.rename(there / path.name)
+    monkeypatch.chdir(tmp_path / "cwd")
+    code, out, err = verify(made.paths[0], *([place, there] if place.startswith("--") else []))
+    assert (code, err) == (0, [])
+    assert "altered" not in out[0]
+    if place == "beside":  # the folders of one image are not those of the next
+        copy = tmp_path / "copy.png"
+        copy.write_bytes(made.paths[0].read_bytes())
+        code, (line,), (why,) = verify(made.paths[0], copy)
+        assert code == 2
+        assert line.startswith(f"{made.paths[0]}: ")
+        assert why.startswith(f"{copy}: cannot be verified: there is no LoRA ")
 
 
 def test_what_cannot_be_verified(make: Command, verify: Verify, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import lora_files
 import numpy as np
 import pytest
 from commands import Result, refused, script
@@ -125,6 +126,29 @@ def test_without_ffmpeg_there_is_a_notice(walk: Command, monkeypatch: pytest.Mon
 )
 def test_bad_arguments(walk: Command, argv: list[str], words: str) -> None:
     refused(walk("--ckpt", "nowhere.ckpt", *argv), words)
+
+
+@pytest.mark.parametrize("frames", [2, 3])
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("<lora:one:0.5> b", "--prompts: '<lora:one:0.5> b' has a tag of the LoRA 'one'"),
+        ("a AND b", "--prompts: 'a AND b' has AND or a schedule"),
+        ("[a|b]", "--prompts: '[a|b]' has AND or a schedule"),
+        ("a (dog:x)", "--prompts: character 8, at the ^: 'a (dog:^x)'"),
+    ],
+)
+def test_prompts_that_cannot_be_mixed(walk: Command, prompt: str, words: str, frames: int) -> None:
+    """They were refused as --prompt_to, which nobody gave, and two frames had the LoRA in one of them."""
+    for prompts in (("a cone", prompt), (prompt, "a cone")):
+        result = walk("--prompts", *prompts, "--prompt_syntax", "a1111", "--frames", frames)
+        refused(result, words)
+
+
+def test_a_single_prompt_is_not_mixed(walk: Command, tmp_path: Path) -> None:
+    lora_files.write(tmp_path / "one.safetensors", lora_files.v1_layers())
+    prompts = ["--prompts", "<lora:one:0.5> a AND b", "--seeds", 1, 2, "--frames", 3]
+    assert walk(*prompts, "--prompt_syntax", "a1111", "--lora_folder", tmp_path).code == 0
 
 
 @pytest.mark.parametrize(

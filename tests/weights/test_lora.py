@@ -5,12 +5,12 @@ import lora_files
 import pytest
 import torch
 from lora_files import KINDS, RANK, difference, factors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.errors import InputError
 from ldm.weights.lora import Change, LoraFile, merge
-from ldm.weights.lora_names import Target, layers_of
+from ldm.weights.lora_names import Target, change_shape, layers_of
 
 SHAPES = [(12, 8), (12, 8, 1, 1), (12, 8, 3, 3)]
 
@@ -110,6 +110,9 @@ def test_lycoris_makes_the_same_of_the_same_factors(kind: str) -> None:
         weight = conv.weight.clone()
         x = torch.randn(2, 8, 6, 6)
         state = {name: value.detach() for name, value in module.state_dict().items() if "org" not in name}
+        _, parts = layers_of(f"x.{name}" for name in state)[0].popitem()
+        shapes = {part: state[key.removeprefix("x.")].shape for part, key in parts.items()}
+        assert change_shape(shapes) == (12, 72)
         module.eval()
         expected = module(x)
         merged = merge(weight, [(change(state), 1.0, None)])
@@ -135,6 +138,96 @@ def test_a_match_says_what_is_left_out(tmp_path: Path) -> None:
         match.notice
         == "1 layer is not in this model (such as unet_d); 1 layer has another shape (such as unet_c)"
     )
+
+
+def damaged(path: Path, changes: dict[str, Tensor | None], **shapes: tuple[int, ...]) -> Path:
+    """A file of layers in which some tensors are others, or none."""
+    lora_files.write(path, {f"lora_unet_{name}": shape for name, shape in shapes.items()})
+    state = load_file(path)
+    for key, values in changes.items():
+        if values is None:
+            del state[f"lora_unet_{key}"]
+        else:
+            state[f"lora_unet_{key}"] = values
+    save_file(state, path)
+    return path
+
+
+def test_left_out_layers_are_incomplete_damaged_or_of_another_shape(tmp_path: Path) -> None:
+    """A layer without lora_down had "another shape", and one whose ranks differ was an error of torch."""
+    changes = {"b.lora_down.weight": None, "c.lora_up.weight": torch.ones(12, 4)}
+    path = damaged(tmp_path / "some.safetensors", changes, a=(12, 8), b=(12, 8), c=(12, 8), d=(12, 8))
+    known = {f"unet_{x}": Target(x, (12, 8 if x < "d" else 9)) for x in "abcd"}
+    match = LoraFile(path).match(known)
+    assert list(match.layers) == ["unet_a"]
+    assert match.left_out == ("unet_b", "unet_c", "unet_d")
+    assert match.notice == (
+        "1 layer is incomplete (such as unet_b, which has no lora_down); "
+        "1 layer is damaged (such as unet_c, which has lora_up [12, 4] and lora_down [3, 8], whose ranks 4 "
+        "and 3 differ); 1 layer has another shape (such as unet_d)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"a.lora_up.weight": torch.ones(12, 4)}, "is damaged: its unet_a has lora_up [12, 4] and lora_down"),
+        ({"a.lora_down.weight": None}, "is incomplete: its unet_a has no lora_down"),
+        ({"a.alpha": torch.ones(2)}, "is damaged: its unet_a has alpha [2], which is not one number"),
+        ({"a.dora_scale": torch.ones(5)}, "its unet_a has dora_scale [5] for 12x8"),
+    ],
+)
+def test_a_file_of_damaged_layers(tmp_path: Path, changes: dict, words: str) -> None:
+    """These were found out when the model had been loaded, in torch's words, without file and layer."""
+    path = damaged(tmp_path / "bad.safetensors", changes, a=(12, 8))
+    with pytest.raises(InputError) as error:
+        LoraFile(path).match({"unet_a": Target("a", (12, 8))})
+    assert str(error.value).startswith(f"{path} ")
+    assert words in str(error.value)
+
+
+def test_kronecker_factors_without_room_for_the_kernel(tmp_path: Path) -> None:
+    """Their sides fit the weight as a matrix, and torch could not give them its axes."""
+    parts = {"lora_unet_a.lokr_w1": torch.ones(4, 18), "lora_unet_a.lokr_w2": torch.ones(3, 4)}
+    save_file(parts, tmp_path / "kron.safetensors")
+    with pytest.raises(InputError, match="has a lokr_w2 of 4 columns for 12x8x3x3"):
+        LoraFile(tmp_path / "kron.safetensors").match({"unet_a": Target("a", (12, 8, 3, 3))})
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lengths_of_rows_as_diffusers_exports_them(shape: tuple[int, ...]) -> None:
+    """peft's lengths [1, o, 1, 1] under the name dora_scale were taken for lengths of channels."""
+    plain, parts = torch.randn(shape), factors("lora", shape)
+    lengths = torch.rand(12) + 0.5
+    merged = []
+    for form in (lengths.reshape(12, *(1 for _ in shape[1:])), lengths.reshape(1, 12, 1, 1)):
+        merged.append(merge(plain, [(change({**parts, "dora_scale": form}), 1.0, None)]))
+    assert torch.equal(*merged)
+
+
+@pytest.mark.parametrize("part", ["lora_up.weight", "lora_down.weight", "alpha"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(tmp_path: Path, part: str, value: float) -> None:
+    """Every image became NaN, and nothing said that the file was why."""
+    bad = torch.tensor(value) if part == "alpha" else torch.ones(12, 3) if "up" in part else torch.ones(3, 8)
+    if part != "alpha":
+        bad = bad.half()
+        bad[1, 1] = value
+    path = damaged(tmp_path / "nan.safetensors", {f"a.{part}": bad}, a=(12, 8), b=(12, 8))
+    file = LoraFile(path)
+    with pytest.raises(InputError, match="no finite numbers") as error:
+        file.change("unet_a")
+    assert f"{path} is damaged: its lora_unet_a.{part} has" in str(error.value)
+    file.change("unet_b")  # as those of a layer that is not used may be
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e4m3fn, torch.int64], ids=str)
+def test_large_values_are_finite(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The sum of them is not, in their own type."""
+    values = torch.full((400, 300), min(3e38, torch.finfo(dtype).max) if dtype.is_floating_point else 9)
+    parts = {"lora_unet_a.diff": values.to(dtype), "lora_unet_a.alpha": torch.tensor(4)}
+    save_file(parts, tmp_path / "large.safetensors")
+    LoraFile(tmp_path / "large.safetensors").change("unet_a")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +278,14 @@ def test_peft_keeps_alpha_beside_the_weights(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "diffusers.safetensors", metadata)
     file = LoraFile(tmp_path / "diffusers.safetensors")
     assert file.change("unet_mid_block_attentions_0_proj_in").scale == 4.0
+
+
+def test_settings_beside_a_file_that_make_no_scale(tmp_path: Path) -> None:
+    """json reads NaN, which went into the weights."""
+    path = lora_files.write(tmp_path / "adapter_model.safetensors", {"lora_unet_a": (12, 8)}, alpha=None)
+    (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": NaN}')
+    with pytest.raises(InputError, match="alpha over rank of unet_a is no finite number"):
+        LoraFile(path).change("unet_a")
 
 
 def test_values_are_in_memory_of_their_own(tmp_path: Path) -> None:

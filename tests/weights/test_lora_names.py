@@ -1,15 +1,20 @@
+import re
+
 import pytest
 from diffusers_pipelines import tiny_config, tiny_pipeline
 from lora_files import kohya
 
 from ldm.pipeline.adapters import changeable
 from ldm.util import instantiate_from_config
-from ldm.weights.lora_names import change_shape, context_width, family, flat, layers_of, targets
+from ldm.weights.lora_names import PartsError, change_shape, context_width, family, flat, layers_of, targets
 
 BLOCK = "unet_mid_block_attentions_0_transformer_blocks_0"
 DOTS = "mid_block.attentions.0.transformer_blocks.0"
 TEXT = "te_encoder_layers_3_self_attn_q_proj"
 TEXT_2 = "te2_text_model_encoder_layers_3"
+LOHA = {"hada_w1_a": [12, 3], "hada_w1_b": [3, 8], "hada_w2_a": [12, 3], "hada_w2_b": [3, 8]}
+LOHA_CORES = {f"hada_w{i}_{x}": [3, 12 if x == "a" else 8] for i in "12" for x in "ab"}
+LOHA_CORES |= {"hada_t1": [3, 3, 3, 3], "hada_t2": [3, 3, 3, 3]}
 TEXT_DOTS = "text_model.encoder.layers.3.self_attn"
 
 
@@ -58,6 +63,71 @@ def test_every_layer_that_diffusers_names_is_found(kind: str) -> None:
     for layer, shape in layers.items():
         found = known[flat(layer)].shape
         assert change_shape({"diff": found}) == change_shape({"diff": shape})
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (
+            {"up": [96, 4], "down": [8, 96]},
+            "has lora_up [96, 4] and lora_down [8, 96], whose ranks 4 and 8 differ",
+        ),
+        ({"up": [96], "down": [4, 96]}, "has lora_up [96], which is no matrix"),
+        ({"up": [96, 4], "down": []}, "has lora_down [], which is no matrix"),
+        ({"up": [96, 4], "down": [4, 96], "alpha": [2]}, "has alpha [2], which is not one number"),
+        ({"up": [96, 4], "down": [4, 96], "alpha": [0]}, "has alpha [0], which is not one number"),
+        (
+            {"up": [96, 4, 1, 1], "down": [4, 96, 1, 1], "mid": [4, 4]},
+            "lora_mid [4, 4], which is to have 4 axes",
+        ),
+        ({"up": [96, 4, 1, 1], "down": [4, 96, 1, 1], "mid": [3, 4, 3, 3]}, "whose ranks 4 and 3 differ"),
+        ({"up": [96, 4, 1, 1], "down": [4, 96, 1, 1], "mid": [4, 3, 3, 3]}, "whose ranks 4 and 3 differ"),
+        ({"up": [96, 4]}, "has no lora_down"),
+        ({"alpha": []}, "has no lora_up and no lora_down"),
+        ({"diff": [96]}, "has diff [96], which is no matrix"),
+        (
+            {**LOHA, "hada_w1_a": [12, 3], "hada_w1_b": [5, 8]},
+            "hada_w1_a [12, 3] and hada_w1_b [5, 8], whose",
+        ),
+        ({**LOHA, "hada_w2_b": [3, 9]}, "has products of its hada factors of 12x8 and 12x9"),
+        ({**LOHA, "hada_w2_b": [3, 8, 1]}, "has hada_w2_b [3, 8, 1], which is to have 2 axes"),
+        ({**LOHA, "hada_t1": [3, 3]}, "has hada_t1 [3, 3], which is to have 4 axes"),
+        ({**LOHA_CORES, "hada_t2": [3, 4, 3, 3]}, "has hada_w2_b [3, 8] and hada_t2 [3, 4, 3, 3]"),
+        ({"hada_w1_a": [12, 3], "hada_w1_b": [3, 8], "hada_w2_a": [12, 3]}, "has no hada_w2_b"),
+        ({"lokr_w1": [4, 4], "lokr_w2_a": [3, 2], "lokr_w2_b": [5, 2]}, "whose ranks 2 and 5 differ"),
+        ({"lokr_w1": [4], "lokr_w2": [3, 2]}, "has lokr_w1 [4], which is no matrix"),
+        ({"lokr_w1": [4, 4]}, "has no lokr_w2_a and no lokr_w2_b"),
+        ({"lokr_w1": [4, 4], "lokr_w2_a": [2, 3], "lokr_w2_b": [2, 2], "lokr_t2": [2, 2]}, "to have 4 axes"),
+    ],
+)
+def test_parts_that_do_not_go_together(parts: dict, words: str) -> None:
+    """Only the outer sides were looked at: torch failed at the product, once the model had been loaded."""
+    with pytest.raises(PartsError, match=re.escape(words)) as error:
+        change_shape(parts)
+    assert error.value.incomplete == words.startswith("has no ")
+
+
+@pytest.mark.parametrize(
+    ("parts", "shape"),
+    [
+        ({"up": [12, 3], "down": [3, 8], "alpha": []}, (12, 8)),
+        ({"up": [12, 3], "down": [3, 8], "alpha": [1]}, (12, 8)),
+        ({"up": [12, 3, 1, 1], "down": [3, 8, 3, 3]}, (12, 72)),  # kohya's and peft's of a convolution
+        ({"up": [12, 3, 1, 1], "down": [3, 8, 1, 1], "mid": [3, 3, 3, 3]}, (12, 72)),
+        ({"up": [12, 3], "down": [4, 8], "mid": [3, 4, 3, 3]}, (12, 72)),  # a core between other ranks
+        ({"up": [12, 3, 1, 1], "down": [3, 8], "dora_scale": [12, 1]}, (12, 8)),
+        ({"diff": [12, 8, 3, 3]}, (12, 72)),
+        (LOHA, (12, 8)),
+        ({**LOHA, "hada_w2_a": [12, 5], "hada_w2_b": [5, 8]}, (12, 8)),
+        (LOHA_CORES, (12, 72)),
+        ({"lokr_w1": [4, 2], "lokr_w2": [3, 4, 3, 3], "alpha": []}, (12, 72)),
+        ({"lokr_w1": [4, 2, 1, 1], "lokr_w2": [3, 4, 3, 3]}, (12, 72)),
+        ({"lokr_w1_a": [4, 9], "lokr_w1_b": [9, 2], "lokr_w2_a": [3, 2], "lokr_w2_b": [2, 36]}, (12, 72)),
+        ({"lokr_w1": [4, 2], "lokr_w2_a": [5, 3], "lokr_w2_b": [5, 4], "lokr_t2": [5, 5, 3, 3]}, (12, 72)),
+    ],
+)
+def test_shapes_of_what_trainers_write(parts: dict, shape: tuple[int, int]) -> None:
+    assert change_shape(parts) == shape
 
 
 def test_families() -> None:

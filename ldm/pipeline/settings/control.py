@@ -213,6 +213,10 @@ class ControlSettings:
         if self.canny_thresholds != CANNY:
             if "canny" not in self.preprocessors:
                 raise FieldError("{canny_thresholds} without {control_preprocess} canny")
-            if len(self.canny_thresholds) != 2 or self.canny_thresholds[0] > self.canny_thresholds[1]:
-                shown = ",".join(f"{value:g}" for value in self.canny_thresholds)
+            shown = ",".join(f"{value:g}" for value in self.canny_thresholds)
+            if len(self.canny_thresholds) != 2:
                 raise FieldError("{canny_thresholds} {shown}: give two numbers LOW,HIGH", shown=shown)
+            low, high = self.canny_thresholds
+            if low > high:
+                why = f"LOW, {low:g}, is above HIGH, {high:g}"
+                raise FieldError("{canny_thresholds} {shown}: {why}", shown=shown, why=why)
