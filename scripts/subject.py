@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(flag, help=help, **facts)
 
     add("--outdir", "write images of it to this folder", metavar="FOLDER")
-    add("--count", "how many (8)", type=cli.number(int, 1), default=8, metavar="N")
+    add("--count", "how many (10)", type=cli.number(int, 1), default=10, metavar="N")
     add(
         "--seed",
         "of places and shades, or of the scenes of --measure (0)",
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         default=0,
         metavar="N",
     )
-    add("--alone", "leave out other solids", action="store_true")
+    add("--alone", "the subject of textual inversion, a cylinder without other solids", action="store_true")
     add("--captions", "write a caption beside each image, too", action="store_true")
     add("--measure", "draw new scenes, and print how often they are right", metavar="PNG")
     add("--ckpt", "for --measure: the model (the bundled one)", metavar="FILE")
@@ -40,13 +40,14 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.outdir or args.measure):
         raise InputError("nothing to do: give --outdir or --measure")
 
+    import numpy as np
     from PIL import Image
 
     from ldm.evaluation.intervals import share
     from ldm.pipeline.options import RuntimeOptions
     from ldm.pipeline.pipeline import Pipeline
     from ldm.scenes.scores import marked_grid
-    from ldm.scenes.subject import measure, measure_class, write_images
+    from ldm.scenes.subject import measure, measure_alone, measure_class, write_images
     from ldm.training.files import whole, writing
     from ldm.weights.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, find
 
@@ -57,13 +58,18 @@ def main(argv: list[str] | None = None) -> int:
         ckpt, config = args.ckpt or str(find(BUNDLED_WEIGHTS)), str(find(BUNDLED_CONFIG))
         pipeline = Pipeline.load(ckpt, config, RuntimeOptions(batch_size=16), safety="off")
         fields = {"lora": tuple(args.lora), "embedding": tuple(args.embedding)}
-        subject = measure(pipeline, args.word, args.images, args.seed, **fields)
-        others = measure_class(pipeline, args.images, args.seed, **fields)
-        right = [*subject.shows["both"], *others.shows["others of the class"]]
+        if args.alone:
+            subject = measure_alone(pipeline, args.word, args.images, args.seed, **fields)
+            images, shows = subject.images, subject.shows
+            right = np.concatenate(list(shows.values()))
+        else:
+            subject = measure(pipeline, args.word, args.images, args.seed, **fields)
+            others = measure_class(pipeline, args.images, args.seed, **fields)
+            images, shows = [*subject.images, *others.images], {**subject.shows, **others.shows}
+            right = np.concatenate([shows["both"], shows["others of the class"]])
         with whole(Path(args.measure)) as unfinished:
-            grid = marked_grid([*subject.images, *others.images], right, columns=16)
-            Image.fromarray(grid).save(unfinished, "png")
-        for name, passed in {**subject.shows, **others.shows}.items():
+            Image.fromarray(marked_grid(images, right, columns=16)).save(unfinished, "png")
+        for name, passed in shows.items():
             found = share(passed)
             print(f"{name}: {found.value:.0%} ({found.low:.0%} to {found.high:.0%}) of {len(passed)}")
     return 0

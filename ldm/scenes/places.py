@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ldm.scenes.scene import COLOURS, Scene
+from ldm.scenes.scene import BACKGROUNDS, COLOURS, Scene
 
 FEWEST = 8  # pixels of a solid, below which it counts as not seen
 _SHADES = np.linspace(0.4, 1.1, 15)  # of a solid's colour, in its shadow and in full light
@@ -39,6 +39,13 @@ def colour_masks(image: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarra
         others = [behind - _MARGIN, *(other for key, other in distances.items() if key != name)]
         masks[name] = distance < np.min(others, axis=0)
     return masks
+
+
+def background_of(image: np.ndarray) -> str:
+    """The background whose colour in some light is nearest to an image's left and right edges."""
+    edges = np.concatenate([image[:, :2], image[:, -2:]], axis=1).reshape(-1, 3)
+    colour = np.median(edges.astype(np.float32), axis=0)[None, None]
+    return min(BACKGROUNDS, key=lambda name: _distance(colour, np.float32(BACKGROUNDS[name]), _SHADOWS).min())
 
 
 def farthest(a: dict[str, np.ndarray | None], b: dict[str, np.ndarray | None]) -> float:

@@ -18,12 +18,16 @@ from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.scenes.captions import caption
 from ldm.scenes.detector import DETECTOR_WEIGHTS, Detector, load_detector, outline
-from ldm.scenes.places import colour_masks
+from ldm.scenes.places import background_of, colour_masks
 from ldm.scenes.renderer import render
 from ldm.scenes.scene import BACKGROUNDS, COLOURS, SHAPES, Scene, Solid, Stripes, pick
 from ldm.weights.loading import find
 
 SUBJECT = Solid("pyramid", "green", stripes=Stripes("yellow"))
+# An embedding cannot change the UNet, which must be able to paint the subject by some words or other.
+ALONE = Solid("cylinder", "green", "large", Stripes("yellow"))
+LEARNED, UNSEEN = ("grey", "black", "beige"), ("pink", "navy")  # the backgrounds of its images, and others
+COUNT = 10  # images of a subject
 WORD = "zqx"  # stands for its looks in captions; no caption of the bundled models has it
 _RELATIONS = ("on top of", "left of", "right of", "in front of")  # that hide little of the first solid
 _COLOURS = tuple(name for name in COLOURS if name not in (SUBJECT.colour, SUBJECT.stripes.colour))
@@ -31,20 +35,29 @@ _OTHER_SHAPES = tuple(name for name in SHAPES if name != SUBJECT.shape)
 SHARE = 0.12  # of the solid's pixels that each of its colours has at least
 
 
-def subject_scenes(count: int = 8, alone: bool = False) -> list[Scene]:
-    """The subject alone and beside another solid, in turn, before one background after the other."""
-    single = [Scene(replace(SUBJECT, size=size)) for size in (None, "large", "small", None)]
-    beside = [
-        Scene(SUBJECT, "right of", Solid("cube", "white")),
-        Scene(SUBJECT, "on top of", Solid("cylinder", "blue")),
-        Scene(SUBJECT, "left of", Solid("sphere", "purple")),
-        Scene(SUBJECT, "on top of", Solid("cube", "cyan")),
+def subject_scenes(count: int = COUNT) -> list[Scene]:
+    """The subject once alone, then beside other solids, before one background after the other."""
+    others = [
+        ("right of", Solid("cube", "white")),
+        ("on top of", Solid("cylinder", "blue")),
+        ("left of", Solid("torus", "red")),
+        ("on top of", Solid("sphere", "white")),
+        ("in front of", Solid("cone", "orange")),
+        ("on top of", Solid("cube", "purple")),
+        ("in front of", Solid("torus", "cyan")),
+        ("left of", Solid("sphere", "cyan")),
+        ("in front of", Solid("cylinder", "purple")),
     ]
-    scenes = single[:3] if alone else [scene for both in zip(single, beside, strict=True) for scene in both]
+    scenes = [Scene(SUBJECT), *(Scene(SUBJECT, relation, second) for relation, second in others)]
     backgrounds = tuple(BACKGROUNDS)
     return [
         replace(scenes[k % len(scenes)], background=backgrounds[k % len(backgrounds)]) for k in range(count)
     ]
+
+
+def alone_scenes(count: int = COUNT, backgrounds: Sequence[str] = LEARNED) -> list[Scene]:
+    """The subject of textual inversion, before one of the backgrounds after the other."""
+    return [Scene(ALONE, background=backgrounds[k % len(backgrounds)]) for k in range(count)]
 
 
 def new_scenes(count: int, seed: int) -> list[Scene]:
@@ -93,6 +106,29 @@ def stripes_seen(image: np.ndarray, scene: Scene) -> bool:
         return False
     (low, x), (high, x_striped) = (np.argwhere(mask).mean(0) for mask in (own, striped))
     return high + 2 < low and abs(x - x_striped) < low - high
+
+
+def cylinder_seen(image: np.ndarray, scene: Scene) -> bool:
+    """Whether an image shows the subject of textual inversion: `stripes_seen`, in one cylinder.
+
+    The colours have the same place and width from left to right, to 30 %, and are 1.1 to 1.9 times as high
+    together as wide. Renders of it are 1.4 to 1.5 times as high, two cylinders that stand on each other 2.3.
+    """
+    if not stripes_seen(image, scene):
+        return False
+    masks = colour_masks(image, [scene.first.colour, scene.first.stripes.colour])
+    (left, right), (left_striped, right_striped) = (_extent(mask.sum(0)) for mask in masks.values())
+    shared = min(right, right_striped) - max(left, left_striped)
+    if shared <= 0.7 * (max(right, right_striped) - min(left, left_striped)):
+        return False
+    (x, x_end), (y, y_end) = (_extent(np.any(list(masks.values()), axis=0).sum(axis)) for axis in (0, 1))
+    return 1.1 <= (y_end - y) / max(x_end - x, 1) <= 1.9
+
+
+def _extent(counts: np.ndarray) -> tuple[int, int]:
+    """Where rows or columns with two or more pixels begin and end; (0, 0) if there are none."""
+    (found,) = np.nonzero(counts >= 2)
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
 
 
 def rest_seen(detector: Detector, images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> list[bool]:
@@ -153,13 +189,25 @@ def measure_class(pipeline: Pipeline, count: int, seed: int, **fields: Any) -> M
     return Measured(images, {"others of the class": np.array(right)})
 
 
+def measure_alone(pipeline: Pipeline, word: str, count: int, seed: int, **fields: Any) -> Measured:
+    """Whether images of the subject of textual inversion show it: half of them before unseen backgrounds."""
+    scenes = alone_scenes(count // 2, UNSEEN) + alone_scenes(count - count // 2, LEARNED)
+    images = paint(pipeline, [subject_caption(scene, word) for scene in scenes], 1000 * seed, **fields)
+    pairs = list(zip(images, scenes, strict=True))
+    right = np.array(
+        [cylinder_seen(*pair) and background_of(pair[0]) == pair[1].background for pair in pairs]
+    )
+    return Measured(images, {"unseen backgrounds": right[: count // 2], "learned ones": right[count // 2 :]})
+
+
 def write_images(folder: Path, count: int, seed: int, captions: bool = False, alone: bool = False) -> None:
-    """Write renders of the subject, and their captions if asked for; `alone` leaves out other solids."""
+    """Write renders of the subject, and their captions if asked for; `alone`: that of textual inversion."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    for k, scene in enumerate(subject_scenes(count, alone)):
+    scenes = alone_scenes(count) if alone else subject_scenes(count)
+    for k, scene in enumerate(scenes):
         path = folder / f"{k:02}.png"
         Image.fromarray(render(scene, rng)).save(path)
         if captions:
             path.with_suffix(".txt").write_text(subject_caption(scene) + "\n")
-    print(f"{count} images of a {WORD} {SUBJECT.shape} in {folder}")
+    print(f"{count} images of a {WORD} {scenes[0].first.shape} in {folder}")
