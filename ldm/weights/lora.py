@@ -150,12 +150,12 @@ class LoraFile:
         parts = []
         if absent := [layer for layer in left_out if layer not in found]:
             parts.append(f"{_count(absent, 'is', 'are')} not in this model (such as {absent[0]})")
+        faults = {layer: self.faults[layer] for layer in left_out if layer in found and layer in self.faults}
         for what, incomplete in (("incomplete", True), ("damaged", False)):
-            faulty = [x for x in left_out if x in found and x in self.faults]
-            if faulty := [layer for layer in faulty if self.faults[layer].incomplete == incomplete]:
-                why = f"such as {faulty[0]}, which {self.faults[faulty[0]]}"
+            if faulty := [layer for layer, fault in faults.items() if fault.incomplete == incomplete]:
+                why = f"such as {faulty[0]}, which {faults[faulty[0]]}"
                 parts.append(f"{_count(faulty, 'is', 'are')} {what} ({why})")
-        if misshapen := [layer for layer in left_out if layer in found and layer not in self.faults]:
+        if misshapen := [layer for layer in left_out if layer in found and layer not in faults]:
             parts.append(f"{_count(misshapen, 'has', 'have')} another shape (such as {misshapen[0]})")
         if self.unknown:
             parts.append(f"{len(self.unknown)} values are of no kind known here (such as {self.unknown[0]})")
