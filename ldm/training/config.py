@@ -88,7 +88,9 @@ class TrainingConfig:
         None, "of a checkpoint that has both; by default what its model says, or else ema",
         choices=("raw", "ema"), group="start",
     )  # fmt: skip
-    first_stage: str | None = setting(None, "without init: weights of the trained first stage", group="start")
+    first_stage: str | None = setting(
+        None, "weights of the trained first stage, with init in place of its own", group="start"
+    )
     text_encoder: str | None = setting(
         None, "checkpoint of a whole model whose text encoder is taken", group="start"
     )

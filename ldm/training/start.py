@@ -41,7 +41,7 @@ def new_task(
     torch.manual_seed(config.seed)  # of the initial weights
     if issubclass(owner, LatentDiffusion):
         task = LatentDiffusionTask(start_latent_diffusion(section, config, allow_target), config, data)
-        task.is_new = not config.init
+        task.is_new = not config.init or config.first_stage is not None
         return task
     if config.linear_start and owner is not AutoencoderKL:
         raise InputError(f"training: linear_start: a {owner.__name__} has no linear start")
@@ -65,12 +65,15 @@ def start_latent_diffusion(
 ) -> LatentDiffusion:
     """A latent diffusion model with the weights of `init`, or new with the trained parts that are given.
 
-    The UNet may have more input channels than that of `init`: their weights are zero, so that they change
-    nothing at first. The embeddings of a new upscaler's noise levels are those of timesteps, so that
-    neighbouring levels begin alike.
+    Parts that are given are taken in place of those of `init`. The UNet may have more input channels than
+    that of `init`: their weights are zero, so that they change nothing at first. The embeddings of a new
+    upscaler's noise levels are those of timesteps, so that neighbouring levels begin alike.
     """
     if config.init:
         model = _from_checkpoint(section, config, allow_target)
+        if config.first_stage:
+            state = read_weights(config, "first_stage", "first_stage_model.")
+            _fill(model.first_stage_model, state, config.first_stage)
     else:
         model = _new(section, config, allow_target)
     if config.text_encoder:

@@ -50,7 +50,8 @@ class Task(pl.LightningModule):
     `concat` [b, c', h/f, w/f]. `data` is a DataConfig.
 
     Attributes: `figures` has the means of further quantities over the last batch, for the logs. `whole` says
-    whether checkpoints have the frozen weights, too; `is_new`, whether `start` is to be called.
+    whether checkpoints have the frozen weights, too; `is_new`, whether `start` is to be called, as there are
+    new parts.
     `method_options` are kept in checkpoints; `output_option` names a run's folder on the command line.
     """
 
@@ -168,11 +169,11 @@ class LatentDiffusionTask(Task):
 
     @torch.no_grad()
     def start(self, batch: Batch) -> None:
-        """The scale of the latents becomes that of unit variance; an upscaler may start as a linear map."""
+        """Scale the latents to unit variance; a new upscaler may start as a linear map."""
         mean, std = self.posterior(batch)
         if isinstance(self.model.scale_factor, Tensor):
             self.model.scale_factor.fill_(1.0 / (mean.var() + std.square().mean()).sqrt())
-        if self.config.linear_start:
+        if self.config.linear_start and not self.config.init:
             small = self.concat(batch)
             start_from_small_image(self.unet, small[:64].float(), self.model.scale_factor * mean[:64])
 

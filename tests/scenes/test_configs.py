@@ -17,6 +17,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "scenes"
         ("autoencoder", 0, 20000, 64, set()),
         ("scenes-64", 0, 80000, 64, set()),
         ("scenes-64 drill", 1, 80000, 64, set()),
+        ("autoencoder autoencoder-128", 20, 4800, 128, set()),
+        ("scenes-128", 21, 20000, 128, set()),
         ("scenes-64-v", 2, 30000, 64, set()),
         ("scenes-64-inpainting", 4, 14000, 64, {"mask"}),
         ("scenes-64-inpainting inpainting-drill", 4, 14000, 64, {"mask"}),

@@ -292,6 +292,21 @@ def test_the_first_stage_of_a_whole_model(text_model: Path) -> None:
     assert task.is_new
 
 
+def test_another_first_stage_than_that_of_init(text_model: Path, tmp_path: Path) -> None:
+    """With `init`, `first_stage` was ignored without a word."""
+    torch.manual_seed(5)
+    other = instantiate_from_config(FIRST_STAGE)
+    torch.save(other.state_dict(), tmp_path / "other.ckpt")
+    start = {"init": str(text_model), "first_stage": str(tmp_path / "other.ckpt")}
+    task = new_task(SECOND_STAGE, training_config(TRAINING | start), None)
+    found, given = task.model.state_dict(), torch.load(text_model)
+    for name, weight in other.state_dict().items():
+        assert torch.equal(found[f"first_stage_model.{name}"], weight)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    assert torch.equal(found[name], given[name])
+    assert task.is_new, "the scale of its latents is another"
+
+
 def test_a_model_that_is_not_trained() -> None:
     section = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
     with pytest.raises(InputError, match="the model is FrozenCLIPEmbedder, which is not trained here"):
