@@ -1,6 +1,5 @@
 """The command of the page; what the page does is tested in tests/webui."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import SCRIPTS, script
+from live_page import page
 
 from ldm.cli import entry
 
@@ -94,27 +94,15 @@ def test_the_page_is_served_until_it_is_asked_to_end(
     model: tuple[Path, Path], tmp_path: Path, asked: signal.Signals
 ) -> None:
     """With a tab open the terminal had a traceback of the stream that keeps its session."""
-    config, weights = model
-    command = [sys.executable, str(SCRIPTS / "webui.py"), "--port", "0", "--safety", "off"]
-    command += ["--model", f"tiny={weights},{config}"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
-    ) as process:
-        try:
-            line = process.stdout.readline()
-            assert line.startswith("The page is at http://127.0.0.1:"), process.stderr.read()
-            address = line.split()[-1]
-            with urllib.request.urlopen(address) as answer:
-                assert answer.status == 200
-            with socket.socket() as other:
-                assert other.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))) == 0
-            assert list(tmp_path.glob("page-*"))
-            with urllib.request.urlopen(f"{address}/gradio_api/heartbeat/one") as tab:
-                assert tab.readline() == b"data: ALIVE\n"
-                process.send_signal(asked)
-                out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
+    with page(model, tmp_path) as (process, address):
+        with urllib.request.urlopen(address) as answer:
+            assert answer.status == 200
+        with socket.socket() as other:
+            assert other.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))) == 0
+        assert list(tmp_path.glob("page-*"))
+        with urllib.request.urlopen(f"{address}/gradio_api/heartbeat/one") as tab:
+            assert tab.readline() == b"data: ALIVE\n"
+            process.send_signal(asked)
+            out, err = process.communicate(timeout=60)
     assert (out, err, process.returncode) == ("", "", 0)
     assert not list(tmp_path.glob("page-*"))  # with all that was uploaded and made

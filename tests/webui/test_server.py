@@ -22,6 +22,7 @@ import pytest
 import tiny_inpainting
 import tiny_service
 import tiny_siblings
+from live_page import page
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -372,24 +373,14 @@ def test_its_own_extra_is_all_that_the_page_needs(model: tuple[Path, Path], tmp_
     ]
     assert "pytest" in gone
     assert "gradio" not in gone
-    config, weights = model
-    command = [sys.executable, "-c", ALONE, json.dumps(gone), str(ROOT / "scripts/webui.py"), "--port", "0"]
-    command += ["--safety", "off", "--model", f"tiny={weights},{config}"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
-    ) as process:
-        try:
-            line = process.stdout.readline()
-            assert line.startswith("The page is at "), process.stderr.read()
-            with httpx.Client(base_url=line.split()[-1], timeout=60) as client:
-                for button in ("generate", "draw_sheet"):
-                    found = call(client, button, prompt="a red cube", set_steps="1", x_values="1, 2")
-                    assert found["success"], found
-                    assert re.search("[14] images? in", json.dumps(found["output"]))
-        finally:
-            process.terminate()
-            process.wait(60)
+    with page(model, tmp_path, ["-c", ALONE, json.dumps(gone)]) as (process, address):
+        with httpx.Client(base_url=address, timeout=60) as client:
+            for button in ("generate", "draw_sheet"):
+                found = call(client, button, prompt="a red cube", set_steps="1", x_values="1, 2")
+                assert found["success"], found
+                assert re.search("[14] images? in", json.dumps(found["output"]))
+        process.terminate()
+        process.wait(60)
 
 
 def test_sigterm_while_models_are_read_leaves_no_folder(tmp_path: Path) -> None:
