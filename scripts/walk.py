@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.runs.run import run
 
     code = run(command.pipeline(), requests, command.run)
-    if code or command.run.dry_run:
+    if code or command.run.dry_run or command.run.plan:
         return code
     leads = find_place(command.run.devices, command.run.num_nodes).rank == 0
     return film(Path(command.run.outdir), fps, command.run.skip_save) if leads else 0

@@ -223,7 +223,7 @@ def _image_parser(
     parser.command_defaults, parser.request_defaults = defaults, request_defaults or {}
     parser.groups, parser.needed, parser.task = groups, needed, task
     add = group_of(parser, "prompt").add_argument
-    add("--prompt", nargs="?", help="the text to render")
+    add("--prompt", nargs="?", help=f"the text to render ({parser.request_defaults.get('prompt', PROMPT)})")
     add(
         "--from-file",
         metavar="FILE",
@@ -244,8 +244,8 @@ def _image_parser(
     add(
         "--like",
         metavar="IMAGE",
-        help="take every setting from an image made here, or by a tool that writes A1111 text; "
-        "other flags override",
+        help="take every setting from an image made here, or by a tool that writes them as AUTOMATIC1111's web "
+        "UI (A1111) does; other flags override",
     )
     add("--outdir", nargs="?", help=f"folder for the results ({defaults['outdir']})")
     add = group_of(parser, "sampling").add_argument

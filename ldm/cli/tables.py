@@ -77,7 +77,9 @@ def _row(actions: dict[str, argparse.Action], commands: int) -> str:
         commands_of: dict[str, list[str]] = {}
         for command, value in defaults.items():
             commands_of.setdefault(value, []).append(f"`{command}.py`")
-        default = "; ".join(f"{value} in {', '.join(names)}" for value, names in commands_of.items())
+        shown = {"": "off", "True": "on"}
+        parts = (f"{shown.get(value, value)} in {', '.join(names)}" for value, names in commands_of.items())
+        default = "; ".join(parts)
     action = next(iter(actions.values()))
     return f"| {_spelling(action)} | {default} | {meaning} |".replace("<", "&lt;")
 

@@ -19,7 +19,7 @@ class RuntimeOptions:
 
     precision: str | None = setting(
         None,
-        "of weights and activations; the samplers' arithmetic is always float32, and a first stage that "
+        "of weights and activations; the samplers' arithmetic is always float32, and an autoencoder that "
         "yields NaN goes on in float32",
         choices=("full", "autocast", "half", "bf16"),
         default_text="half on a GPU, full on a CPU",

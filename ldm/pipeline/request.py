@@ -283,7 +283,7 @@ class ImageRequest(
     )
     noise_level: int | None = setting(
         None,
-        "noise on the image that is enlarged: more of it leaves more to the model",
+        "noise on the image that is enlarged, up to 350 for x4 models: more of it leaves more to the model",
         low=0,
         high=999,
         group=UPSCALE,
@@ -297,7 +297,7 @@ class ImageRequest(
         high=8192,
         group=UPSCALE,
         metavar="PIXELS",
-        default_text="by the memory that is free",
+        default_text="by the memory of the GPU, or of the machine, as a whole",
     )
     watermark: str = setting(
         "StableDiffusionV1",

@@ -74,11 +74,11 @@ class TrainingConfig:
         group="objective",
     )
     drill: tuple[str, ...] = setting(
-        (), "words, one of which the captions of a share of each batch have", group="objective"
+        (), "words: a share of each batch is drawn from examples whose caption has one of them", group="objective"
     )
-    drill_share: float = setting(0.7, "that share", low=0, high=1, group="objective")
+    drill_share: float = setting(0.7, "the share of a batch for drill and drill_timesteps", low=0, high=1, group="objective")
     drill_timesteps: tuple[float, ...] = setting(
-        EVERY_TIMESTEP, "low, high: the timesteps low <= t < high of that share", low=0, group="objective"
+        EVERY_TIMESTEP, "low, high: the share of drill_share has timesteps low <= t < high", low=0, group="objective"
     )
 
     init: str | None = setting(
@@ -101,7 +101,7 @@ class TrainingConfig:
 
     decoder_only: bool = setting(False, "train the decoder alone; the latents stay", group="first stage")
     latent_noise: float = setting(
-        0.0, "standard deviation of noise that the decoder is to bear", low=0, group="first stage"
+        0.0, "standard deviation of the noise added to latents before they are decoded in training", low=0, group="first stage"
     )
     kl_weight: float = setting(
         1e-3, "of the KL divergence in nats for each pixel value", low=0, group="first stage"

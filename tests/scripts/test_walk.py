@@ -168,3 +168,11 @@ def test_a_single_prompt_is_not_mixed(walk: Command, tmp_path: Path) -> None:
 )
 def test_bad_mixtures(txt2img: Command, argv: list[str], words: str) -> None:
     refused(txt2img("--ckpt", "nowhere.ckpt", "--prompt", "a cat", *argv), words)
+
+
+def test_a_plan_makes_no_video(walk: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--plan` went on to a video of the folder's last run, or to an error where there was none."""
+    monkeypatch.setattr(script("walk"), "film", lambda *_: pytest.fail("a video is made"))
+    planned = walk(*WALK, "--plan")
+    assert planned.code == 0
+    assert planned.files == []

@@ -33,7 +33,7 @@ class GuidanceSettings:
     )
     apg_norm: float = setting(
         0.0,
-        "adaptive projected guidance: the largest norm of what guides, 0 for any",
+        "adaptive projected guidance: longest difference of the two predictions; longer ones are shortened, 0: no limit",
         low=0,
         high=1e6,
         group=GROUP,
