@@ -48,6 +48,10 @@ FIXED = ("method", "ckpt", "class_prompt", "rank", "layers", "text_encoder", "lo
 FIXED += ("preprocess",)
 
 
+# Of AdamW's groups: options that a resumed run may change, and what depends on the device.
+SET_ANEW = ("betas", "weight_decay", "fused")
+
+
 def averaged_name(name: str) -> str:
     """`model.diffusion_model.out.0.bias` -> `model_ema.diffusion_modelout0bias`, as the original names it."""
     return "model_ema." + name.removeprefix("model.").replace(".", "")
@@ -79,7 +83,11 @@ class Checkpoints:
         set_model_state_dict(self.module, own, options=self.options)
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Put in the moments and their step; what this run sets of the optimiser stays."""
+        own = [{name: group[name] for name in SET_ANEW} for group in self.optimizer.param_groups]
         set_optimizer_state_dict(self.module, self.optimizer, state, options=self.options)
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(values)
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> None:

@@ -74,11 +74,18 @@ class TrainingConfig:
         group="objective",
     )
     drill: tuple[str, ...] = setting(
-        (), "words: a share of each batch is drawn from examples whose caption has one of them", group="objective"
+        (),
+        "words: a share of each batch is drawn from examples whose caption has one of them",
+        group="objective",
     )
-    drill_share: float = setting(0.7, "the share of a batch for drill and drill_timesteps", low=0, high=1, group="objective")
+    drill_share: float = setting(
+        0.7, "the share of a batch for drill and drill_timesteps", low=0, high=1, group="objective"
+    )
     drill_timesteps: tuple[float, ...] = setting(
-        EVERY_TIMESTEP, "low, high: the share of drill_share has timesteps low <= t < high", low=0, group="objective"
+        EVERY_TIMESTEP,
+        "low, high: the share of drill_share has timesteps low <= t < high",
+        low=0,
+        group="objective",
     )
 
     init: str | None = setting(
@@ -101,7 +108,10 @@ class TrainingConfig:
 
     decoder_only: bool = setting(False, "train the decoder alone; the latents stay", group="first stage")
     latent_noise: float = setting(
-        0.0, "standard deviation of the noise added to latents before they are decoded in training", low=0, group="first stage"
+        0.0,
+        "standard deviation of the noise added to latents before they are decoded in training",
+        low=0,
+        group="first stage",
     )
     kl_weight: float = setting(
         1e-3, "of the KL divergence in nats for each pixel value", low=0, group="first stage"
@@ -156,6 +166,11 @@ class TrainingConfig:
         low, high = self.drill_timesteps
         if low >= high:
             raise ValueFieldError("drill_timesteps", f"[{low}, {high}] is empty")
+        if self.drills and self.drill_share and not self.drilled:
+            raise ValueFieldError(
+                "drill_share",
+                f"{self.drill_share:g} of a batch of {self.batch_size} is less than half an example",
+            )
         if not self.validation_timesteps:
             raise ValueFieldError("validation_timesteps", "[] has no timestep")
         if any(not word.strip() for word in self.drill):

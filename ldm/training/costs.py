@@ -28,7 +28,7 @@ class TrainingCosts:
             power=config.power,
             region=config.region,
             energy=config.energy,
-            nodes=config.nodes or 1,
+            nodes=getattr(fabric.strategy, "num_nodes", 1),
         )
         self.earlier = sessions(self.path) if first_step else []
         self.facts = {

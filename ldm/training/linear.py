@@ -122,7 +122,7 @@ def start_from_small_image(unet: UNetModel, small: torch.Tensor, latents: torch.
     """
     channels = latents.shape[1]
     columns = small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
-    columns = torch.cat([columns, torch.ones(len(columns), 1)], dim=1)
+    columns = torch.cat([columns, columns.new_ones(len(columns), 1)], dim=1)
     fit = torch.linalg.lstsq(columns, latents.permute(0, 2, 3, 1).reshape(-1, channels)).solution
     first, last, (norm, _, out) = unet.input_blocks[0][0], unet.output_blocks[-1][0], unet.out
     _into(first, channels, norm.num_groups)

@@ -1,5 +1,6 @@
 import functools
 import io
+import json
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -8,12 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_siblings
+import torch
 from commands import lines, script
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny import write_config
 
 from ldm.cli import entry
 from ldm.modules.encoders import modules as encoders
+from ldm.training.finetune.methods import METHODS, Control
+from ldm.training.finetune.setup import prepare
+from ldm.weights.checkpoint import read_state_dict
 
 Finetune = Callable[..., SimpleNamespace]
 CLIPTokenizer = functools.cache(encoders.CLIPTokenizer)  # it takes longer to make than to train
@@ -34,10 +41,11 @@ def folder(tmp_path: Path) -> Path:
     return write_images(tmp_path / "images")
 
 
-def run(model: tuple[Path, Path], data: Path, output: Path, *words: Any) -> SimpleNamespace:
+def run(model: tuple[Path, Path], data: Path | None, output: Path, *words: Any) -> SimpleNamespace:
     """scripts/finetune.py on the miniature of tiny.py."""
     config, ckpt = model
-    plain = ["--config", config, "--ckpt", ckpt, "--data", data, "--output", output, "--steps", 4]
+    plain = ["--config", config, "--ckpt", ckpt, "--output", output, "--steps", 4]
+    plain += [] if data is None else ["--data", data]
     plain += ["--batch_size", 2, "--precision", "full", "training.sample_steps=2", "training.logs=[csv]"]
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
@@ -56,7 +64,7 @@ def finetune(model: tuple[Path, Path], folder: Path, tmp_path: Path) -> Finetune
     """`run` on the images of `folder`; its output is in `tmp_path`/out."""
 
     def call(
-        *words: Any, data: Path = folder, output: Path = tmp_path / "out" / "zqx.safetensors"
+        *words: Any, data: Path | None = folder, output: Path = tmp_path / "out" / "zqx.safetensors"
     ) -> SimpleNamespace:
         return run(model, data, output, *words)
 
@@ -227,6 +235,9 @@ def test_images_without_captions_need_a_prompt(finetune: Finetune, folder: Path)
         ((*LORA, "model.x=3"), ("model.x=3", "training.")),
         ((*LORA, "training.warmpu=3"), ("warmpu", "warmup")),
         ((*LORA, "data.size=20"), ("size", "multiple of 8")),
+        ((*LORA, "data.size=48", "data.buckets=true"), ("bucket_step must be at most size, 48", "64")),
+        ((*LORA, "training.init=x.ckpt"), ("training.init", "starts from --ckpt")),
+        ((*LORA, "training.first_stage=x.ckpt"), ("training.first_stage", "starts from --ckpt")),
         (("--method", "loha", "--prompt", "a"), ("loha", "controlnet")),
     ],
     ids=lambda words: " ".join(words[-2:]),
@@ -326,3 +337,66 @@ def test_mistakes_about_control_images(finetune: Finetune, folder: Path) -> None
     refused(finetune("--method", "controlnet"), "has 24x24 pixels and the image 24x20")
     init = ("--preprocess", "canny", "--control_init", folder / "0.png")
     refused(finetune("--method", "controlnet", *init), "0.png")
+
+
+def write_base(path: Path, images: Path) -> Path:
+    """A YAML file with images of its own."""
+    train = {"target": "ldm.training.data.folder.ImageFolder", "params": {"path": str(images)}}
+    path.write_text(json.dumps({"data": {"train": train}}))
+    return path
+
+
+def test_the_folder_of_the_command_line_goes_over_that_of_a_file(finetune: Finetune, tmp_path: Path) -> None:
+    """The file's was trained on without a word."""
+    base = write_base(tmp_path / "base.yaml", tmp_path / "absent")
+    assert finetune(*LORA, "--base", base).code == 0
+
+
+def test_control_images_of_a_file_s_images(finetune: Finetune, folder: Path, tmp_path: Path) -> None:
+    """--preprocess was ignored, or ended in KeyError: 'maps'."""
+    base = write_base(tmp_path / "base.yaml", folder)
+    for how in ("canny", "depth"):
+        words = ["--method", "controlnet", "--preprocess", how, "--base", base]
+        result = finetune(*words, data=None)
+        refused(result, f"--preprocess {how} makes control images of --data FOLDER")
+
+
+def test_edges_have_the_size_of_the_images(model: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
+    """With data.size they were drawn at the model's own size, and resized with the images."""
+    config, ckpt = map(str, model)
+    words = {"config": config, "ckpt": ckpt, "given": {"steps": 1}, "overrides": ["data.size=32"]}
+    output, options = str(tmp_path / "net.safetensors"), Control(preprocess="canny")
+    setup = prepare(METHODS["controlnet"], options, str(folder), output, **words)
+    assert (setup.data.size, setup.data.train["params"]["size"]) == (32, 32)
+
+
+def test_captions_that_cannot_be_read_are_left_out(finetune: Finetune, folder: Path) -> None:
+    """A file in Latin-1 ended a textual inversion with a traceback."""
+    (folder / "0.txt").write_bytes("a zqx c\xfbbe".encode("latin-1"))
+    (folder / "1.txt").write_text("a <dice>")
+    result = finetune("--method", "textual_inversion", "--token", "<dice>", "--init_word", "cube")
+    assert result.code == 0
+
+
+@pytest.mark.parametrize("section", [tiny_siblings.depth_section, tiny_siblings.upscaler_section])
+def test_models_that_are_given_an_image_are_compared_on_one(
+    section: Callable[[], dict], folder: Path, tmp_path: Path
+) -> None:
+    """After all steps the samples of before and after ended in an error: give init_img."""
+    model = tiny_siblings.write_model(tmp_path, "sibling", section())
+    result = run(model, folder, tmp_path / "zqx.safetensors", *LORA)
+    assert result.code == 0, result.err
+    assert Image.open(result.out[-1]).width > 8 * 16
+
+
+def test_a_model_of_zero_terminal_snr_stays_one(
+    model: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    """It was trained on the plain schedule, and its file no longer said that samplers rescale it."""
+    config = write_config(tmp_path / "v.yaml", {"parameterization": "v"})
+    weights = tmp_path / "v.safetensors"
+    markers = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    save_file({**read_state_dict(model[1]), **markers}, weights)
+    result = run((config, weights), folder, tmp_path / "zqx.safetensors", "--method", "full", "--prompt", "a")
+    assert result.code == 0, result.err
+    assert markers.keys() <= load_file(result.output).keys()

@@ -2,6 +2,7 @@
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from ldm.errors import InputError
 from ldm.training import checkpoints
 from ldm.training.checkpoints import (
+    Checkpoints,
     averaged_name,
     check_options,
     check_resumed,
@@ -144,3 +146,22 @@ def test_errors_name_the_option_of_the_command(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
     with pytest.raises(InputError, match="give it as --ckpt, with another --output"):
         read_checkpoint(tmp_path / "last.ckpt", "--output")
+
+
+def test_a_resumed_optimiser_has_the_options_of_now() -> None:
+    """A notice said that weight_decay and betas had changed, and those of the checkpoint were used."""
+    task, module = SimpleNamespace(device=torch.device("cpu")), torch.nn.Linear(2, 2)
+
+    def adamw(**options: object) -> torch.optim.AdamW:
+        found = torch.optim.AdamW(module.parameters(), lr=1e-3, **options)
+        module(torch.ones(1, 2)).sum().backward()
+        found.step()
+        return found
+
+    before, now = adamw(weight_decay=0.01, fused=True), adamw(weight_decay=0.5, betas=(0.5, 0.9))
+    state = Checkpoints(task, {}, module, before).optimizer_state()
+    Checkpoints(task, {}, module, now).load_optimizer_state(state)
+    (group,) = now.param_groups
+    assert (group["weight_decay"], tuple(group["betas"]), group["fused"]) == (0.5, (0.5, 0.9), None)
+    for weight in module.parameters():
+        assert torch.equal(now.state[weight]["exp_avg"], before.state[weight]["exp_avg"])

@@ -105,3 +105,12 @@ def test_unknown_and_missing_keys() -> None:
 def test_the_table_of_keys_is_the_codes() -> None:
     lines = list(table(TrainingConfig))
     assert "\n".join(lines) in DOCS.read_text(), "\n".join(lines)
+
+
+def test_a_drill_of_no_example() -> None:
+    """A share of 0.2 of two examples was rounded to none, and the drill did nothing."""
+    drill = {"batch_size": 2, "drill": ["left"], "drill_share": 0.2}
+    with pytest.raises(InputError, match=r"drill_share: 0\.2 of a batch of 2 is less than half an example"):
+        training_config(TRAINING | drill)
+    assert training_config(TRAINING | drill | {"drill_share": 0.0}).drilled == 0
+    assert training_config(TRAINING | drill | {"drill_share": 0.5}).drilled == 1

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def test_sessions_add_up(tmp_path: Path) -> None:
     assert found["sessions"][0]["devices"] == 1
     TrainingCosts(tmp_path, config(), fabric, 0).save(1)
     assert len(sessions(tmp_path / FILE)) == 1
+
+
+def test_machines_that_a_launcher_started(tmp_path: Path) -> None:
+    """They counted as one, whose energy was taken for that of all."""
+    strategy = SimpleNamespace(num_nodes=2)
+    fabric = SimpleNamespace(device=torch.device("cpu"), world_size=4, strategy=strategy)
+    with pytest.raises(InputError, match="energy"):
+        TrainingCosts(tmp_path, config(energy="measured"), fabric, 0)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"sessions": [{"hours": 1}]}', '{"sessions": [1]}'])

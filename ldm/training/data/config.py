@@ -62,6 +62,8 @@ class DataConfig:
         random_masks(self.masks)
         if self.cache is not None and not (isinstance(self.cache, str) and self.cache):
             raise _wrong("cache", "the path of a folder", self.cache)
+        if self.buckets and self.bucket_step > self.size:
+            raise _wrong("bucket_step", f"at most size, {self.size}", self.bucket_step)
         if self.patch > self.size:
             raise _wrong("patch", f"at most size, {self.size}", self.patch)
         if self.patch and self.buckets:

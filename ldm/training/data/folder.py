@@ -138,6 +138,11 @@ class ImageFolder:
         for file in sorted(name for name in others if os.path.basename(name) in METADATA):
             below = os.path.dirname(file)
             for number, row in self._lines(file):
+                if None in row:  # where csv.DictReader puts the fields that are too many
+                    self.left_out[f"{file}:{number}"] = (
+                        "the line has more fields than the first one: a text with a comma needs quotes"
+                    )
+                    continue
                 name = row.pop("file_name", None)
                 if not isinstance(name, str):
                     self.left_out[f"{file}:{number}"] = "the line names no file_name"

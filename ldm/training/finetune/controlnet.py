@@ -32,7 +32,7 @@ from ldm.training.data.folder import ImageFolder
 from ldm.training.data.sources import default_cache, open_sources
 from ldm.training.files import whole, write_tensors, writing
 from ldm.training.finetune import methods
-from ldm.training.finetune.methods import Control, Sampling, Setup
+from ldm.training.finetune.methods import Control, Sampling, Setup, readable_examples
 from ldm.training.tasks import Batch, LatentDiffusionTask
 from ldm.weights.controlnet import (
     ORIGINAL,
@@ -42,7 +42,10 @@ from ldm.weights.controlnet import (
     write_diffusers,
 )
 from ldm.weights.description import describe
+from ldm.weights.hashes import quick_hash
+from ldm.weights.loading import ModelFiles
 
+EDGES = "ldm.training.data.edges.Edges"
 CONTROL = "control"  # the map's name, and the folder of control images in that of the images
 FIRST = "input_blocks.0.0.weight"
 LOOKED_AT = 64  # examples whose control images are read before training starts
@@ -137,18 +140,22 @@ class ControlNetTask(LatentDiffusionTask):
         return [single, theirs]
 
 
-def train_source(folder: str, prompt: str | None, size: int, options: Control) -> dict[str, Any]:
+def train_source(
+    folder: str, prompt: str | None, size: int, options: Control, files: ModelFiles
+) -> dict[str, Any]:
     """The `train:` part of a `data:` section: images of a folder, their captions, and control images.
 
     These are in the folder `control/` in it under the names of the images, or made by `options.preprocess`:
-    edges at `size` pixels, or depths, which `new_task` estimates once. InputError without control images.
+    edges at `size` pixels, or depths, which `new_task` estimates once with the estimator for the model of
+    these files. InputError without control images.
     """
     plain = methods.train_source(folder, prompt or "")
     if options.preprocess == "canny":
-        return {"target": "ldm.training.data.edges.Edges", "params": {"source": plain, "size": size}}
+        return {"target": EDGES, "params": {"source": plain, "size": size}}
     own = Path(folder, CONTROL)
     if options.preprocess == "depth":
-        own = default_cache() / "depths" / ImageFolder(**plain["params"]).fingerprint[:16]
+        images, (_, estimator) = ImageFolder(**plain["params"]).fingerprint, estimator_of(files)
+        own = default_cache() / "depths" / f"{images[:16]}-{quick_hash(estimator)}"
         own.mkdir(parents=True, exist_ok=True)
     elif not own.is_dir():
         raise InputError(
@@ -171,9 +178,12 @@ def check(setup: Setup, options: Control) -> None:
         )
     if options.control_init:
         check_controlnet(options.control_init, setup.section)
-    if options.preprocess == "depth":
-        estimator_of(setup)
-    else:
+    if options.preprocess and not made_by(setup.data.train, options.preprocess):
+        raise InputError(
+            f"--preprocess {options.preprocess} makes control images of --data FOLDER: the YAML file's "
+            "data.train has its own, so leave one of them out"
+        )
+    if options.preprocess != "depth":
         check_controls(open_sources(setup.data, cache=setup.folder)[0])
 
 
@@ -186,22 +196,29 @@ def new_task(model: LatentDiffusion, setup: Setup, options: Control) -> ControlN
         params = setup.data.train["params"]
         images, folder = ImageFolder(**_without(params)), Path(params["maps"][CONTROL])
         device = setup.fabric.device if setup.fabric else torch.device("cpu")
-        write_depths(images, load_estimator(*estimator_of(setup)), folder, device)
+        write_depths(images, load_estimator(*estimator_of(setup.files)), folder, device)
     return ControlNetTask(model, setup.config, setup.data, net=net, section=setup.section)
 
 
 def sampling(files: Sequence[Path], setup: Setup, options: Control) -> Sampling:
     """The control image is that of the first example, and so is the prompt."""
-    example = open_sources(setup.data, cache=setup.folder)[0][0]
+    example = next(readable_examples(setup))
     hint = Image.fromarray(example.maps[CONTROL])
     caption = setup.prompt or example.caption
     return Sampling(fields={"control": (ControlImage(str(files[0]), hint),)}, prompts=(caption,))
 
 
-def estimator_of(setup: Setup) -> tuple[Mapping[str, Any], Path]:
-    """The config and the file of the depth estimator. InputError if there is none."""
+def made_by(train: Mapping[str, Any], preprocess: str) -> bool:
+    """Whether a `data.train` is one for which `train_source` makes the control images."""
+    if preprocess == "canny":
+        return train["target"] == EDGES
+    return str(default_cache() / "depths") in str((train.get("params") or {}).get("maps"))
+
+
+def estimator_of(files: ModelFiles) -> tuple[Mapping[str, Any], Path]:
+    """The config and the file of the depth estimator for a model. InputError if there is none."""
     try:
-        return estimator_files(SimpleNamespace(files=setup.files))
+        return estimator_files(SimpleNamespace(files=files))
     except FieldError as error:
         raise InputError(
             "--preprocess depth takes the estimator of a Stable Diffusion v2 depth checkpoint, linked at "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,6 +29,7 @@ from ldm.training.families import has_channels
 from ldm.training.files import whole, writing
 from ldm.training.finetune import lora
 from ldm.training.finetune.methods import DreamBooth, Sampling, Setup
+from ldm.training.processes import led
 from ldm.training.tasks import Batch, LatentDiffusionTask
 from ldm.weights.hashes import file_hash
 
@@ -70,7 +72,7 @@ class WithPrior(LatentDiffusionTask):
     def class_batch(self, batch: Batch) -> dict[str, Any]:
         """An image of the class for each example of a batch, with random numbers of its own."""
         mean, std = self.class_latents()
-        own = {"step": -1 - batch["step"], "row": batch["row"]}  # no other batch has such a step
+        own = {"step": -2 - batch["step"], "row": batch["row"]}  # no other batch has such a step
         index = (self.uniform(own, "class image") * len(mean)).long().to(mean.device)
         captions = [self.class_prompts[k] for k in index.tolist()]
         return own | {"mean": mean[index], "std": std[index], "caption": captions}
@@ -160,12 +162,19 @@ def class_images(setup: Setup, options: DreamBooth) -> dict[str, Any]:
         )
 
     which = f"{file_hash(setup.files.weights)}\n{setup.weights}"
-    if setup.fabric is None or setup.fabric.is_global_zero:
-        paths = make_class_images(
-            open_pipeline, options.class_prompt, options.class_images, setup.folder, setup.config.seed, which
-        )
+    paths: list[Path] = []
+    with led(setup.fabric) if setup.fabric else nullcontext():
+        if setup.fabric is None or setup.fabric.is_global_zero:
+            paths = make_class_images(
+                open_pipeline,
+                options.class_prompt,
+                options.class_images,
+                setup.folder,
+                setup.config.seed,
+                which,
+            )
     if setup.fabric is not None:
-        paths = setup.fabric.broadcast(paths if setup.fabric.is_global_zero else None)
+        paths = setup.fabric.broadcast(paths)
     source = ImageFolder(str(paths[0].parent), options.class_prompt)
     wanted = {path.name for path in paths}
     examples = [source[k] for k in range(len(source)) if source.key(k) in wanted]  # in the paths' order

@@ -17,13 +17,13 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbed
 from ldm.pipeline.prompts import PromptReader, name_pattern
 from ldm.pipeline.settings.text import Reading
 from ldm.training.config import TrainingConfig
-from ldm.training.data.sources import open_sources
 from ldm.training.files import whole, write_tensors
 from ldm.training.finetune import methods
-from ldm.training.finetune.methods import Inversion, Sampling, Setup
+from ldm.training.finetune.methods import Inversion, Sampling, Setup, readable_captions
 from ldm.training.tasks import Batch, LatentDiffusionTask
 from ldm.util import instantiate_from_config
 from ldm.weights.embedding import Embedding
+from ldm.weights.loading import ModelFiles
 
 VECTORS = "new_word.vectors"
 EXAMPLE = "--token <vase> --init_word vase"
@@ -124,11 +124,12 @@ def check(setup: Setup, options: Inversion) -> None:
     with torch.device("meta"):
         encoder = instantiate_from_config(setup.section["params"]["cond_stage_config"])
     check_words(encoder, options.token, options.init_word)
-    source, _ = open_sources(setup.data, cache=setup.folder)
-    check_captions(options.token, (source.caption(k) for k in range(len(source))))
+    check_captions(options.token, readable_captions(setup))
 
 
-def train_source(folder: str, prompt: str | None, size: int, options: Inversion) -> dict[str, Any]:
+def train_source(
+    folder: str, prompt: str | None, size: int, options: Inversion, files: ModelFiles
+) -> dict[str, Any]:
     """The images of a folder; those that have no caption are captioned by `prompt`, or by templates."""
     return methods.train_source(folder, prompt or "")
 

@@ -26,7 +26,6 @@ from ldm.weights.lora_names import TEXT, UNET, Target
 
 Shape = Sequence[int]
 
-LAYOUTS = ("kohya", "diffusers")
 LAYERS = {  # names of layers, as diffusers has them, by regular expression
     "attention": r"\.attn[12]\.to_(q|k|v|out\.0)$|\.self_attn\.\w+_proj$",
     "attention+mlp": r"\.attentions\.|\.self_attn\.\w+_proj$|\.mlp\.fc[12]$",

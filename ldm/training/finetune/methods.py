@@ -6,23 +6,27 @@ The module of a method has three functions, which are called in this order:
     new_task(model, setup, options)   the task to train
     sampling(files, setup, options)   how images are made with the files that it left: `Sampling`
 
-It may have a fourth, `train_source(folder, size, options)`: the `train:` part of the `data:` section.
+It may have a fourth, `train_source(folder, prompt, size, options, files)`: the `train:` part of the `data:`
+section for a folder of images, for a model of these files.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ldm.errors import InputError
 from ldm.fields import check_fields, setting
 
 if TYPE_CHECKING:
     from ldm.training.config import TrainingConfig
     from ldm.training.data.config import DataConfig
+    from ldm.training.data.example import Example
     from ldm.weights.loading import ModelFiles
 
 IMAGES = "ldm.training.data.folder.ImageFolder"
@@ -171,6 +175,34 @@ class Sampling:
     fields: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     before: Mapping[str, Any] = field(default_factory=dict)
+
+
+def readable_examples(setup: Setup) -> Iterator[Example]:
+    """The examples of a fine-tuning's source but the damaged ones. InputError where all are."""
+    from ldm.training.data.example import DamagedExample
+    from ldm.training.data.sources import open_sources
+
+    source, _ = open_sources(setup.data, cache=setup.folder)
+    why = None
+    for k in range(len(source)):
+        try:
+            yield source[k]
+            why = ""
+        except DamagedExample as error:
+            why = str(error) if why is None else why
+    if why:
+        raise InputError(f"none of the images can be read ({why})")
+
+
+def readable_captions(setup: Setup) -> Iterator[str]:
+    """The captions of a fine-tuning's source but the damaged ones; no image is read."""
+    from ldm.training.data.example import DamagedExample
+    from ldm.training.data.sources import open_sources
+
+    source, _ = open_sources(setup.data, cache=setup.folder)
+    for k in range(len(source)):
+        with suppress(DamagedExample):
+            yield source.caption(k)
 
 
 def train_source(folder: str, prompt: str | None) -> dict[str, Any]:

@@ -6,15 +6,25 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
+from ldm.fields import settings_of
 from ldm.log import notice
-from ldm.training.config import training_config
+from ldm.training.config import TrainingConfig, training_config
 from ldm.training.data.config import data_config
 from ldm.training.files import writing
-from ldm.training.finetune.methods import METHODS, Method, Sampling, Setup, train_source
+from ldm.training.finetune.methods import (
+    METHODS,
+    Method,
+    Sampling,
+    Setup,
+    readable_captions,
+    readable_examples,
+    train_source,
+)
 from ldm.weights.description import describe
 from ldm.weights.loading import choose_model, read_config, read_section
 
@@ -40,8 +50,9 @@ def prepare(
 ) -> Setup:
     """Everything about a fine-tuning that can be known, and refused, before the model is loaded.
 
-    `given` are keys of the `training:` section from the command line; they go over those of the YAML files
-    `bases`, which go over the method's, and `overrides` such as "data.flip=0.5" over all. InputError.
+    `given` are keys of the `training:` section from the command line; they and the images of `folder` go over
+    those of the YAML files `bases`, which go over the method's, and `overrides` such as "data.flip=0.5" over
+    all. InputError.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -57,22 +68,29 @@ def prepare(
     source = getattr(functions, "train_source", None)
     size = describe(section).native_size
     read = [{name: read_section(Path(base), name, {}) for name in ("training", "data")} for base in bases]
-    train = None
     if folder is not None:
-        train = source(folder, prompt, size, options) if source else train_source(folder, prompt)
+        for sections in read:
+            sections["data"].pop("train", None)
     elif not any("train" in sections["data"] for sections in read):
         raise InputError("--data FOLDER is missing: the images to learn from")
-    own = {"size": size} if train is None else {"train": train, "size": size}
-    defaults = {"training": dict(method.training), "data": {**method.data, **own}}
+    defaults = {"training": dict(method.training), "data": {**method.data, "size": size}}
     for override in overrides:
         if not override.startswith(("training.", "data.")) or "=" not in override:
             raise InputError(f"{override}: an override is like training.warmup=10 or data.flip=0.5")
     try:
         dotted = OmegaConf.from_dotlist(list(overrides))
         merged = OmegaConf.merge(defaults, *read, {"training": dict(given)}, dotted)
+        train = None
+        if folder is not None:
+            size = merged["data"]["size"]
+            train = source(folder, prompt, size, options, files) if source else train_source(folder, prompt)
+            merged = OmegaConf.merge(merged, {"data": {"train": train}}, dotted)
         merged = OmegaConf.to_container(merged)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise InputError(f"{' '.join(overrides)} cannot be read: {' '.join(str(error).split())}") from error
+    for name, each in settings_of(TrainingConfig).items():
+        if each.group == "start" and merged["training"].get(name) is not None:
+            raise InputError(f"training.{name}: a fine-tuning starts from --ckpt and --weights; leave it out")
     training = training_config({**merged["training"], "init": str(files.weights)})
     data = data_config(merged["data"])
     data.check_factor(describe(section).factor or 8)
@@ -164,6 +182,9 @@ def new_task(method: Method, setup: Setup, options: Any) -> Any:
     model = load_model(
         setup.section, setup.files.weights, setup.weights, (), torch.float32, setup.files.undecided
     )
+    if model.zero_terminal_snr:  # its file says so, and samplers rescale its schedule
+        config = dataclasses.replace(setup.config, zero_terminal_snr=True)
+        setup = dataclasses.replace(setup, config=config)
     task = method.functions.new_task(model, setup, options)
     task.method_options, task.output_option = recorded(method, setup, options), OUTPUT
     source, _ = task.opened = task.sources(setup.folder)
@@ -203,7 +224,7 @@ def compare(method: Method, files: Sequence[Path], setup: Setup, options: Any) -
     how: Sampling = method.functions.sampling(files, setup, options)
     prompts = list(setup.config.sample_prompts or how.prompts or ([setup.prompt] if setup.prompt else []))
     if not prompts:
-        prompts = [source.caption(k) for source in [_source(setup)] for k in range(min(3, len(source)))]
+        prompts = list(islice(readable_captions(setup), 3))
 
     def open_pipeline(ckpt: Path) -> Pipeline:
         which = setup.weights if ckpt == setup.files.weights else None
@@ -211,7 +232,7 @@ def compare(method: Method, files: Sequence[Path], setup: Setup, options: Any) -
             str(ckpt), str(setup.files.config), RuntimeOptions(batch_size=SEEDS), weights=which, safety="off"
         )
 
-    common = {"steps": setup.config.sample_steps, "sampler": "dpmpp_2m"}
+    common = {"steps": setup.config.sample_steps, "sampler": "dpmpp_2m", **_first_image(setup)}
     rows: dict[tuple[int, bool], list[np.ndarray]] = {}
     plain = open_pipeline(setup.files.weights)
     with tqdm(total=2 * SEEDS * len(prompts), desc="samples") as bar:
@@ -232,7 +253,18 @@ def compare(method: Method, files: Sequence[Path], setup: Setup, options: Any) -
     return path
 
 
-def _source(setup: Setup) -> Any:
-    from ldm.training.data.sources import open_sources
+def _first_image(setup: Setup) -> dict[str, Any]:
+    """What samples of a model that is given an image start from: the first one that can be read."""
+    from PIL import Image
 
-    return open_sources(setup.data, cache=setup.folder)[0]
+    from ldm.training.data.images import fitted
+
+    described = describe(setup.section)
+    if described.task not in ("depth", "upscale"):
+        return {}
+    side = setup.data.size
+    image = Image.fromarray(fitted(next(readable_examples(setup)), (side, side)).image)
+    if described.task == "depth":
+        return {"init_img": image, "strength": 1.0}
+    factor = described.factor or 4
+    return {"init_img": image.resize((side // factor,) * 2, Image.Resampling.BOX), "noise_level": 20}

@@ -55,6 +55,15 @@ def test_metadata_as_a_table_and_beside_each_image(tmp_path: Path) -> None:
     assert source.metadata == {"punsafe": ["0.5", 0.1]}
 
 
+def test_a_comma_that_has_no_quotes(tmp_path: Path) -> None:
+    """It ended in AttributeError: 'NoneType' object has no attribute 'endswith'."""
+    write_folder(tmp_path, 2)
+    (tmp_path / "metadata.csv").write_text('file_name,text\n00.png,"one, two"\n01.png,one, two\n')
+    source = ImageFolder(str(tmp_path))
+    assert [source.caption(k) for k in range(2)] == ["one, two", "image 1"]
+    assert "a text with a comma needs quotes" in source.left_out["metadata.csv:2"]
+
+
 def test_one_caption_for_all(tmp_path: Path) -> None:
     write_folder(tmp_path, 2)
     (tmp_path / "01.txt").unlink()

@@ -22,6 +22,7 @@ from ldm.training.config import TrainingConfig
 from ldm.training.data.example import Example, InMemory, Source
 from ldm.training.data.folder import ImageFolder
 from ldm.training.data.sources import build_source
+from ldm.training.finetune import controlnet
 from ldm.training.finetune.controlnet import (
     ControlNetTask,
     check,
@@ -36,6 +37,7 @@ from ldm.training.objective import draw_timesteps
 from ldm.training.start import start_latent_diffusion
 from ldm.util import instantiate_from_config
 from ldm.weights.controlnet import check_controlnet, load_controlnet, to_theirs, write_diffusers
+from ldm.weights.loading import BUNDLED_WEIGHTS, choose_model, find
 
 SECTION = tiny_config("v1")
 WIDE = family("LatentDiffusion", 4, unet={"channel_mult": [2, 3]}, conditioning_key="crossattn")
@@ -236,7 +238,8 @@ def images_in(folder: Path, count: int = 2, side: int = 32) -> Path:
 
 
 def source_of(folder: Path, size: int, **options: Any) -> Source:
-    return build_source("train", train_source(str(folder), "a house", size, Control(**options)))
+    files = choose_model(None, BUNDLED_WEIGHTS)
+    return build_source("train", train_source(str(folder), "a house", size, Control(**options), files))
 
 
 def test_control_images_lie_beside_the_images(tmp_path: Path) -> None:
@@ -280,7 +283,8 @@ class Slope(nn.Module):
 def test_depths_are_estimated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = images_in(tmp_path / "images")
-    given = train_source(str(folder), "a house", 32, Control(preprocess="depth"))
+    files = choose_model(None, BUNDLED_WEIGHTS)
+    given = train_source(str(folder), "a house", 32, Control(preprocess="depth"), files)
     depths = Path(given["params"]["maps"]["control"])
     assert depths.is_relative_to(tmp_path / "cache")
     estimator = Slope()
@@ -292,6 +296,10 @@ def test_depths_are_estimated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     depth = source[0].maps["control"]
     assert depth[0].max() == 0
     assert depth[-1].min() == 255
+    # Another estimator's depths were taken for those of this one.
+    monkeypatch.setattr(controlnet, "estimator_of", lambda files: ({}, find(BUNDLED_WEIGHTS)))
+    other = train_source(str(folder), "a house", 32, Control(preprocess="depth"), files)
+    assert other != given
 
 
 def test_no_control_images(tmp_path: Path) -> None:
