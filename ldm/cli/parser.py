@@ -244,8 +244,8 @@ def _image_parser(
     add(
         "--like",
         metavar="IMAGE",
-        help="take every setting from an image made here, or by a tool that writes them as AUTOMATIC1111's web "
-        "UI (A1111) does; other flags override",
+        help="take every setting from an image made here, or by a tool that writes them as AUTOMATIC1111's "
+        "web UI (A1111) does; other flags override",
     )
     add("--outdir", nargs="?", help=f"folder for the results ({defaults['outdir']})")
     add = group_of(parser, "sampling").add_argument

@@ -27,7 +27,8 @@ TOKENS = 77  # of a prompt
 class OneThread(CallState):
     """A UNet's calls on a CPU, of which those of at most so many `latents` run in one thread.
 
-    The number of threads is a setting of the process, so each call puts it back.
+    The number of threads is a setting of the calling thread, which each call puts back. A further thread of
+    the program begins with that of the moment in which it first computes with torch.
     """
 
     def __init__(self, unet: UNetModel, latents: int):

@@ -207,12 +207,11 @@ class Controls:
     def features(self, pipeline: Pipeline, batch: Sequence[ImageRequest]) -> list[Tensor]:
         """What the ControlNets that have a weight see of requests with one `batch_key`: [b, c, h, w] each."""
         found = []
-        for k, one in enumerate(batch[0].controls):
-            if one.weight:
-                image = to_float([self.hint(pipeline, request, k) for request in batch]) / 2 + 0.5
-                image = like_weights(image, pipeline.model.model).to(pipeline.model.device)
-                net = self.net(pipeline, one.file)
-                found.append(net.embed(image))
+        used = [(k, one.file) for k, one in enumerate(batch[0].controls) if one.weight]
+        for k, file in used:
+            image = to_float([self.hint(pipeline, request, k) for request in batch]) / 2 + 0.5
+            image = like_weights(image, pipeline.model.model).to(pipeline.model.device)
+            found.append(self.net(pipeline, file, len(used)).embed(image))
         return found
 
     def around(
@@ -229,13 +228,16 @@ class Controls:
         used = [one for one in first.controls if one.weight]
         if not used:
             return pipeline.model
-        nets = [self.net(pipeline, one.file) for one in used]
+        nets = [self.net(pipeline, one.file, len(used)) for one in used]
         spans = [timesteps_within(run, discretization, one.start, one.end) for one in used]
         weights = [one.weight for one in used]
         return ControlledModel(pipeline.model, nets, weights, spans)
 
-    def net(self, pipeline: Pipeline, path: str) -> ControlNet | Moved:
-        """The ControlNet of a file, loaded when it is first used and when the file has changed."""
+    def net(self, pipeline: Pipeline, path: str, together: int) -> ControlNet | Moved:
+        """The ControlNet of a file, loaded when it is first used and when the file has changed.
+
+        So many are used `together`, and kept.
+        """
         status = weights_file(path).stat()
         key = path, status.st_mtime_ns, status.st_size
         if key not in self._nets:
@@ -245,14 +247,15 @@ class Controls:
             self._nets[key] = Moved(net, model.device) if moves else net.to(model.device)
             if model.device.type == "cpu" and not pipeline.options.eager:
                 use_kernels_of(model, net, pipeline.options.kernels)
-            while len(self._nets) > MOST:
+            while len(self._nets) > max(MOST, together):
                 self._nets.popitem(last=False)
         self._nets.move_to_end(key)
         return self._nets[key]
 
     def networks(self, pipeline: Pipeline, request: ImageRequest) -> list[ControlNet]:
         """The ControlNets that act on requests like this one."""
-        nets = [self.net(pipeline, one.file) for one in request.controls if one.weight]
+        used = [one.file for one in request.controls if one.weight]
+        nets = [self.net(pipeline, file, len(used)) for file in used]
         return [net.net if isinstance(net, Moved) else net for net in nets]
 
     def forget(self) -> None:

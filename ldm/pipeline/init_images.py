@@ -13,6 +13,7 @@ from ldm.images.init_image import open_init_image, read_grey, read_init_image
 from ldm.pipeline.request import ImageRequest
 
 MOST = 16  # images that are kept
+GREY = ("map", "grey")  # of a key; the name of a colour alone is that of a background
 KEPT_BYTES = 2**30  # of what is kept, as far as that is more than one: photographs are large
 
 
@@ -52,7 +53,7 @@ class InitImages:
     def grey(self, source: Any) -> np.ndarray:
         """A mask or depth map in the size of its file, float32 [H, W] in 0 … 1. InputError."""
         return self._keep(
-            (_name(source), "grey"), source, lambda: read_grey(source, max_pixels=self.max_pixels)
+            (_name(source), *GREY), source, lambda: read_grey(source, max_pixels=self.max_pixels)
         )
 
     def digests(self, request: ImageRequest) -> dict[str, str]:
@@ -67,7 +68,7 @@ class InitImages:
             )
         for name, source in (("mask image", request.mask), ("depth map", request.depth)):
             if source is not None:
-                found[name] = self._digest(source, ("grey",), lambda source=source: self.grey(source))
+                found[name] = self._digest(source, GREY, lambda source=source: self.grey(source))
         return found
 
     def forget(self) -> None:

@@ -93,6 +93,10 @@ def largest_batch(run_batch: Callable[[int], object], device: torch.device, most
     `run_batch` makes a batch of n images, decoding included; one step of sampling is enough. It is called for
     one image and for two, and the difference is what each further image takes.
     """
+    if device.type == "cpu":
+        from ldm.optimize.memory import keep_memory
+
+        keep_memory()  # else the memory of a batch would be given back before it can be read
     readings = []
     for images in (1, 2):
         reset_peak_memory(device)

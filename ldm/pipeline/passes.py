@@ -86,25 +86,35 @@ def digests(request: ImageRequest) -> dict[str, str]:
     return {} if name in (None, LATENT, LANCZOS) else {"hires upscaler": quick_hash(Path(name))}
 
 
+def file_stamp(name: str) -> tuple:
+    """What changes when a file does."""
+    try:
+        status = Path(name).stat()
+    except OSError:  # reading it will say why
+        return (name,)
+    return name, status.st_mtime_ns, status.st_size
+
+
 class PixelUpscalers:
-    """The pixel upscalers that second passes name; the last one is kept."""
+    """The pixel upscalers that second passes name; the last one is kept, until its file changes."""
 
     def __init__(self, options: RuntimeOptions):
         self.options = RuntimeOptions(device=options.device, precision=options.precision)
-        self._kept: tuple[str, PixelUpscaler] | None = None
+        self._kept: tuple[tuple, PixelUpscaler] | None = None
 
     def of(self, request: ImageRequest) -> PixelUpscaler | None:
         """The one of a request's file, whose network is read; None without one. InputError."""
         name = request.hires_upscaler
         if name in (None, LATENT, LANCZOS):
             return None
-        if self._kept is None or self._kept[0] != name:
+        stamp = file_stamp(name)
+        if self._kept is None or self._kept[0] != stamp:
             try:
                 upscaler = PixelUpscaler(name, self.options, option="{hires_upscaler}")
                 upscaler.network  # noqa: B018
             except InputError as error:
                 raise FieldError(f"{error}; there are {LATENT}, {LANCZOS} and files") from error
-            self._kept = name, upscaler
+            self._kept = stamp, upscaler
         return self._kept[1]
 
 

@@ -348,6 +348,8 @@ class ImageRequest(
             )
         self._set(sampler=sampler, schedule=schedule or implied)
         given = {name: getattr(self, name) for name in SAMPLER_OPTIONS if getattr(self, name) is not None}
+        if given.get("s_churn") == 0:  # as where it is not given
+            del given["s_churn"]
         allowed = catalogue.SAMPLERS[sampler].options
         for name, value in given.items():
             if name not in allowed:
@@ -461,7 +463,8 @@ class ImageRequest(
 
     def _has(self, name: str) -> bool:
         """Whether a setting is given that is off by default."""
-        return getattr(self, name) not in (None, False)
+        value = getattr(self, name)
+        return value is not None and value is not False  # 0 is a value, and equals False
 
     @property
     def repaints(self) -> bool:

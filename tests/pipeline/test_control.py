@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -190,6 +191,23 @@ def test_the_network_is_read_once(pipeline: Pipeline, files: Path, monkeypatch: 
     for k in range(2):
         images(pipeline, one(f"{files / 'edges.pth'}:{files / f'drawing{k}.png'}"))
     assert read == [str(files / "edges.pth")]
+
+
+def test_many_at_once_are_read_once(
+    pipeline: Pipeline, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five pushed each other out within one image."""
+    from ldm.pipeline import control
+
+    read: list[str] = []
+    monkeypatch.setattr(
+        control, "load_controlnet", lambda path, *rest: read.append(path) or load_controlnet(path, *rest)
+    )
+    nets = [tmp_path / f"{k}.pth" for k in range(control.MOST + 1)]
+    for net in nets:
+        shutil.copy(files / "edges.pth", net)
+    images(pipeline, one(*[f"{net}:{files / 'drawing0.png'}" for net in nets]))
+    assert read == list(map(str, nets))
 
 
 def test_image_to_image_and_inpainting(pipeline: Pipeline, files: Path) -> None:

@@ -48,6 +48,7 @@ def test_cfg_plus_plus_has_a_scale_of_its_own(load: Load) -> None:
         ({"apg_momentum": 1}, "apg_momentum: 1 is not a number in range"),
         ({"threshold_percentile": 0.9}, "threshold_percentile is for mimic_scale; give that, too"),
         ({"cfg_pp": True, "sampler": "heun"}, "cfg_pp with heun: CFG.. is for samplers that take Euler's"),
+        ({"cfg_pp": True, "sampler": "euler", "s_churn": 4.0}, "cfg_pp with s_churn: its scales are for"),
         ({"cfg_pp": True, "scale": 7.5}, "cfg_pp with scale 7.5: its scale is 0 to 1, at most 2"),
         (
             {"mimic_scale": 3, "prompt": "a AND b", "prompt_syntax": "a1111"},

@@ -38,6 +38,18 @@ def test_an_init_image_is_the_one_that_is_given(load: Load, tmp_path: Path) -> N
     assert np.array_equal(round_trip(str(path)), seen[2])
 
 
+def test_a_grey_background_is_no_map(tmp_path: Path) -> None:
+    """With --background grey one file as init image and mask ended in a TypeError."""
+    path = tmp_path / "both.png"
+    colour(9).save(path)
+    images = InitImages(10**6)
+    request = ImageRequest(init_img=str(path), background="grey", mask=str(path), strength=0.5)
+    assert images.whole(request).shape == (64, 64, 3)
+    assert images.grey(str(path)).shape == (64, 64)
+    digests = images.digests(request)
+    assert digests["init image"] != digests["mask image"]
+
+
 def test_an_image_that_is_kept_is_one_object(tmp_path: Path) -> None:
     """Under the size that a resolved request has, too; a batch of it is encoded once."""
     images, request = InitImages(10**6), ImageRequest(init_img=colour(9, 70), strength=0.5)

@@ -54,3 +54,11 @@ def test_the_memory_of_the_machine_is_read_without_torch() -> None:
 def test_other_errors_are_no_lack_of_memory() -> None:
     assert not memory.is_out_of_memory(RuntimeError("shape '[2]' is invalid for input of size 3"))
     assert not memory.is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+def test_a_batch_on_a_cpu_leaves_its_memory_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --eager the memory of a batch had gone back to the system, so that any number seemed to fit."""
+    made: list[object] = []
+    monkeypatch.setattr("ldm.optimize.memory.keep_memory", lambda: made.append("kept"))
+    memory.largest_batch(made.append, CPU, 4)
+    assert made == ["kept", 1, 2]

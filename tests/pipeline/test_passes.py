@@ -1,5 +1,7 @@
 """Two passes: equal to the commands one after the other, in any batch, recorded, taken up again, refused."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,6 +125,17 @@ def test_a_pixel_upscaler_enlarges(load: Load, esrgan: Path) -> None:
     (found,) = pixels(pipeline, request)
     assert np.array_equal(found, by_hand(pipeline, request, fitted))
     assert not np.array_equal(found, pixels(pipeline, request.twin(hires_upscaler="lanczos"))[0])
+
+
+def test_a_pixel_upscaler_that_has_changed_is_read_again(load: Load, esrgan: Path, tmp_path: Path) -> None:
+    """A service went on with the old network, and recorded the new file's hash."""
+    own = tmp_path / "own.pth"
+    shutil.copy(esrgan, own)
+    pipeline, request = load(), one(hires=1.5, hires_upscaler=str(own))
+    before = pipeline.pixel_upscalers.of(request)
+    assert pipeline.pixel_upscalers.of(request) is before
+    os.utime(own, ns=(1, 1))
+    assert pipeline.pixel_upscalers.of(request) is not before
 
 
 def test_the_bundled_model_keeps_the_layout() -> None:

@@ -48,6 +48,7 @@ def test_an_init_image_and_its_strength_come_together(own: dict, message: str) -
         ({"sampler": "eulr"}, "sampler eulr is not known"),
         ({"sampler": "plms", "eta": 0.5}, "eta 0.5: plms has no such option; it is one of ddim,"),
         ({"sampler": "euler", "s_tmin": 1}, "s_tmin without s_churn: euler adds no noise"),
+        ({"sampler": "euler", "s_churn": 0, "s_tmin": 1}, "s_tmin without s_churn: euler adds no noise"),
         ({"sampler": "euler", "s_churn": 1, "s_tmin": 2, "s_tmax": 1}, "s_tmin 2 is above s_tmax 1"),
         ({"sampler": "DPM++ 2M Karras", "schedule": "exponential"}, "sampler implies the karras schedule"),
         ({"schedule": "karras", "timesteps": (9, 1)}, "schedule and timesteps all say which noise levels"),
@@ -167,3 +168,23 @@ def test_images_are_files_or_of_pillow(name: str) -> None:
     values = {"init_img": "a.png", "strength": 0.5, name: np.zeros((3, 3))}
     with pytest.raises(FieldError, match=f"{name} is an object of type ndarray: give a file's name or a PIL"):
         ImageRequest("a cat", **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"noise_level": 0, "init_img": "i.png", "rng": "compvis"}, "noise_level is for rng image"),
+        ({"noise_level": 0, "mask": "m.png", "init_img": "i.png"}, "mask and noise_level are for different"),
+        ({"crop_to_mask": 0}, "crop_to_mask without mask"),
+    ],
+)
+def test_a_value_of_0_is_given(values: dict, words: str) -> None:
+    """As 0 equals False, these passed for settings that were not given."""
+    with pytest.raises(FieldError) as error:
+        ImageRequest(**values)
+    assert words in str(error.value)
+
+
+def test_no_churn_is_as_if_it_were_not_given() -> None:
+    """It was refused: s_churn without s_churn."""
+    assert ImageRequest(sampler="euler", s_churn=0.0).s_churn == 0

@@ -33,7 +33,8 @@ class GuidanceSettings:
     )
     apg_norm: float = setting(
         0.0,
-        "adaptive projected guidance: longest difference of the two predictions; longer ones are shortened, 0: no limit",
+        "adaptive projected guidance: longest difference of the two predictions; longer ones are shortened, "
+        "0: no limit",
         low=0,
         high=1e6,
         group=GROUP,
@@ -94,6 +95,8 @@ class GuidanceSettings:
                 which=self.sampler,
                 choices=", ".join(CFG_PP_SAMPLERS),
             )
+        if self.cfg_pp and self.s_churn:
+            raise FieldError("{cfg_pp} with {s_churn}: its scales are for steps that add no noise")
         if self.cfg_pp and self.scale is not None and not 0 <= self.scale <= 2:
             raise FieldError(
                 "{cfg_pp} with {scale} {value:g}: its scale is 0 to 1, at most 2; 0.6 is like 7.5 without it",
