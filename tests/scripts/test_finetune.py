@@ -327,7 +327,8 @@ def test_a_controlnet_is_trained_and_followed_by_txt2img(
 
 
 def test_mistakes_about_control_images(finetune: Finetune, folder: Path) -> None:
-    refused(finetune("--method", "controlnet"), "has no control images: put them into", "--preprocess canny")
+    refused(finetune("--method", "controlnet"), "images has no control images: put them into", "canny")
+    assert "cannot be read" not in finetune("--method", "controlnet").err[0]
     control = folder / "control"
     control.mkdir()
     Image.new("RGB", (24, 20)).save(control / "0.png")

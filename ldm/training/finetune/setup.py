@@ -54,10 +54,6 @@ def prepare(
     those of the YAML files `bases`, which go over the method's, and `overrides` such as "data.flip=0.5" over
     all. InputError.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     if folder is not None and not Path(folder).is_dir():
         raise InputError(f"--data {folder}: there is no such folder")
     if prompt is not None and not prompt.strip():
@@ -77,17 +73,12 @@ def prepare(
     for override in overrides:
         if not override.startswith(("training.", "data.")) or "=" not in override:
             raise InputError(f"{override}: an override is like training.warmup=10 or data.flip=0.5")
-    try:
-        dotted = OmegaConf.from_dotlist(list(overrides))
-        merged = OmegaConf.merge(defaults, *read, {"training": dict(given)}, dotted)
-        train = None
-        if folder is not None:
-            size = merged["data"]["size"]
-            train = source(folder, prompt, size, options, files) if source else train_source(folder, prompt)
-            merged = OmegaConf.merge(merged, {"data": {"train": train}}, dotted)
-        merged = OmegaConf.to_container(merged)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise InputError(f"{' '.join(overrides)} cannot be read: {' '.join(str(error).split())}") from error
+    merged = _merged(overrides, defaults, *read, {"training": dict(given)})
+    train = None
+    if folder is not None:
+        size = merged["data"]["size"]
+        train = source(folder, prompt, size, options, files) if source else train_source(folder, prompt)
+        merged = _merged(overrides, merged, {"data": {"train": train}})
     for name, each in settings_of(TrainingConfig).items():
         if each.group == "start" and merged["training"].get(name) is not None:
             raise InputError(f"training.{name}: a fine-tuning starts from --ckpt and --weights; leave it out")
@@ -101,6 +92,19 @@ def prepare(
         functions.check(setup, options)
         _check_resumed(method, setup, options)
     return setup
+
+
+def _merged(overrides: Sequence[str], *sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections, the later over the earlier, and `section.key=value` over all of them. InputError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        merged = OmegaConf.merge(*sections, OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(merged)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise InputError(f"{' '.join(overrides)} cannot be read: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
