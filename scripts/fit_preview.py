@@ -18,6 +18,7 @@ from ldm.errors import InputError
 
 BATCH = 32
 LEAST = 8  # images, of which a fit is worth anything
+LARGEST_RENDER = 128  # pixels: renders have nothing to show in more
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -46,8 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.weights.loading import BUNDLED_WEIGHTS, choose_model
 
     files = choose_model(args.config, args.ckpt or (None if args.config else BUNDLED_WEIGHTS), None)
-    images = own_images(args) if args.images else rendered(args.count)
     pipeline = Pipeline.open(str(files.weights), str(files.config))
+    side = min(pipeline.described.native_size, LARGEST_RENDER)
+    images = own_images(args) if args.images else rendered(args.count, side)
     model = pipeline.model
     latents, pixels = [], []
     with torch.inference_mode():
@@ -67,15 +69,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def rendered(count: int) -> list:
-    """Images of the bundled models' world, uint8 [64, 64, 3], always the same."""
+def rendered(count: int, side: int) -> list:
+    """Images of the bundled models' world, uint8 [side, side, 3], always the same."""
     import numpy as np
 
     from ldm.scenes.renderer import render
     from ldm.scenes.scene import random_scene
 
     rng = np.random.default_rng(0)
-    return [render(random_scene(rng), rng) for _ in range(count)]
+    return [render(random_scene(rng), rng, side) for _ in range(count)]
 
 
 def own_images(args: argparse.Namespace) -> list:

@@ -52,6 +52,7 @@ def condensed(scores: Mapping[str, Any], model: str, scale: float) -> dict[str, 
 TASKS = {
     "scenes-64": (),
     "scenes-64-v": (),
+    "scenes-128": (),
     "scenes-64-inpainting": ("inpainting",),
     "scenes-64-depth": ("depth",),
     "scenes-x4": ("upscaling",),

@@ -101,6 +101,7 @@ def precision_of(name: str, tensor: Tensor, precision: str | None) -> torch.dtyp
     """The dtype to write a tensor in; None keeps its own.
 
     What a model computes itself keeps its precision as well: rounded schedules are of no use to anyone.
+    Single numbers, such as the latents' scale, are not rounded either.
     """
     import torch
 
@@ -108,7 +109,8 @@ def precision_of(name: str, tensor: Tensor, precision: str | None) -> torch.dtyp
 
     if precision is None or not tensor.is_floating_point() or COMPUTED.fullmatch(name):
         return tensor.dtype
-    return getattr(torch, PRECISIONS[precision])
+    wanted = getattr(torch, PRECISIONS[precision])
+    return wanted if tensor.shape else torch.promote_types(tensor.dtype, wanted)
 
 
 def size_of(state: State, precision: str | None) -> int:

@@ -83,8 +83,9 @@ def test_what_cannot_be_written_ends_no_run(
     assert "cannot write" in caplog.messages[0]
 
 
-def test_previews_look_like_the_images_of_the_bundled_model(tmp_path: Path) -> None:
-    pipeline = Pipeline.load("models/scenes-64/model.safetensors", safety="off")
+@pytest.mark.parametrize("name", ["scenes-64", "scenes-128"])
+def test_previews_look_like_the_images_of_the_bundled_models(name: str) -> None:
+    pipeline = Pipeline.load(f"models/{name}/model.safetensors", safety="off")
     rng = np.random.default_rng(3)
     requests = [
         pipeline.resolve(ImageRequest(caption(random_scene(rng)), seed=k, steps=6, sampler="dpmpp_2m"))
@@ -101,7 +102,7 @@ def test_previews_look_like_the_images_of_the_bundled_model(tmp_path: Path) -> N
     assert correlation(latents[0], decoded, factors) >= 0.9
     # and in the images' own size
     seen = [
-        Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC)
+        Image.fromarray(image).resize((decoded.shape[3], decoded.shape[2]), Image.Resampling.BICUBIC)
         for image in to_colours(latents[0], factors)
     ]
     pixels = np.stack([image.pixels for image in images])

@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "scenes"
         ("scenes-64", 0, 80000, 64, set()),
         ("scenes-64 drill", 1, 80000, 64, set()),
         ("autoencoder autoencoder-128", 20, 4800, 128, set()),
+        ("autoencoder autoencoder-128 decoder-128", 22, 6000, 128, set()),
         ("scenes-128", 21, 20000, 128, set()),
         ("scenes-64-v", 2, 30000, 64, set()),
         ("scenes-64-inpainting", 4, 14000, 64, {"mask"}),

@@ -18,7 +18,7 @@ from ldm.errors import InputError
 from ldm.modules.encoders import tokenizer
 from ldm.weights import checkpoint, loading, prediction
 from ldm.weights.description import describe, prediction_of
-from ldm.weights.families import FAMILIES, family_of, supported
+from ldm.weights.families import BY_PLACE, FAMILIES, family_of, supported
 from ldm.weights.loading import (
     advised_scale,
     choose_model,
@@ -280,7 +280,7 @@ def test_advised_scale_that_is_no_number(tmp_path):
 
 
 CONFIGS = Path(loading.ROOT) / "configs"
-RUN = {family.name: family for family in reversed(FAMILIES) if family.config}
+RUN = {family.name: family for family in reversed(FAMILIES) if family.config and family.pattern != BY_PLACE}
 
 
 def tiny_file(path: Path, channels: int = 4, context: int = 768, form: str = "safetensors", **extra) -> Path:
@@ -312,6 +312,18 @@ NUMBERS = {
     "the bundled depth model": (5, 64),
     "the bundled x4 upscaler": (7, 64),
 }
+
+
+def test_a_bundled_file_is_known_by_its_place(tmp_path):
+    """Two of them have the same shapes, and are made for images of different size."""
+    for name in ("scenes-64", "scenes-128"):
+        path = f"models/{name}/model.safetensors"
+        files = choose_model(None, path)
+        assert files.config == loading.ROOT / f"configs/scenes/{name}.yaml"
+        assert f"{describe(read_config(files.config)).native_size}" in name
+        assert files.notice is None
+        (tmp_path / f"{name}.safetensors").symlink_to(loading.ROOT / path)
+        assert choose_model(None, str(tmp_path / f"{name}.safetensors")).config == files.config
 
 
 @pytest.mark.parametrize("name", RUN)
