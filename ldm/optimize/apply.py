@@ -19,7 +19,6 @@ from ldm.optimize.memory import keep_memory, return_memory
 from ldm.optimize.offload import offload
 from ldm.optimize.openvino import compile_with_openvino
 from ldm.optimize.slicing import slice_attention
-from ldm.optimize.threads import count_weights, use_one_thread
 from ldm.optimize.tiling import tile_first_stage
 from ldm.optimize.timesteps import keep_timesteps
 
@@ -102,11 +101,8 @@ def speed_up(model: LatentDiffusion, options: Options, device: torch.device) -> 
     if device.type == "cpu":
         if keep_memory():
             return_memory(model)
-        weights = count_weights(model.model.diffusion_model)
         use_kernels(model, KERNELS.get(options.kernels) or choose_kernels(model))
         share_prefix(model)
-        if options.kernels == "measured" and not options.compile:
-            use_one_thread(model, weights)
     if device.type == "cuda" and (options.graphs or options.compile):
         if options.precision == "autocast":
             keep_casts(model)

@@ -7,8 +7,10 @@ oneDNN with channels last and weights reordered once
 tried first, and a torch without them leaves a model plain. Results equal the plain ones to rounding.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.attention import GEGLU, CrossAttention
+from ldm.modules.attention import GEGLU, BasicTransformerBlock, CrossAttention
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, Upsample
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel
 from ldm.optimize.attention import NO_ACTIVATION, SHORTEST, attention_kernels, use_attention_in_rows
@@ -36,6 +38,10 @@ from ldm.weights.header import let_go
 
 GELU = ("gelu", [], "none")  # the exact one, by the error function
 MOST_CHANNELS, MOST_PIXELS = 640, 16 * 16  # of a layer that is measured: more of them change no ratio
+# Squared channels times latents, over the residual blocks of a UNet that is measured as a whole. The bundled
+# models have a twentieth to a fifth of it, v1 a hundred times as much.
+SMALL_WORK = 2e7
+TOKENS = 77  # of a prompt
 
 Forward = Callable[[Tensor], Tensor]
 Shape = tuple[int, int, int]  # channels, height, width
@@ -255,12 +261,42 @@ def choose_kernels(model: LatentDiffusion) -> Kernels:
     convolutions = choose(f"convolutions, {levels}", names, partial(conv_kernels, shapes, dtype))
     small = [shape for shape in shapes if shape[2] < model.image_size] or shapes  # than the latents
     upsampling = partial(upsampling_kernels, small, dtype, convolutions)
-    return Kernels(
+    found = Kernels(
         convolutions,
         choose(f"upsampling by {convolutions}, {levels}", UPSAMPLINGS, upsampling),
         choose(f"linear layers, {levels}", LINEARS, partial(linear_kernels, shapes, dtype)),
         attention,
     )
+    work = sum(channels**2 * size**2 for channels, size in feature_maps(unet, model.image_size))
+    if work > SMALL_WORK or unet.num_classes is not None:
+        return found
+    sets = [found, found._replace(convolutions="torch", upsampling="torch"), KERNELS["torch"]]
+    named = {"+".join(kernels): kernels for kernels in sets}
+    if len(named) == 1:
+        return found
+    whole = partial(whole_calls, unet, model.image_size, named)
+    return named[choose(f"whole calls, {'+'.join(found)}, {levels}", tuple(named), whole)]
+
+
+def whole_calls(
+    unet: UNetModel, side: int, named: Mapping[str, Kernels]
+) -> Mapping[str, Callable[[], object]]:
+    """Guided calls of copies of a small UNet, on each set of kernels.
+
+    There what is between the layers decides: the kernels that were the fastest ones by themselves made the
+    bundled model's calls take twice as long as torch's.
+    """
+    width = next(m.attn2.to_k.in_features for m in unet.modules() if isinstance(m, BasicTransformerBlock))
+    x = torch.zeros(2, unet.in_channels, side, side, dtype=unet.dtype)
+    timesteps, context = torch.zeros(2), torch.zeros(2, TOKENS, width, dtype=unet.dtype)
+    runs = {}
+    for name, kernels in named.items():
+        own = copy.deepcopy(unet)
+        use_kernels(
+            SimpleNamespace(model=SimpleNamespace(diffusion_model=own), first_stage_model=own), kernels
+        )
+        runs[name] = partial(own, x, timesteps, context)
+    return runs
 
 
 def head_width(unet: UNetModel) -> int:
