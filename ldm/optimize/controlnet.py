@@ -5,7 +5,7 @@ from torch import nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.controlnet import ControlNet
-from ldm.optimize.layers import KERNELS, choose_kernels, use_kernels
+from ldm.optimize.layers import KERNELS, use_kernels
 
 
 class Layers(nn.ModuleList):
@@ -16,12 +16,12 @@ class Layers(nn.ModuleList):
         return next(self.parameters()).dtype
 
 
-def use_kernels_of(model: LatentDiffusion, net: ControlNet, kernels: str) -> None:
-    """Let `net`, on a CPU, run on the kernels that `model`'s UNet runs on, by the option's value.
+def use_kernels_of(model: LatentDiffusion, net: ControlNet) -> None:
+    """Let `net`, on a CPU, run on the kernels that `model`'s UNet runs on.
 
     It is for inference only then: its weights must not change any more.
     """
     stand_in = nn.Module()
     stand_in.model, stand_in.first_stage_model = nn.Module(), nn.Module()
     stand_in.model.diffusion_model = Layers(net.children())
-    use_kernels(stand_in, KERNELS.get(kernels) or choose_kernels(model))
+    use_kernels(stand_in, getattr(model, "kernels", KERNELS["torch"]))

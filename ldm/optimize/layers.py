@@ -10,7 +10,6 @@ tried first, and a torch without them leaves a model plain. Results equal the pl
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -268,7 +267,8 @@ def choose_kernels(model: LatentDiffusion) -> Kernels:
         attention,
     )
     work = sum(channels**2 * size**2 for channels, size in feature_maps(unet, model.image_size))
-    if work > SMALL_WORK or unet.num_classes is not None:
+    compiled = "forward" in vars(unet)  # by another library
+    if work > SMALL_WORK or compiled or unet.num_classes is not None:
         return found
     sets = [found, found._replace(convolutions="torch", upsampling="torch"), KERNELS["torch"]]
     named = {"+".join(kernels): kernels for kernels in sets}
@@ -291,10 +291,10 @@ def whole_calls(
     timesteps, context = torch.zeros(2), torch.zeros(2, TOKENS, width, dtype=unet.dtype)
     runs = {}
     for name, kernels in named.items():
-        own = copy.deepcopy(unet)
-        use_kernels(
-            SimpleNamespace(model=SimpleNamespace(diffusion_model=own), first_stage_model=own), kernels
-        )
+        alone = nn.Module()
+        alone.model, alone.first_stage_model = nn.Module(), nn.Module()
+        alone.model.diffusion_model = own = copy.deepcopy(unet)
+        use_kernels(alone, kernels)
         runs[name] = partial(own, x, timesteps, context)
     return runs
 
@@ -306,15 +306,17 @@ def head_width(unet: UNetModel) -> int:
 
 
 def use_kernels(model: LatentDiffusion, kernels: Kernels) -> None:
-    """Let `model` run on `kernels`. It is for inference only then: its weights must not change any more.
+    """Let `model` run on `kernels`, which it then has as an attribute.
 
-    A notice, and torch's own, where this processor or torch cannot run them on the model's type.
+    It is for inference only then: its weights must not change any more. A notice, and torch's own, where this
+    processor or torch cannot run them on the model's type.
     """
     dtype = model.model.diffusion_model.dtype
     if kernels not in (KERNELS["torch"], FOLDED) and not has_onednn(dtype):
         name = str(dtype).removeprefix("torch.")
         notice(f"--kernels: oneDNN does not run {name} on this processor; torch's own are used")
         kernels = KERNELS["torch"]
+    model.kernels = kernels
     if kernels.upsampling == "folded":
         fold_upsampling(model, CONVOLUTIONS[kernels.convolutions])
     if kernels.convolutions == "onednn":

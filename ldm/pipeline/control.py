@@ -246,7 +246,7 @@ class Controls:
             moves = pipeline.options.low_vram == "max" and model.device.type != "cpu"
             self._nets[key] = Moved(net, model.device) if moves else net.to(model.device)
             if model.device.type == "cpu" and not pipeline.options.eager:
-                use_kernels_of(model, net, pipeline.options.kernels)
+                use_kernels_of(model, net)
             while len(self._nets) > max(MOST, together):
                 self._nets.popitem(last=False)
         self._nets.move_to_end(key)
