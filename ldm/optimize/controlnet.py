@@ -5,7 +5,7 @@ from torch import nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.controlnet import ControlNet
-from ldm.optimize.layers import KERNELS, use_kernels
+from ldm.optimize.layers import KERNELS, alone, use_kernels
 
 
 class Layers(nn.ModuleList):
@@ -21,7 +21,4 @@ def use_kernels_of(model: LatentDiffusion, net: ControlNet) -> None:
 
     It is for inference only then: its weights must not change any more.
     """
-    stand_in = nn.Module()
-    stand_in.model, stand_in.first_stage_model = nn.Module(), nn.Module()
-    stand_in.model.diffusion_model = Layers(net.children())
-    use_kernels(stand_in, getattr(model, "kernels", KERNELS["torch"]))
+    use_kernels(alone(Layers(net.children())), getattr(model, "kernels", KERNELS["torch"]))

@@ -291,12 +291,18 @@ def whole_calls(
     timesteps, context = torch.zeros(2), torch.zeros(2, TOKENS, width, dtype=unet.dtype)
     runs = {}
     for name, kernels in named.items():
-        alone = nn.Module()
-        alone.model, alone.first_stage_model = nn.Module(), nn.Module()
-        alone.model.diffusion_model = own = copy.deepcopy(unet)
-        use_kernels(alone, kernels)
+        own = copy.deepcopy(unet)
+        use_kernels(alone(own), kernels)
         runs[name] = partial(own, x, timesteps, context)
     return runs
+
+
+def alone(network: nn.Module) -> nn.Module:
+    """A model with nothing but a network in the place of its UNet, for functions that change layers."""
+    model = nn.Module()
+    model.model, model.first_stage_model = nn.Module(), nn.Module()
+    model.model.diffusion_model = network
+    return model
 
 
 def head_width(unet: UNetModel) -> int:
