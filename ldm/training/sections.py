@@ -41,7 +41,7 @@ def read_sections(bases: Sequence[Path], overrides: Sequence[str]) -> Sections:
             hint = f"; did you mean {nearest[0]}?" if nearest and nearest[0] != name else ""
             raise InputError(f"{override}: an override is like training.steps=10 or data.size=64{hint}")
     try:
-        last = OmegaConf.to_container(_merged(overrides))
+        last = OmegaConf.to_container(read_overrides(overrides))
         _drop_other_params([*files, last])
         merged = OmegaConf.to_container(OmegaConf.merge(*files, last))
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -60,8 +60,11 @@ def read_sections(bases: Sequence[Path], overrides: Sequence[str]) -> Sections:
     return Sections(merged["model"], data_config(merged["data"]), training_config(merged["training"]))
 
 
-def _merged(overrides: Iterable[str]) -> Any:
-    """What `section.key=value` say. Conditions such as data.filters.score=>= 5 are text, and no YAML."""
+def read_overrides(overrides: Iterable[str]) -> Any:
+    """What `section.key=value` say, as a config of OmegaConf.
+
+    Conditions such as data.filters.score=>= 5 are text, and no YAML. Errors are OmegaConf's and YAML's.
+    """
     from omegaconf import OmegaConf
 
     merged = OmegaConf.create()

@@ -401,3 +401,15 @@ def test_a_model_of_zero_terminal_snr_stays_one(
     result = run((config, weights), folder, tmp_path / "zqx.safetensors", "--method", "full", "--prompt", "a")
     assert result.code == 0, result.err
     assert markers.keys() <= load_file(result.output).keys()
+
+
+def test_a_condition_on_the_command_line_is_text(
+    model: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    """It was read as YAML, where ">= 5" begins a folded text, and so ended in an error."""
+    config, ckpt = map(str, model)
+    overrides = ["data.filters.width=>= 5", "data.flip=0.5"]
+    words = {"config": config, "ckpt": ckpt, "given": {"steps": 1}, "overrides": overrides}
+    output, options = str(tmp_path / "net.safetensors"), Control(preprocess="canny")
+    data = prepare(METHODS["controlnet"], options, str(folder), output, **words).data
+    assert (data.filters, data.flip) == ({"width": ">= 5"}, 0.5)

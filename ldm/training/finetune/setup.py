@@ -25,6 +25,7 @@ from ldm.training.finetune.methods import (
     readable_examples,
     train_source,
 )
+from ldm.training.sections import read_overrides
 from ldm.weights.description import describe
 from ldm.weights.loading import choose_model, read_config, read_section
 
@@ -101,7 +102,7 @@ def _merged(overrides: Sequence[str], *sections: Mapping[str, Any]) -> dict[str,
     from yaml import YAMLError
 
     try:
-        merged = OmegaConf.merge(*sections, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(*sections, read_overrides(overrides))
         return OmegaConf.to_container(merged)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise InputError(f"{' '.join(overrides)} cannot be read: {' '.join(str(error).split())}") from error
