@@ -97,6 +97,22 @@ def report_prompts(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> None
         notice(line)
 
 
+def report_sizes(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> None:
+    """A notice where images are at most half as high or wide as those that the model was made for.
+
+    A small init image without --H and --W is the usual reason. The layout of such an image means nothing.
+    """
+    if pipeline.described.task == "upscale":
+        return
+    native = pipeline.described.native_size
+    sizes = {(one.height, one.width) for one in requests if not one.repaints}
+    for height, width in sorted(size for size in sizes if min(size) <= native // 2):
+        notice(
+            f"{width}x{height} pixels: the model was made for {native}x{native}, and draws little sense in "
+            f"half of that; --H {native} --W {native} fits"
+        )
+
+
 def texts_read(requests: Sequence[ImageRequest]) -> list[tuple[str, Reading]]:
     """The different texts that the text encoder reads, prompts before negative prompts, and how."""
     prompts: dict[tuple[str, Reading], None] = {}

@@ -13,7 +13,7 @@ from ldm.log import LOG, log_to, notice, problem
 from ldm.pipeline.memory import peak_memory
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
-from ldm.runs.checks import check_run, report_prompts, report_steps
+from ldm.runs.checks import check_run, report_prompts, report_sizes, report_steps
 from ldm.runs.costs import Meter, device_power, duration, rounded
 from ldm.runs.dry_run import print_plan
 from ldm.runs.forecast import Forecast, Stopwatch, forecast, print_forecast, probed, remember
@@ -200,6 +200,7 @@ def prepare(pipeline: Pipeline, requests: Sequence[ImageRequest], team: Team, sh
     """
     use_device_of(team, pipeline)
     report_prompts(pipeline, requests)
+    report_sizes(pipeline, requests)
     if sheet is None:  # which shows them
         report_steps(requests)
     pipeline.safety  # noqa: B018

@@ -44,6 +44,15 @@ def test_a_watermark_that_does_not_fit_is_said_once(txt2img: Command) -> None:
     )
 
 
+@pytest.mark.parametrize(("height", "width", "said"), [(16, 16, 0), (8, 16, 1), (16, 8, 1), (32, 16, 0)])
+def test_half_of_the_models_size_is_too_small(txt2img: Command, height: int, width: int, said: int) -> None:
+    """img2img.py with a small image drew rubbish in its size, and said nothing."""
+    result = txt2img("--H", height, "--W", width)
+    assert result.code == 0
+    words = f"{width}x{height} pixels: the model was made for 16x16, and draws little sense in half of that"
+    assert result.err == [f"{words}; --H 16 --W 16 fits"] * said
+
+
 def test_a_run_of_nothing(model: tuple[Path, Path], tmp_path: Path) -> None:
     pipeline = Pipeline.open(str(model[1]), str(model[0]), RuntimeOptions(device="cpu"), safety="off")
     with pytest.raises(InputError, match="at least one request"):
