@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ldm.training.files import write_tensors
 from ldm.weights.checkpoint import COMPUTED
+from ldm.weights.prediction import RESOLUTION
 
 
 def export_weights(
@@ -16,11 +17,13 @@ def export_weights(
     half: bool = False,
     parameterization: str = "eps",
     zero_terminal_snr: bool = False,
+    size: int | None = None,
 ) -> Path:
     """Write a model's weights as safetensors, without the schedule, which every model computes itself.
 
     In half precision scalars such as the latents' scale stay in single precision. A file of a v-model says
-    so in its metadata, and one with zero terminal SNR has the markers that loaders look for.
+    so in its metadata, and one with zero terminal SNR has the markers that loaders look for. `size` is the
+    side in pixels of the images that the model was made for.
     """
     state = {name: tensor for name, tensor in state.items() if not COMPUTED.fullmatch(name)}
     if half:
@@ -28,6 +31,8 @@ def export_weights(
     metadata = {"format": "pt"}
     if parameterization == "v":
         metadata["modelspec.prediction_type"] = "v"
+    if size is not None:
+        metadata[RESOLUTION] = f"{size}x{size}"
     if zero_terminal_snr:
         state |= {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     write_tensors(state, path, metadata)

@@ -293,7 +293,8 @@ class LatentDiffusionTask(Task):
         model = self.model
         path = folder / "model.safetensors"
         zero = self.config.zero_terminal_snr
-        return [export_weights(self.exported_state(), path, True, model.parameterization, zero)]
+        size = model.image_size * model.first_stage_model.factor
+        return [export_weights(self.exported_state(), path, True, model.parameterization, zero, size)]
 
 
 def first(batch: Batch, count: int) -> dict[str, Any]:
