@@ -31,7 +31,7 @@ from ldm.cli.entry import run
 from ldm.cli.parser import Parser, number
 from ldm.errors import InputError
 from ldm.log import notice
-from ldm.weights.loading import BUNDLED_CONFIG, ROOT, V1_CONFIG
+from ldm.weights.loading import BUNDLED_CONFIG, ROOT, SMALL_CONFIG, V1_CONFIG
 
 RESULTS = ROOT / "benchmarks/results"
 GIB = 2**30
@@ -626,7 +626,7 @@ def measure_sheet(options: argparse.Namespace) -> list[Row]:
     arguments = ["--x", "sampler", *samplers, "--y", "steps", *map(str, (5, 10, 15, 20, 30, 50))]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "scripts/compare.py"), *arguments, "--prompt", PROMPT]
-        command += ["--config", str(ROOT / BUNDLED_CONFIG), "--outdir", folder]
+        command += ["--config", str(ROOT / SMALL_CONFIG), "--outdir", folder]
         try:
             (time,) = timed_runs(command, 1)
         except InputError as error:
@@ -647,7 +647,7 @@ def bookkeeping_share(images: int) -> tuple[float, float]:
     spent: list[float] = []
     worker.save = timed(worker.save, spent)
     with tempfile.TemporaryDirectory() as folder:
-        argv = ["--prompt", PROMPT, "--config", str(ROOT / BUNDLED_CONFIG), "--outdir", folder, "--quiet"]
+        argv = ["--prompt", PROMPT, "--config", str(ROOT / SMALL_CONFIG), "--outdir", folder, "--quiet"]
         argv += ["--n_samples", "4", "--n_iter", str(images // 4), "--safety", "off", "--plms"]
         command = parse(txt2img_parser(), argv)
 
@@ -677,7 +677,7 @@ def images_per_second(devices: int, images: int) -> float:
     """Of a run of the bundled model by processes of one thread each, one to a core, as its bar says."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "scripts/txt2img.py"), "--prompt", PROMPT, "--outdir", folder]
-        command += ["--config", str(ROOT / BUNDLED_CONFIG), "--device", "cpu", "--devices", str(devices)]
+        command += ["--config", str(ROOT / SMALL_CONFIG), "--device", "cpu", "--devices", str(devices)]
         command += ["--n_samples", "4", "--n_iter", str(images // 4), "--steps", "20", "--skip_grid"]
         if devices == 1 and shutil.which("taskset"):
             command = ["taskset", "-c", "0", *command]
@@ -739,7 +739,7 @@ def planning_seconds(lines: int) -> float:
         path = Path(folder, "prompts.jsonl")
         own = ({"seed": k, "steps": 10 + k % 40, "scale": 1.5 + k / lines} for k in range(lines))
         path.write_text("".join(json.dumps({"prompt": PROMPT, **options}) + "\n" for options in own))
-        argv = ["--from-file", str(path), "--config", str(ROOT / BUNDLED_CONFIG), "--n_iter", "1"]
+        argv = ["--from-file", str(path), "--config", str(ROOT / SMALL_CONFIG), "--n_iter", "1"]
         argv += ["--sampler", "dpmpp_2m", "--safety", "off", "--device", "cpu"]
 
         def plan() -> None:
@@ -818,7 +818,7 @@ def approximations(steps: int, images: int) -> dict[str, tuple[list[float], list
     prompts = [caption(random_scene(rng)) for _ in range(images)]
     commands: dict[str, tuple[Arguments, Pipeline]] = {}
     for flags in ("", *APPROXIMATIONS):
-        argv = ["--config", str(ROOT / BUNDLED_CONFIG), "--steps", str(steps), "--device", "cpu"]
+        argv = ["--config", str(ROOT / SMALL_CONFIG), "--steps", str(steps), "--device", "cpu"]
         command = parse(txt2img_parser(), [*argv, "--safety", "off", *flags.split()])
         commands[flags] = command, command.pipeline()
 
@@ -870,7 +870,7 @@ def image_to_image(prompt: str, strengths: list[float]) -> dict[float, tuple[flo
     options = RuntimeOptions(device="cpu", eager=True, batch_size=8)
     pipeline = Pipeline.open(config=BUNDLED_CONFIG, options=options, safety="off")
     detector = load_detector(ROOT / "models/scenes-64/detector.safetensors")
-    init, side = str(ROOT / "assets/init.png"), 64
+    init, side = str(ROOT / "assets/init.png"), 128
 
     def generate(strength: float) -> np.ndarray:
         request = ImageRequest(prompt, height=side, width=side, scale=3.0, init_img=init, strength=strength)

@@ -80,12 +80,12 @@ def measure(kind: str, section: dict[str, Any], steps: int, folder: Path) -> dic
     from ldm.training.data.loader import loader
     from ldm.training.data.sources import open_sources
     from ldm.training.tasks import LatentDiffusionTask
-    from ldm.weights.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, find, load_model, read_config
+    from ldm.weights.loading import SMALL_CONFIG, SMALL_WEIGHTS, find, load_model, read_config
 
     data = data_config({"train": section, "size": 64, "latents": kind == "latents"})
     settings = {"steps": steps + UNCOUNTED, "batch_size": BATCH, "learning_rate": 1e-6}
-    config = training_config(settings | {"init": BUNDLED_WEIGHTS})
-    model = load_model(read_config(find(BUNDLED_CONFIG)), find(BUNDLED_WEIGHTS))
+    config = training_config(settings | {"init": SMALL_WEIGHTS})
+    model = load_model(read_config(find(SMALL_CONFIG)), find(SMALL_WEIGHTS))
     task = LatentDiffusionTask(model, config, data)
     source, _ = open_sources(data, cache=folder)
     items = cached(data, source, model, folder) if data.latents else source

@@ -88,18 +88,18 @@ def generate(page: "Page") -> str:
 
 
 def paint(page: "Page", image: str) -> None:
-    """Choose inpainting, drop an image onto it and draw a stroke across its right half."""
+    """Choose inpainting, drop an image onto it and draw a stroke over its right half."""
     page.get_by_label("Inpaint", exact=True).check()
     page.wait_for_selector("#editor canvas")
     page.wait_for_timeout(1000)  # until the editor has set itself up
     page.set_input_files("#editor input[type=file]", image)
     page.wait_for_timeout(1000)
     canvas = page.locator("#editor canvas").last.bounding_box()
-    x, y = canvas["x"] + canvas["width"] / 2 + 55, canvas["y"] + canvas["height"] / 2
-    page.mouse.move(x, y - 40)
+    x, y = canvas["x"] + canvas["width"] / 2 + 45, canvas["y"] + canvas["height"] / 2
+    page.mouse.move(x, y - 48)
     page.mouse.down()
     for k in range(17):
-        page.mouse.move(x + 30 * (k % 2), y - 40 + 5 * k)
+        page.mouse.move(x + 56 * (k % 2), y - 48 + 6 * k)
     page.mouse.up()
     page.wait_for_timeout(500)
 

@@ -27,7 +27,7 @@ from ldm.sampling.schedule import published
 from ldm.scenes.captions import caption
 from ldm.scenes.detector import load_detector
 from ldm.scenes.scores import check, evaluation_scenes
-from ldm.weights.loading import BUNDLED_CONFIG, find
+from ldm.weights.loading import SMALL_CONFIG, find
 
 STEPS = (5, 8, 10, 15)
 SAMPLERS = ("ddim", "lms", "dpmpp_2m", "unipc", "deis", "ipndm", "res_multistep", "gradient_estimation")
@@ -148,7 +148,7 @@ def main() -> None:
     if args.known:
         known(samplers, args.schedules)
         return
-    pipeline = Pipeline.load(config=str(find(BUNDLED_CONFIG)), safety="off")
+    pipeline = Pipeline.load(config=str(find(SMALL_CONFIG)), safety="off")
     pipeline.options = type(pipeline.options)(batch_size=50)
     with torch.inference_mode():
         if args.samplers:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Load, kill, memory and throughput of `scripts/serve.py`, a process of its own, on the bundled model.
+"""Load, kill, memory and throughput of `scripts/serve.py`, a process of its own, on `scenes-64`.
 
     python benchmarks/service.py [--only load kill memory cancel slow equal throughput] [--name service]
 
@@ -38,7 +38,7 @@ from benchmark import RESULTS, Row, machine, write_results
 from ldm.cli.entry import run
 from ldm.cli.parser import Parser, number
 from ldm.errors import InputError
-from ldm.weights.loading import ROOT
+from ldm.weights.loading import ROOT, SMALL_WEIGHTS
 
 CLIENTS, QUEUE = 200, 64
 STEPS = 4  # of images whose number counts, not their looks
@@ -58,6 +58,7 @@ class Service:
     def __init__(self, folder: Path, *arguments: str, port: int = 0, clients: int = 0):
         self.log = folder / f"serve-{time.monotonic_ns()}.log"
         command = [sys.executable, str(ROOT / "scripts/serve.py"), "--port", str(port)]
+        command += ["--model", f"small={ROOT / SMALL_WEIGHTS}"]
         if clients:
             tokens = folder / "tokens"
             tokens.write_text("".join(f"client{k}:{token(k)}\n" for k in range(clients)))
@@ -590,6 +591,7 @@ def command_rate(folder: Path, images: int, steps: int) -> float:
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(request(k, steps)) + "\n" for k in range(images)))
     command = [sys.executable, "-u", str(ROOT / "scripts/txt2img.py"), "--from-file", str(prompts)]
+    command += ["--ckpt", str(ROOT / SMALL_WEIGHTS)]
     command += ["--n_iter", "1", "--batch_size", str(BATCH), "--skip_grid", "--quiet", "--json"]
     command += ["--outdir", str(folder / f"command-{time.monotonic_ns()}")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

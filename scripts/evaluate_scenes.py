@@ -65,7 +65,7 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace, runtime: RuntimeOptions, like: ImageRequest) -> int:
     """Sample, read back, and write scores.json, report.md and a grid for each scale into `--outdir`."""
-    files = choose_model(args.config or BUNDLED_CONFIG, args.ckpt)
+    files = choose_model(args.config or (None if args.ckpt else BUNDLED_CONFIG), args.ckpt)
     config = read_config(files.config)  # a mistake in it need not wait for torch
 
     from PIL import Image

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How well do the bundled siblings of scenes-64 do what they are for, on held-out scenes?"""
+"""How well do the siblings of the bundled model do what they are for, on held-out scenes?"""
 
 import argparse
 import json
@@ -12,10 +12,10 @@ from ldm.cli import entry
 from ldm.cli import parser as cli
 
 WEIGHTS = {
-    "inpainting": "models/scenes-64-inpainting/model.safetensors",
-    "depth": "models/scenes-64-depth/model.safetensors",
+    "inpainting": "models/scenes-128-inpainting/model.safetensors",
+    "depth": "models/scenes-128-depth/model.safetensors",
     "upscaling": "models/scenes-x4/model.safetensors",
-    "edges": "models/scenes-64/model.safetensors",  # which a ControlNet leads
+    "edges": "models/scenes-128/model.safetensors",  # which a ControlNet leads
 }
 # An upscaler that makes one step says what it expects; more steps are sharper, and further from the truth.
 SAMPLING = {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Images of a subject that the bundled model has never seen, to fine-tune on, and a measure of the result."""
+"""Images of a subject that no bundled model has ever seen, to fine-tune on, and a measure of the result."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--alone", "the subject of textual inversion, a cylinder without other solids", action="store_true")
     add("--captions", "write a caption beside each image, too", action="store_true")
     add("--measure", "draw new scenes, and print how often they are right", metavar="PNG")
-    add("--ckpt", "for --measure: the model (the bundled one)", metavar="FILE")
+    add("--ckpt", "for --measure: the model (scenes-64)", metavar="FILE")
     add("--lora", "for --measure", default=[], action="append", metavar="FILE")
     add("--embedding", "for --measure", default=[], action="append", metavar="FILE")
     add("--word", "for --measure: the subject in prompts (zqx)", default="zqx")
@@ -49,13 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.scenes.scores import marked_grid
     from ldm.scenes.subject import measure, measure_alone, measure_class, write_images
     from ldm.training.files import whole, writing
-    from ldm.weights.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, find
+    from ldm.weights.loading import SMALL_CONFIG, SMALL_WEIGHTS, find
 
     if args.outdir:
         with writing(f"--outdir {args.outdir}"):
             write_images(Path(args.outdir), args.count, args.seed, args.captions, args.alone)
     if args.measure:
-        ckpt, config = args.ckpt or str(find(BUNDLED_WEIGHTS)), str(find(BUNDLED_CONFIG))
+        ckpt, config = args.ckpt or str(find(SMALL_WEIGHTS)), str(find(SMALL_CONFIG))
         pipeline = Pipeline.load(ckpt, config, RuntimeOptions(batch_size=16), safety="off")
         fields = {"lora": tuple(args.lora), "embedding": tuple(args.embedding)}
         if args.alone:

@@ -57,6 +57,9 @@ TASKS = {
     "scenes-64-depth": ("depth",),
     "scenes-x4": ("upscaling",),
     "scenes-64-canny": ("edges",),
+    "scenes-128-inpainting": ("inpainting",),
+    "scenes-128-depth": ("depth",),
+    "scenes-128-canny": ("edges",),
 }
 
 

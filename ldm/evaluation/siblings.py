@@ -1,4 +1,4 @@
-"""How well the bundled siblings of `scenes-64` do what they are for, on held-out scenes.
+"""How well the siblings of the bundled model do what they are for, on held-out scenes.
 
 Each function returns the images of its cases in rows, uint8 [size, size, 3], and what was measured.
 """
@@ -25,8 +25,8 @@ from ldm.scenes.scene import COLOURS, SHAPES, Scene, Solid, pick
 from ldm.scenes.scores import check, evaluation_scenes, score
 from ldm.weights.loading import find
 
-CONTROLNET = "models/scenes-64-canny/model.safetensors"
-NEAR = 4.0  # pixels at 64x64 that a solid may be away from its place in the depth map or the edges
+CONTROLNET = "models/scenes-128-canny/model.safetensors"
+NEAR = 1 / 16  # of the image's side that a solid may be away from its place in the depth map or the edges
 NOISE_LEVEL = 20  # the default of the command
 Rows = list[list[np.ndarray]]
 
@@ -97,11 +97,12 @@ def inpainting(
 def depth(
     pipeline: Pipeline, detector: Detector, like: ImageRequest, seed: int, count: int
 ) -> tuple[Rows, dict[str, float]]:
-    """Shares of images with all solids within `NEAR` pixels of the map's, and in the colours of the prompt.
+    """Shares of images with all solids within `NEAR` of the map's, and in the colours of the prompt.
 
     The maps are true ones. Where solids are is read in the same way from the image and from a render.
     """
     size = pipeline.described.native_size
+    near = NEAR * size
     rng = np.random.default_rng([seed, 3])
     scenes = with_background(both(seed, count))
     truth = [render_layers(scene, rng, size) for scene in scenes]
@@ -127,7 +128,7 @@ def depth(
         [np.stack([depth_map] * 3, axis=-1), image] for depth_map, image in zip(maps, images, strict=True)
     ]
     return rows, {
-        f"places within {NEAR:g} pixels": float(np.mean(np.array(away) <= NEAR * size / 64)),
+        f"places within {near:g} pixels": float(np.mean(np.array(away) <= near)),
         "colours of the prompt": float(np.mean([each["colours"] for each in checks])),
         "shapes of the prompt": float(np.mean([each["shapes"] for each in checks])),
         "median distance in pixels": float(np.median(away)),
@@ -194,6 +195,7 @@ def edges(
     them, and the image of the same prompt and seed without them.
     """
     size = pipeline.described.native_size
+    near = NEAR * size
     rng = np.random.default_rng([seed, 6])
     scenes = with_background(both(seed, count))
     truth = [render(scene, rng, size) for scene in scenes]
@@ -217,10 +219,9 @@ def edges(
     )
     checks = [check(scene, seen) for scene, seen in zip(scenes, detector.read(images), strict=True)]
     rows = [list(row) for row in zip(truth, drawn, images, unled, strict=True)]
-    near = NEAR * size / 64
     return rows, {
-        f"places within {NEAR:g} pixels": float(np.mean(np.array(away) <= near)),
-        f"places within {NEAR:g} pixels without the edges": float(np.mean(np.array(chance) <= near)),
+        f"places within {near:g} pixels": float(np.mean(np.array(away) <= near)),
+        f"places within {near:g} pixels without the edges": float(np.mean(np.array(chance) <= near)),
         "colours of the prompt": float(np.mean([each["colours"] for each in checks])),
         "shapes of the prompt": float(np.mean([each["shapes"] for each in checks])),
         "median distance in pixels": float(np.median(away)),

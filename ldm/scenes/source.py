@@ -63,7 +63,7 @@ class Scenes:
     """Renders of random scenes, the first `images` of a seed's stream, with the maps that a family needs.
 
     `family` is "plain", "masked" or "deep". With `soften`, an upscaler's small images are among the maps:
-    this share of them went through the bundled model's first stage, for an upscaler is to know its soft
+    this share of them went through the first stage of `scenes-64`, for an upscaler is to know its soft
     images. All are rendered when the first is asked for, and kept in memory.
     """
 
@@ -137,14 +137,14 @@ class Scenes:
 
 
 def small_images(images: np.ndarray, soften: float, seed: int) -> np.ndarray:
-    """Images uint8 [n, h, w, 3] at a quarter of the side; a share of them decoded by the bundled model."""
+    """Images uint8 [n, h, w, 3] at a quarter of the side; a share of them decoded by scenes-64."""
     import torch
     import torch.nn.functional as F
 
     from ldm.images.pixels import to_float, to_uint8
-    from ldm.weights.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, find, load_model, read_config
+    from ldm.weights.loading import SMALL_CONFIG, SMALL_WEIGHTS, find, load_model, read_config
 
-    model = load_model(read_config(find(BUNDLED_CONFIG)), find(BUNDLED_WEIGHTS)).first_stage_model
+    model = load_model(read_config(find(SMALL_CONFIG)), find(SMALL_WEIGHTS)).first_stage_model
     rng, small = np.random.default_rng(seed), []
     count = max(1, 64 * 64**2 // images.shape[1] ** 2)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from ldm.weights.loading import find
 
 LORA_FOLDER = "models/loras"
 EMBEDDINGS = (".pt", ".bin", ".safetensors")
-BUNDLED_CONTROLS = ("models/scenes-64-canny/model.safetensors",)
+BUNDLED_CONTROLS = ("models/scenes-128-canny/model.safetensors",)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ldm.log import notice
 from ldm.weights.description import prediction_of
 from ldm.weights.header import Header, read_header
-from ldm.weights.loading import choose_model, load_model, model_without_values, read_config
+from ldm.weights.loading import bundled_family, choose_model, load_model, model_without_values, read_config
+from ldm.weights.prediction import RESOLUTION
 from ldm.weights.writing import Report, check_target, size_of, write_ckpt, write_safetensors, written_whole
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
                 facts = {} if header.global_step is None else {"global_step": header.global_step}
                 write_ckpt(state, path, job.precision, facts, report)
             else:
-                write_safetensors(state, path, job.precision, _metadata(header), report)
+                write_safetensors(state, path, job.precision, _metadata(header, job.other), report)
         return
     state = with_text_model(state)
     # a folder's configs are made for the whole model
@@ -106,9 +107,16 @@ def _picked(state: State, job: Conversion, config: Mapping[str, Any] | None) -> 
     return pick_weights(state, which, path=job.source, names=unet)
 
 
-def _metadata(header: Header) -> dict[str, str]:
-    """What a file's metadata still say of its weights: not the hashes that some trainers write there."""
-    return {name: text for name, text in header.metadata.items() if "hash" not in name and name != "format"}
+def _metadata(header: Header, other: Path | None) -> dict[str, str]:
+    """What a file's metadata still say of its weights: not the hashes that some trainers write there.
+
+    The size of a bundled model's images is added: its file does not state it, and is known by its content. A
+    merged model takes that of the one that it was merged with.
+    """
+    family = bundled_family(other or header.path)
+    known = {RESOLUTION: f"{family.size}x{family.size}"} if family and family.size else {}
+    kept = {name: text for name, text in header.metadata.items() if "hash" not in name and name != "format"}
+    return known | kept
 
 
 def _prediction(config: Mapping[str, Any], job: Conversion, undecided: bool) -> tuple[str, bool]:

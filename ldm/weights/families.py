@@ -22,9 +22,9 @@ class Family:
     folder: str | None = None  # below models/ldm/, where users link its weights
     download: str = ""  # what the published file is called
     bundled: str | None = None  # its weights, if they come with this repository
+    size: int | None = None  # side in pixels of its images; their weights do not show it either
 
 
-BY_PLACE = r"(?!)"  # matches nothing: the shapes are those of another row, and the file is known by its path
 SD, BUNDLED = "configs/stable-diffusion/", "configs/scenes/"
 V1 = Family(
     "Stable Diffusion v1", r"^unet 4 768", f"{SD}v1-inference.yaml",
@@ -70,24 +70,32 @@ FAMILIES = (
         folder="stable-diffusion-x4-upscaler", download="x4-upscaler-ema.ckpt",
     ),
     Family(
-        "the bundled 64x64 model", r"^unet 4 64$", f"{BUNDLED}scenes-64.yaml",
-        bundled="models/scenes-64/model.safetensors",
-    ),
-    Family(
-        "the bundled 64x64 model", r"^unet 4 64$", f"{BUNDLED}scenes-64-v.yaml", predicts="v",
-        bundled="models/scenes-64-v/model.safetensors",
-    ),
-    Family(
-        "the bundled 128x128 model", BY_PLACE, f"{BUNDLED}scenes-128.yaml",
+        "the bundled model", r"^unet 4 64$", f"{BUNDLED}scenes-128.yaml", size=128,
         bundled="models/scenes-128/model.safetensors",
     ),
     Family(
+        "the bundled model", r"^unet 4 64$", f"{BUNDLED}scenes-64.yaml", size=64,
+        bundled="models/scenes-64/model.safetensors",
+    ),
+    Family(
+        "the bundled model", r"^unet 4 64$", f"{BUNDLED}scenes-64-v.yaml", predicts="v", size=64,
+        bundled="models/scenes-64-v/model.safetensors",
+    ),
+    Family(
+        "the bundled inpainting model", r"^unet 9 64$", f"{BUNDLED}scenes-128-inpainting.yaml", "inpaint",
+        size=128, bundled="models/scenes-128-inpainting/model.safetensors",
+    ),
+    Family(
         "the bundled inpainting model", r"^unet 9 64$", f"{BUNDLED}scenes-64-inpainting.yaml", "inpaint",
-        bundled="models/scenes-64-inpainting/model.safetensors",
+        size=64, bundled="models/scenes-64-inpainting/model.safetensors",
+    ),
+    Family(
+        "the bundled depth model", r"^unet 5 64$", f"{BUNDLED}scenes-128-depth.yaml", "depth",
+        size=128, bundled="models/scenes-128-depth/model.safetensors",
     ),
     Family(
         "the bundled depth model", r"^unet 5 64$", f"{BUNDLED}scenes-64-depth.yaml", "depth",
-        bundled="models/scenes-64-depth/model.safetensors",
+        size=64, bundled="models/scenes-64-depth/model.safetensors",
     ),
     Family(
         "the bundled x4 upscaler", r"^unet 7 64$", f"{BUNDLED}scenes-x4.yaml", "upscale", "v",
@@ -146,9 +154,13 @@ def family_of(state: Mapping[str, Any]) -> Family:
     return recognise(shapes_of(state), state)
 
 
-def variants(family: Family) -> list[Family]:
-    """The rows of that name: they differ in what their UNet predicts."""
-    return [row for row in FAMILIES if row.name == family.name]
+def variants(family: Family, size: int | None = None) -> list[Family]:
+    """The rows of that name, which differ in what their UNet predicts, or in the size of their images.
+
+    With the size that a file states, those of this size, if there are any.
+    """
+    rows = [row for row in FAMILIES if row.name == family.name]
+    return [row for row in rows if size is not None and row.size == size] or rows
 
 
 def identify(state: Mapping[str, Any]) -> str:

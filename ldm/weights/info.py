@@ -14,7 +14,7 @@ from ldm.weights.families import Family, family_of, variants
 from ldm.weights.hashes import hashed_file, known_hash, quick_hash
 from ldm.weights.header import Header, read_header
 from ldm.weights.loading import bundled_family
-from ldm.weights.prediction import prediction_hint
+from ldm.weights.prediction import prediction_hint, stated_size
 
 # The parts of a checkpoint by the beginnings of its weights' names.
 PARTS = (
@@ -72,7 +72,7 @@ def model_info(path: str | Path) -> dict[str, Any]:
         "size": sum(file.stat().st_size for file in _files(path)),
         "family": family.name,
         "supported": family.config is not None,
-        "config": " or ".join(_configs(family, prediction)) or None,
+        "config": " or ".join(_configs(header, family, prediction)) or None,
         "parameters": sum(parts.values()),
         "parts": dict(parts.most_common()),
         "precision": dict(precisions.most_common()),
@@ -114,15 +114,22 @@ def _prediction(header: Header, family: Family) -> tuple[str | None, str | None]
     """What the UNet predicts, and how that is known; (None, how it will be) where nothing in it says."""
     if family.config is None:
         return None, None
-    is_open = len(variants(family)) > 1 and not bundled_family(header.path)
+    rows = variants(family, stated_size(header))
+    is_open = len({row.predicts for row in rows}) > 1 and not bundled_family(header.path)
     if hint := prediction_hint(header, by_name=is_open):
         return hint.parameterization, hint.why
     return (None, "a test when it is loaded") if is_open else (family.predicts, "its family")
 
 
-def _configs(family: Family, prediction: str | None) -> list[str]:
-    rows = [row for row in variants(family) if row.config]
-    return [row.config for row in rows if len(rows) == 1 or prediction in (None, row.predicts)]
+def _configs(header: Header, family: Family, prediction: str | None) -> list[str]:
+    """The configs that fit a file: the first of those that differ in nothing but the size of images."""
+    if bundled_family(header.path):
+        return [family.config]
+    rows = [row for row in variants(family, stated_size(header)) if row.config]
+    first: dict[str, str] = {}
+    for row in rows:
+        first.setdefault(row.predicts, row.config)
+    return [config for predicts, config in first.items() if len(first) == 1 or prediction in (None, predicts)]
 
 
 def _uses(path: Path, family: Family, weights: str | None) -> list[dict[str, str]]:

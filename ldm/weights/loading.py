@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import filecmp
 import functools
 import os
 from collections.abc import Iterable
@@ -40,8 +41,10 @@ V1_CONFIG = V1.config
 V1_WEIGHTS = tuple(f"{LINKED}/{V1.folder}/model.{suffix}" for suffix in ("ckpt", "safetensors"))
 LAION_CONFIG = LAION.config
 SAFETY_FOLDER = "models/safety-checker"
-BUNDLED_CONFIG = "configs/scenes/scenes-64.yaml"
-BUNDLED_WEIGHTS = "models/scenes-64/model.safetensors"
+BUNDLED_CONFIG = "configs/scenes/scenes-128.yaml"
+BUNDLED_WEIGHTS = "models/scenes-128/model.safetensors"
+SMALL_CONFIG = "configs/scenes/scenes-64.yaml"  # the bundled model of 64x64 pixels, for quick experiments
+SMALL_WEIGHTS = "models/scenes-64/model.safetensors"
 
 # The tasks of the families that can do a task: with a mask over the whole image an inpainting model makes
 # images of text, and the sampler repaints a part of an image with any model.
@@ -112,9 +115,18 @@ def choose_model(config: str | None, ckpt: str | None, task: str | None = "text"
 
 
 def bundled_family(weights: Path) -> Family | None:
-    """The family of a file that came with this repository."""
+    """The family of a file that came with this repository, or of a copy of one."""
     rows = {ROOT / family.bundled: family for family in FAMILIES if family.bundled}
-    return rows.get(weights.resolve())
+    here = rows.get(weights.resolve())
+    return here or next((family for path, family in rows.items() if _same_content(weights, path)), None)
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    try:
+        sizes_agree = one.is_file() and other.is_file() and one.stat().st_size == other.stat().st_size
+        return sizes_agree and filecmp.cmp(one, other, shallow=False)
+    except OSError:  # whoever reads the file will say so
+        return False
 
 
 def recognise_file(weights: Path) -> tuple[Family, Shapes]:
@@ -129,12 +141,15 @@ def _files_of(weights: Path, family: Family) -> ModelFiles:
     """The files of a checkpoint that was recognised, with the config that its hints ask for."""
     from ldm.weights.prediction import file_hints
 
-    rows, undecided, why = variants(family), False, ""
-    if len(rows) > 1:
-        hint = file_hints(weights, by_name=True).hint
-        undecided = hint is None
-        family = next(row for row in rows if hint is None or row.predicts == hint.parameterization)
-        why = f" that predicts {hint.parameterization} by {hint.why}" if hint else ""
+    undecided, why = False, ""
+    if len(variants(family)) > 1:
+        hint, _, _, size = file_hints(weights, by_name=True)
+        rows = variants(family, size)
+        family = rows[0]
+        if len({row.predicts for row in rows}) > 1:
+            undecided = hint is None
+            family = next(row for row in rows if hint is None or row.predicts == hint.parameterization)
+            why = f" that predicts {hint.parameterization} by {hint.why}" if hint else ""
     config = find(V1_CONFIG if family is V1 else family.config)
     is_default = weights.absolute() in [find(path).absolute() for path in V1_WEIGHTS]
     line = None if is_default else f"{weights} is taken for {family.name}{why}: its config is {family.config}"

@@ -1,4 +1,7 @@
-"""Does a UNet predict the noise (eps) or v? Its shapes do not show it; hints in the file do, or a test."""
+"""Does a UNet predict the noise (eps) or v? Its shapes do not show it; hints in the file do, or a test.
+
+Nor do they show the size of its images, which a file may state, too.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 # A "v" with a number behind it, as in "512x768_v3", is a version.
 NAMED_V = re.compile(r"(?<!x)768[-_]?v(?!\d)|v-?2[-_.]?[01]?[-_]768(?!\d)|v[-_]?pred", re.I)
 NAMED_EPS = re.compile(r"512[-_]?base|v-?2[-_.]?[01]?[-_](512(?!\d)|base)|eps[-_]?pred|2[-_.][01]-base", re.I)
+# of the Model Metadata Standard, https://github.com/Stability-AI/ModelSpec: "512x512"
+RESOLUTION = "modelspec.resolution"
 METADATA = ("modelspec.prediction_type", "prediction_type", "ss_prediction_type")
 BASE_STEPS = 875_000  # of the training of 512-base-ema.ckpt
 SURE = 0.5  # correlation with the noise; see `measured_prediction`
@@ -27,11 +32,12 @@ class Hint(NamedTuple):
 
 
 class FileHints(NamedTuple):
-    """What a checkpoint says about its UNet's output."""
+    """What a checkpoint says about its UNet's output, and about the size of its images."""
 
     hint: Hint | None
     is_marked: bool  # with a tensor named v_pred
     zero_snr: bool  # trained on a schedule with zero terminal SNR (Lin et al. 2023, arXiv 2305.08891)
+    size: int | None  # side in pixels of the images that the model was made for
 
 
 def file_hints(path: str | Path, by_name: bool = False) -> FileHints:
@@ -41,7 +47,14 @@ def file_hints(path: str | Path, by_name: bool = False) -> FileHints:
     something only where a family has both. InputError for what `read_header` refuses.
     """
     header = read_header(path)
-    return FileHints(prediction_hint(header, by_name), "v_pred" in header.tensors, "ztsnr" in header.tensors)
+    marked, zero_snr = "v_pred" in header.tensors, "ztsnr" in header.tensors
+    return FileHints(prediction_hint(header, by_name), marked, zero_snr, stated_size(header))
+
+
+def stated_size(header: Header) -> int | None:
+    """The shorter side that the metadata of a file state for its model's images, in pixels."""
+    sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(header.metadata.get(RESOLUTION, "")).strip())
+    return min(map(int, sides.groups())) if sides else None
 
 
 def prediction_hint(header: Header, by_name: bool = False) -> Hint | None:

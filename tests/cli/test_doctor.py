@@ -27,7 +27,7 @@ V1 = loading.V1_WEIGHTS[0]
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of this repository's models, to be broken."""
     folder = tmp_path / "repository"
-    (folder / "models/scenes-64").mkdir(parents=True)
+    (folder / loading.BUNDLED_WEIGHTS).parent.mkdir(parents=True)
     (folder / "models/ldm/stable-diffusion-v1").mkdir(parents=True)
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / loading.BUNDLED_WEIGHTS).symlink_to(ROOT / loading.BUNDLED_WEIGHTS)
@@ -56,7 +56,7 @@ def test_all_is_well(command: Callable[..., Result], place: Path) -> None:
         f"ok  torch {torch.__version__} (built for ",
         "ok  CPU cores: ",
         "ok  cpu: float32 works",
-        "ok  bundled model models/scenes-64/model.safetensors: 12 million weights, all there, model hash ",
+        "ok  bundled model models/scenes-128/model.safetensors: 12 million weights, all there, model hash ",
         "--  no Stable Diffusion weights are linked",
         "--  no folder models/safety-checker: images are unchecked",
     ):

@@ -41,7 +41,7 @@ CARDS = cards.cards()
 def test_every_bundled_model_has_a_card() -> None:
     models = {path.parent.name for path in (ROOT / "models").glob("scenes-*/*.safetensors")}
     assert models <= {path.parent.name for path in CARDS}
-    assert {"scenes-64", "scenes-64-v", "scenes-64-inpainting", "scenes-64-depth", "scenes-x4"} <= models
+    assert {"scenes-64", "scenes-64-v", "scenes-128", "scenes-128-inpainting", "scenes-128-canny"} <= models
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)

@@ -5,7 +5,7 @@ import torch
 from tiny_sampling import tiny_model
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.weights.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, find, load_model, read_config
+from ldm.weights.loading import SMALL_CONFIG, SMALL_WEIGHTS, find, load_model, read_config
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def model() -> LatentDiffusion:
 @pytest.fixture(scope="session")
 def loaded_bundled() -> LatentDiffusion:
     with torch.inference_mode(False):
-        return load_model(read_config(find(BUNDLED_CONFIG)), find(BUNDLED_WEIGHTS))
+        return load_model(read_config(find(SMALL_CONFIG)), find(SMALL_WEIGHTS))
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "scenes"
         ("scenes-64-inpainting inpainting-drill", 4, 14000, 64, {"mask"}),
         ("depth-estimator", 7, 8000, 64, {"depth"}),
         ("scenes-64-depth depth-drill", 5, 10000, 64, {"depth"}),
+        ("scenes-128-inpainting", 24, 12000, 128, {"mask"}),
+        ("scenes-128-depth", 25, 12000, 128, {"depth"}),
         ("autoencoder-x4", 3, 1200, 256, set()),
         ("autoencoder-x4 decoder-x4", 8, 4000, 128, set()),
         ("scenes-x4 x4-drill", 6, 1200, 256, {"small"}),

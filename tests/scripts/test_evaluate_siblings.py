@@ -19,16 +19,16 @@ def test_scores_and_grids_are_written(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run("inpainting", "depth", "edges", *arguments) == 0
     out = capsys.readouterr().out
     assert "| pixels kept | 100.0 % |" in out
-    assert "| places within 4 pixels |" in out
+    assert "| places within 8 pixels |" in out
     record = json.loads((tmp_path / "scores.json").read_text())
     assert list(record["scores"]) == ["inpainting", "depth", "edges"]
     assert record["settings"]["prompts"] == 1
     with Image.open(tmp_path / "inpainting.png") as grid:
-        assert grid.size == (6 * 66 + 2, 66 + 2), "image, hole and result of two prompts"
+        assert grid.size == (6 * 130 + 2, 130 + 2), "image, hole and result of two prompts"
     with Image.open(tmp_path / "depth.png") as grid:
-        assert grid.size == (4 * 66 + 2, 66 + 2)
+        assert grid.size == (4 * 130 + 2, 130 + 2)
     with Image.open(tmp_path / "edges.png") as grid:
-        assert grid.size == (8 * 66 + 2, 66 + 2), "render, edges, and images with and without them"
+        assert grid.size == (8 * 130 + 2, 130 + 2), "render, edges, and images with and without them"
 
 
 @pytest.mark.parametrize(

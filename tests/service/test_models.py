@@ -37,13 +37,13 @@ def test_without_names_there_is_one_model_under_its_own() -> None:
     linked = found.reader(found.default).files.weights.resolve() != find(BUNDLED_WEIGHTS).resolve()
     if linked:
         pytest.skip("weights are linked here")
-    assert found.names == ("scenes-64",)
-    assert found.task("scenes-64") == "text"
+    assert found.names == ("scenes-128",)
+    assert found.task("scenes-128") == "text"
 
 
 def test_the_bundled_models_have_names() -> None:
     found = {one.name: one for one in bundled_models()}
-    assert {"scenes-64", "scenes-64-v", "scenes-64-inpainting", "scenes-64-depth", "scenes-x4"} <= {*found}
+    assert {"scenes-128", "scenes-128-inpainting", "scenes-64-v", "scenes-64-depth", "scenes-x4"} <= {*found}
     opened = Models([found["scenes-64-depth"]], RuntimeOptions(device="cpu"), safety="off")
     assert opened.task("scenes-64-depth") == "depth"
 

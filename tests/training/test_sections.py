@@ -57,6 +57,8 @@ def test_the_recipes_of_the_model_cards(
         ["scenes-64-inpainting", "inpainting-drill"],
         ["depth-estimator"],
         ["scenes-64-depth", "depth-drill"],
+        ["scenes-128-inpainting"],
+        ["scenes-128-depth"],
         ["scenes-x4", "x4-drill"],
     ],
 )

@@ -25,7 +25,7 @@ def test_files_are_offered_by_name(files: Files) -> None:
     assert files.loras == {"Ink.safetensors": "loras/Ink.safetensors", "wash.pt": "loras/wash.pt"}
     assert files.embeddings == {"toy.pt": "words/toy.pt"}
     assert files.controls["edges.pth"] == "nets/edges.pth"
-    assert files.controls["scenes-64-canny"].endswith("models/scenes-64-canny/model.safetensors")
+    assert files.controls["scenes-128-canny"].endswith("models/scenes-128-canny/model.safetensors")
 
 
 def test_weights_are_for_all_or_for_each(files: Files) -> None:

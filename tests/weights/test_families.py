@@ -28,7 +28,7 @@ SHAPES = [
     (5, 1024, "Stable Diffusion v2 depth"),
     (7, 1024, "the Stable Diffusion x4 upscaler"),
     (4, 1280, "LAION-400M text2img-large"),
-    (4, 64, "the bundled 64x64 model"),
+    (4, 64, "the bundled model"),
     (9, 64, "the bundled inpainting model"),
     (5, 64, "the bundled depth model"),
     (7, 64, "the bundled x4 upscaler"),
@@ -153,7 +153,7 @@ def test_identify_published_layouts(manifest, name, factor):
 
 def test_every_family_that_can_be_run_has_what_it_needs():
     rows = [family for family in FAMILIES if family.config]
-    assert len(rows) == 14
+    assert len(rows) == 16
     for family in rows:
         assert (ROOT / family.config).is_file(), family.config
         assert family.task in ("text", "inpaint", "depth", "upscale")
@@ -163,8 +163,11 @@ def test_every_family_that_can_be_run_has_what_it_needs():
 
 
 def test_what_shapes_cannot_tell_apart():
-    for family in (family_of(meta(context=width).state_dict()) for width in (1024, 64)):
-        assert [row.predicts for row in variants(family)] == ["eps", "v"]
+    assert [row.predicts for row in variants(family_of(meta(context=1024).state_dict()))] == ["eps", "v"]
+    bundled = variants(family_of(meta(context=64).state_dict()))
+    assert [(row.size, row.predicts) for row in bundled] == [(128, "eps"), (64, "eps"), (64, "v")]
+    assert variants(bundled[0], 64) == bundled[1:]
+    assert variants(bundled[0], 512) == bundled
     assert len(variants(family_of(meta().state_dict()))) == 1
 
 

@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import omegaconf
@@ -12,13 +13,14 @@ import tiny
 import torch
 from checkpoints import Tiny, save
 from commands import refused
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ldm.errors import InputError
 from ldm.modules.encoders import tokenizer
 from ldm.weights import checkpoint, loading, prediction
+from ldm.weights.convert import Conversion, convert
 from ldm.weights.description import describe, prediction_of
-from ldm.weights.families import BY_PLACE, FAMILIES, family_of, supported
+from ldm.weights.families import FAMILIES, family_of, supported
 from ldm.weights.loading import (
     advised_scale,
     choose_model,
@@ -280,7 +282,7 @@ def test_advised_scale_that_is_no_number(tmp_path):
 
 
 CONFIGS = Path(loading.ROOT) / "configs"
-RUN = {family.name: family for family in reversed(FAMILIES) if family.config and family.pattern != BY_PLACE}
+RUN = {family.name: family for family in reversed(FAMILIES) if family.config}
 
 
 def tiny_file(path: Path, channels: int = 4, context: int = 768, form: str = "safetensors", **extra) -> Path:
@@ -307,23 +309,60 @@ NUMBERS = {
     "Stable Diffusion v2 depth": (5, 1024),
     "the Stable Diffusion x4 upscaler": (7, 1024),
     "LAION-400M text2img-large": (4, 1280),
-    "the bundled 64x64 model": (4, 64),
+    "the bundled model": (4, 64),
     "the bundled inpainting model": (9, 64),
     "the bundled depth model": (5, 64),
     "the bundled x4 upscaler": (7, 64),
 }
 
 
-def test_a_bundled_file_is_known_by_its_place(tmp_path):
-    """Two of them have the same shapes, and are made for images of different size."""
-    for name in ("scenes-64", "scenes-128"):
-        path = f"models/{name}/model.safetensors"
-        files = choose_model(None, path)
+BUNDLED = [Path(family.bundled).parent.name for family in FAMILIES if family.bundled]
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_file_is_known_by_its_place_and_content(tmp_path, name):
+    """Those of one task have the same shapes, and differ in the size of their images or in what they predict.
+
+    A copy was taken for the first of them.
+    """
+    path = loading.ROOT / f"models/{name}/model.safetensors"
+    (tmp_path / "linked.safetensors").symlink_to(path)
+    shutil.copy(path, tmp_path / "copied.safetensors")
+    for each in (path, tmp_path / "linked.safetensors", tmp_path / "copied.safetensors"):
+        files = choose_model(None, str(each), None)
         assert files.config.resolve() == loading.ROOT / f"configs/scenes/{name}.yaml"
-        assert f"{describe(read_config(files.config)).native_size}" in name
-        assert files.notice is None
-        (tmp_path / f"{name}.safetensors").symlink_to(loading.ROOT / path)
-        assert choose_model(None, str(tmp_path / f"{name}.safetensors")).config == files.config
+        assert (files.notice, files.undecided) == (None, False)
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_converted_bundled_file_states_its_size(tmp_path, name):
+    """Without that it was taken for the first model of its shapes, and drew rubbish in another size."""
+    target = tmp_path / "mine.safetensors"
+    source = loading.ROOT / f"models/{name}/model.safetensors"
+    convert(Conversion(source, target, "safetensors"), lambda size: nullcontext(lambda count: None))
+    config = loading.ROOT / f"configs/scenes/{name}.yaml"
+    found = choose_model(None, str(target), None).config
+    assert describe(read_config(found)).native_size == describe(read_config(config)).native_size
+
+
+@pytest.mark.parametrize(
+    ("stated", "size"),
+    [
+        ("64x64", 64),
+        ("128x128", 128),
+        (" 64x96 ", 64),
+        ("", 128),
+        ("512x512", 128),
+        ("64", 128),
+        ("axb", 128),
+    ],
+)
+def test_the_stated_size_of_images_chooses_between_models_of_one_shape(tmp_path, stated, size):
+    metadata = {"modelspec.resolution": stated} if stated else None
+    for channels in (4, 5, 9):
+        path = tmp_path / f"{channels}.safetensors"
+        save_file(Tiny(channels, 64).state_dict(), path, metadata)
+        assert describe(read_config(choose_model(None, str(path), None).config)).native_size == size
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -333,7 +372,7 @@ def test_a_checkpoint_alone_gets_its_config(tmp_path, name):
     files = choose_model(None, str(path), RUN[name].task)
     assert (files.config.resolve(), files.weights) == (loading.ROOT / RUN[name].config, path)
     assert files.notice == f"{path} is taken for {name}: its config is {RUN[name].config}"
-    assert files.undecided == (name in ("Stable Diffusion v2", "the bundled 64x64 model"))
+    assert files.undecided == (name in ("Stable Diffusion v2", "the bundled model"))
     assert choose_model(None, str(path), None) == files
     described = describe(read_config(files.config))
     assert (described.in_channels, described.context_dim) == NUMBERS[name]
@@ -642,7 +681,7 @@ class PredictsV(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def bundled():
-    files = choose_model(loading.BUNDLED_CONFIG, None)
+    files = choose_model(loading.SMALL_CONFIG, None)
     return load_model(read_config(files.config), files.weights)
 
 
@@ -665,13 +704,11 @@ def test_the_output_on_pure_noise_shows_v(bundled, monkeypatch):
 TWIN = next(f for f in FAMILIES if f.bundled and f.predicts == "v" and f.task == "text")
 
 
-@pytest.mark.parametrize("path", [loading.BUNDLED_WEIGHTS, TWIN.bundled])
+@pytest.mark.parametrize("path", [loading.SMALL_WEIGHTS, TWIN.bundled])
 def test_the_bundled_pair_by_the_test(tmp_path, path, caplog):
-    """Copies whose names show nothing, with one config."""
-    if not (loading.ROOT / path).exists():
-        pytest.skip(f"{path} is not there yet")
+    """Other files of their weights, whose names show nothing, with one config."""
     target = tmp_path / "mine.safetensors"
-    shutil.copy(loading.ROOT / path, target)
+    save_file(load_file(loading.ROOT / path), target, {"modelspec.resolution": "64x64"})
     files = choose_model(None, str(target))
     assert files.undecided
     config = read_config(files.config)
