@@ -889,8 +889,8 @@ def measure_img2img(options: argparse.Namespace) -> list[Row]:
     own = "a red cube left of a blue sphere"
     other, beside = "a yellow cone on top of a green cube", "a yellow cone left of a green cube"
     same = in_fresh_process(image_to_image, f"{own} on a grey background", [0.3])
-    changed = in_fresh_process(image_to_image, f"{other} on a grey background", [0.3, 0.9])
-    cases = ((0.3, own, own, same), (0.3, other, beside, changed), (0.9, other, other, changed))
+    changed = in_fresh_process(image_to_image, f"{other} on a grey background", [0.5, 0.9])
+    cases = ((0.3, own, own, same), (0.5, other, beside, changed), (0.9, other, other, changed))
     return [
         Row(
             f'img2img of "{own}", strength {strength}, prompt "{prompt}", 8 seeds',

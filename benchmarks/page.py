@@ -95,11 +95,11 @@ def paint(page: "Page", image: str) -> None:
     page.set_input_files("#editor input[type=file]", image)
     page.wait_for_timeout(1000)
     canvas = page.locator("#editor canvas").last.bounding_box()
-    x, y = canvas["x"] + canvas["width"] / 2 + 45, canvas["y"] + canvas["height"] / 2
-    page.mouse.move(x, y - 48)
+    x, y = canvas["x"] + canvas["width"] / 2 + 34, canvas["y"] + canvas["height"] / 2
+    page.mouse.move(x, y - 56)
     page.mouse.down()
     for k in range(17):
-        page.mouse.move(x + 56 * (k % 2), y - 48 + 6 * k)
+        page.mouse.move(x + 78 * (k % 2), y - 56 + 6 * k)
     page.mouse.up()
     page.wait_for_timeout(500)
 

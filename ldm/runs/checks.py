@@ -102,7 +102,9 @@ def report_sizes(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> None:
 
     A small init image without --H and --W is the usual reason. The layout of such an image means nothing.
     """
-    if pipeline.described.task == "upscale":
+    if (
+        not isinstance(pipeline, Pipeline) or pipeline.described.task == "upscale"
+    ):  # a pixel upscaler is neither
         return
     native = pipeline.described.native_size
     sizes = {(one.height, one.width) for one in requests if not one.repaints}

@@ -1,6 +1,7 @@
 """Files that training writes: whole or not at all, and one line where the system refuses them."""
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -76,6 +77,23 @@ def move(path: Path, target: Path) -> Path:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all. The same tensors and metadata give the same bytes."""
+    header, values = _split(save({name: t.contiguous() for name, t in tensors.items()}, metadata))
     with whole(path) as unfinished:
-        unfinished.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, metadata))
+        unfinished.write_bytes(header)
+        with unfinished.open("ab") as file:
+            file.write(values)
+
+
+def _split(content: bytes) -> tuple[bytes, memoryview]:
+    """A safetensors file's header, with its metadata in the order of their names, and the tensors' values.
+
+    The library writes metadata in another order each time.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, memoryview(content)[8 + size :]

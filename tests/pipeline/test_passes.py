@@ -150,8 +150,8 @@ def test_the_bundled_model_keeps_the_layout() -> None:
         hires_upscaler="lanczos",
     )
     (large,), (small,) = pixels(pipeline, request), pixels(pipeline, alone(request))
-    enlarged = np.asarray(Image.fromarray(small).resize((128, 128), Image.Resampling.LANCZOS))
-    assert large.shape == (128, 128, 3)
+    enlarged = np.asarray(Image.fromarray(small).resize((256, 256), Image.Resampling.LANCZOS))
+    assert large.shape == (256, 256, 3)
     assert np.abs(large.astype(float) - enlarged).mean() < 10
 
 

@@ -366,7 +366,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_the_bundled_model_keeps_the_image_or_follows_the_prompt(command, tmp_path) -> None:
     """At strength 0.3 the layout stays; at 0.9 the prompt wins."""
-    Image.fromarray(render(SHOWN, np.random.default_rng(3))).save(tmp_path / "scene.png")
+    Image.fromarray(render(SHOWN, np.random.default_rng(3), 128)).save(tmp_path / "scene.png")
     argv = [
         "--init-img",
         tmp_path / "scene.png",
@@ -390,7 +390,7 @@ def test_the_bundled_model_keeps_the_image_or_follows_the_prompt(command, tmp_pa
 
 
 def test_the_bundled_model_keeps_what_the_prompt_says(command, tmp_path) -> None:
-    Image.fromarray(render(SHOWN, np.random.default_rng(3))).save(tmp_path / "scene.png")
+    Image.fromarray(render(SHOWN, np.random.default_rng(3), 128)).save(tmp_path / "scene.png")
     argv = ["--init-img", tmp_path / "scene.png", "--prompt", caption(SHOWN), "--n_samples", 4, "--scale", 3]
     (trip, *_), images = (
         command("img2img", *argv, "--strength", strength, folder=str(strength)).images

@@ -840,7 +840,7 @@ def test_the_bundled_model_in_any_folder(tmp_path):
     assert watermark.startswith("No watermark: ")
     assert weights.startswith("No weights are linked at ")
     images = [pixels(path) for path in sorted((tmp_path / out.strip() / "samples").iterdir())]
-    assert [image.shape for image in images] == [(64, 64, 3)] * 3
+    assert [image.shape for image in images] == [(128, 128, 3)] * 3
 
 
 def test_a_package_of_the_users_own(txt2img, tmp_path, monkeypatch):

@@ -24,6 +24,18 @@ def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["a.safetensors"]
 
 
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    """The library wrote metadata in another order each time: equal runs left files that were not equal."""
+    metadata = {name: name.upper() for name in "hgfedcba"} | {"text": '\u00e9 " \n'}
+    values = {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.float16)}
+    for name in "xyz":
+        write_tensors(values, tmp_path / name, metadata)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes() == (tmp_path / "z").read_bytes()
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert file.metadata() == metadata
+        assert torch.equal(file.get_tensor("b"), torch.ones(3))
+
+
 def test_an_interrupted_write_leaves_the_earlier_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

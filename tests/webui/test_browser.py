@@ -184,7 +184,7 @@ def test_results_go_on_to_other_tasks(page: object) -> None:
     assert page.get_by_label("Upscale", exact=True).is_checked()
     assert "1 image in" in driver.generate(page)
     assert "scripts/upscale.py" in command_of(page)
-    assert "256x256" in page.inner_text("#gallery")
+    assert "512x512" in page.inner_text("#gallery")
 
 
 def test_of_two_tasks_chosen_at_once_the_last_one_is_shown(page: object) -> None:
@@ -213,7 +213,7 @@ def test_an_image_leads_to_others(page: object, tmp_path: Path) -> None:
         assert "1 image in" in driver.generate(page)
         assert f"scripts/{script}.py" in command_of(page)
     page.get_by_label("Text to image", exact=True).check()
-    page.wait_for_function("document.querySelector('#model_text input')?.value === 'scenes-64'")
+    page.wait_for_function("document.querySelector('#model_text input')?.value === 'scenes-128'")
     driver.generate(page)
     plain = shown_image(page, tmp_path).read_bytes()
     page.get_by_role("button", name="ControlNet").first.click()
