@@ -20,7 +20,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.pipeline import GeneratedImage, ImageRequest, Pipeline, RuntimeOptions
 from ldm.sampling.noise import ImageNoise, ImageSeeds
-from ldm.weights.loading import BUNDLED_WEIGHTS, ROOT
+from ldm.weights.loading import BUNDLED_WEIGHTS, ROOT, SMALL_WEIGHTS
 
 Command = Callable[..., Result]
 Load = Callable[..., Pipeline]
@@ -331,8 +331,9 @@ def test_a_pipeline_of_a_built_model(load: Load) -> None:
 
 @pytest.fixture
 def bundled(command: Command) -> Command:
-    """Run the command on the bundled model: twenty steps, two images."""
+    """Run the command on a bundled model, the small one: twenty steps, two images."""
     base = ["--prompt", "a red cube on top of a blue sphere", "--steps", 20, "--n_samples", 2, "--n_iter", 1]
+    base += ["--ckpt", ROOT / SMALL_WEIGHTS]
     return lambda *argv, folder="out": command("txt2img", *base, *argv, folder=folder)
 
 
