@@ -95,7 +95,7 @@ def measure_help(options: argparse.Namespace) -> list[Row]:
 
 
 def measure_image(options: argparse.Namespace) -> list[Row]:
-    what, target = "one bundled-model image, 50 PLMS steps, whole process, median of 3", "< 8 s"
+    what, target = "one image of scenes-128, 50 PLMS steps, whole process, median of 3", "< 8 s"
     arguments = ["--plms", "--n_samples", "1", "--n_iter", "1", "--skip_grid"]
     arguments += ["--prompt", PROMPT, "--config", str(ROOT / BUNDLED_CONFIG)]
     with tempfile.TemporaryDirectory() as folder:
@@ -621,7 +621,7 @@ def time_unets_alone(options: argparse.Namespace) -> float:
 
 
 def measure_sheet(options: argparse.Namespace) -> list[Row]:
-    what, target = "`compare.py`, bundled model, 8 samplers x 6 step counts, whole process", "< 60 s"
+    what, target = "`compare.py`, scenes-64, 8 samplers x 6 step counts, whole process", "< 60 s"
     samplers = ["ddim", "plms", "euler_ancestral", "heun", "lms", "dpmpp_2m", "dpmpp_sde", "unipc"]
     arguments = ["--x", "sampler", *samplers, "--y", "steps", *map(str, (5, 10, 15, 20, 30, 50))]
     with tempfile.TemporaryDirectory() as folder:
@@ -674,7 +674,7 @@ def timed(function: Callable, spent: list[float]) -> Callable:
 
 
 def images_per_second(devices: int, images: int) -> float:
-    """Of a run of the bundled model by processes of one thread each, one to a core, as its bar says."""
+    """Of a run of scenes-64 by processes of one thread each, one to a core, as its bar says."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "scripts/txt2img.py"), "--prompt", PROMPT, "--outdir", folder]
         command += ["--config", str(ROOT / SMALL_CONFIG), "--device", "cpu", "--devices", str(devices)]
@@ -759,7 +759,7 @@ def measure_runs(options: argparse.Namespace) -> list[Row]:
     planning = in_fresh_process(planning_seconds, 10_000)
     return [
         Row(
-            "metadata, PNG and manifest of 48 images of the bundled model, 50 PLMS steps, of the run's time",
+            "metadata, PNG and manifest of 48 images of scenes-64, 50 PLMS steps, of the run's time",
             "< 3 %",
             f"{share:.1%} ({1000 * spent / 48:.1f} ms an image, beside the sampling)",
             share < 0.03,
@@ -802,7 +802,7 @@ APPROXIMATIONS = (
 
 
 def approximations(steps: int, images: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of three runs of the bundled model, and each image's PSNR in dB to the exact one, by flags.
+    """Seconds of three runs of scenes-64, and each image's PSNR in dB to the exact one, by flags.
 
     The prompts are encoded before, once for each pipeline.
     """
@@ -842,7 +842,7 @@ def measure_approximations(options: argparse.Namespace) -> list[Row]:
     steps, images = 50, 16
     found = in_fresh_process(approximations, steps, images)
     whole = median(found[""][0])
-    what = f"`{{}}`, {images} pictures of the bundled model, {steps} DDIM steps, one at a time"
+    what = f"`{{}}`, {images} pictures of scenes-64, {steps} DDIM steps, one at a time"
     return [
         Row(
             what.format(name),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How long a training step of the bundled model waits for its data, for each kind of source.
+"""How long a training step of scenes-64 waits for its data, for each kind of source.
 
     python benchmarks/loading.py [--steps 8] [--size 256] [--images 256] [--threads 2] [--output FILE.json]
 

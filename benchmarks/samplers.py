@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What samplers, schedules and guidance win on the bundled model: docs/samplers.md, docs/guidance.md.
+"""What samplers, schedules and guidance win on scenes-64: docs/samplers.md, docs/guidance.md.
 
 `known`: errors on data whose denoiser is known exactly, eight normal clusters. `distances`: how far few
 steps are from where 100 steps arrive, from the same noise, as a share of the latents' standard deviation.

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The model cards' evaluation: FID against CLIP score over guidance scales, with intervals and a plot.
 
-Without --captions it measures the bundled models: the distance of detector features from those of renders,
-against how often the detector reads from an image what its prompt says. Images are sampled by resumable runs:
-the same command goes on where an earlier one ended, and samples nothing twice.
+Without --captions it measures scenes-64 and its twin that predicts v: the distance of detector features from
+those of renders, against how often the detector reads from an image what its prompt says. Images are sampled
+by resumable runs: the same command goes on where an earlier one ended, and samples nothing twice.
 """
 
 import argparse

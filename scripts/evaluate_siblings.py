@@ -34,7 +34,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("models", nargs="*", metavar="MODEL", help=f"{', '.join(WEIGHTS)} (all of them)")
     add("--ckpt", metavar="FILE", help="weights of the one model to measure (the bundled ones)")
     add("--prompts", type=count, default=100, metavar="N", help="of one solid, and as many of two (100)")
-    add("--controlnet", metavar="FILE", help="of edges: the ControlNet (the bundled one)")
+    add(
+        "--controlnet",
+        metavar="FILE",
+        help="of edges: the ControlNet (models/scenes-128-canny; one that belongs to --ckpt)",
+    )
     add("--scale", type=cli.number(float, -1e4, 1e4), help="guidance scale (as the model's YAML says)")
     add("--sampler", help="sampler by name (dpmpp_2m; upscaling: ddim, schedule trailing)")
     add("--ddim_steps", type=cli.number(int, 1, 1000), metavar="N", help="steps (20; upscaling: 1)")

@@ -92,7 +92,7 @@ def reuse_deep_features(model: LatentDiffusion, every: int) -> None:
     """Compute the deep features of `model`'s UNet only at each `every`-th call of a run.
 
     1 gives the plain result; less is an InputError. A call of the v1 UNet in between takes 9 % of a whole
-    one. Images of the bundled model, 50 steps of ddim, are 34 to 56 dB from the exact ones at 2, 23 to 52 at
+    one. Images of `scenes-64`, 50 steps of ddim, are 34 to 56 dB from the exact ones at 2, 23 to 52 at
     3, 21 to 44 at 5 (`benchmarks/benchmark.py --only approximations`).
     The host decides by the timestep, and `graph_unet` records a whole call and one in between. Samplers that
     call the model several times a step reuse across those calls too.
@@ -171,7 +171,7 @@ def merge_similar_tokens(model: LatentDiffusion, ratio: float) -> None:
     """Let self-attention at the latents' resolution work on 1 - `ratio` of its tokens, `ratio` in 0 … 0.75.
 
     0 gives the plain result; at 0.75 only one token of four is left; a ratio out of range is an InputError.
-    At 0.5 a step of the v1 UNet at 64x64 latents takes 0.91 of its time, and images of the bundled model are
+    At 0.5 a step of the v1 UNet at 64x64 latents takes 0.91 of its time, and images of `scenes-64` are
     25 to 43 dB from the exact ones.
     """
     if not 0 <= ratio <= 0.75:

@@ -284,7 +284,7 @@ def whole_calls(
     """Guided calls of copies of a small UNet, on each set of kernels.
 
     There what is between the layers decides: the kernels that were the fastest ones by themselves made the
-    bundled model's calls take twice as long as torch's.
+    calls of `scenes-64` take twice as long as torch's.
     """
     width = next(m.attn2.to_k.in_features for m in unet.modules() if isinstance(m, BasicTransformerBlock))
     x = torch.zeros(2, unet.in_channels, side, side, dtype=unet.dtype)

@@ -102,9 +102,8 @@ def report_sizes(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> None:
 
     A small init image without --H and --W is the usual reason. The layout of such an image means nothing.
     """
-    if (
-        not isinstance(pipeline, Pipeline) or pipeline.described.task == "upscale"
-    ):  # a pixel upscaler is neither
+    # A pixel upscaler is no Pipeline; upscalers of both kinds take images of any size.
+    if not isinstance(pipeline, Pipeline) or pipeline.described.task == "upscale":
         return
     native = pipeline.described.native_size
     sizes = {(one.height, one.width) for one in requests if not one.repaints}

@@ -81,7 +81,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
     header, values = _split(save({name: t.contiguous() for name, t in tensors.items()}, metadata))
     with whole(path) as unfinished:
         unfinished.write_bytes(header)
-        with unfinished.open("ab") as file:
+        with unfinished.open("ab") as file:  # apart, as joining them would copy gigabytes
             file.write(values)
 
 

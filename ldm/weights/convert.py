@@ -12,7 +12,7 @@ from ldm.log import notice
 from ldm.weights.description import prediction_of
 from ldm.weights.header import Header, read_header
 from ldm.weights.loading import bundled_family, choose_model, load_model, model_without_values, read_config
-from ldm.weights.prediction import RESOLUTION
+from ldm.weights.prediction import RESOLUTION, stated_size
 from ldm.weights.writing import Report, check_target, size_of, write_ckpt, write_safetensors, written_whole
 
 if TYPE_CHECKING:
@@ -110,13 +110,18 @@ def _picked(state: State, job: Conversion, config: Mapping[str, Any] | None) -> 
 def _metadata(header: Header, other: Path | None) -> dict[str, str]:
     """What a file's metadata still say of its weights: not the hashes that some trainers write there.
 
-    The size of a bundled model's images is added: its file does not state it, and is known by its content. A
-    merged model takes that of the one that it was merged with.
+    The size of a bundled model's images is added: its file need not state it, as it is known by its
+    content. A merged model takes that of the one that it was merged with.
     """
-    family = bundled_family(other or header.path)
-    known = {RESOLUTION: f"{family.size}x{family.size}"} if family and family.size else {}
     kept = {name: text for name, text in header.metadata.items() if "hash" not in name and name != "format"}
-    return known | kept
+    size = (other and _size(read_header(other))) or _size(header)
+    return kept if size is None else kept | {RESOLUTION: f"{size}x{size}"}
+
+
+def _size(header: Header) -> int | None:
+    """The side in pixels of a model's images, if its file states it or came with this repository."""
+    family = bundled_family(header.path)
+    return family.size if family else stated_size(header)
 
 
 def _prediction(config: Mapping[str, Any], job: Conversion, undecided: bool) -> tuple[str, bool]:

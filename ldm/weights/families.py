@@ -17,12 +17,12 @@ class Family:
     pattern: str
     config: str | None = None
     task: str = "text"  # as in Description
-    # What its UNet predicts. Rows of one name differ in this, which their weights do not show.
+    # What its UNet predicts. Rows of one name differ in this, or in `size`: their weights show neither.
     predicts: str = "eps"
     folder: str | None = None  # below models/ldm/, where users link its weights
     download: str = ""  # what the published file is called
     bundled: str | None = None  # its weights, if they come with this repository
-    size: int | None = None  # side in pixels of its images; their weights do not show it either
+    size: int | None = None  # side in pixels of its images, where rows of one name differ in it
 
 
 SD, BUNDLED = "configs/stable-diffusion/", "configs/scenes/"

@@ -338,11 +338,30 @@ def test_a_bundled_file_is_known_by_its_place_and_content(tmp_path, name):
 def test_a_converted_bundled_file_states_its_size(tmp_path, name):
     """Without that it was taken for the first model of its shapes, and drew rubbish in another size."""
     target = tmp_path / "mine.safetensors"
-    source = loading.ROOT / f"models/{name}/model.safetensors"
-    convert(Conversion(source, target, "safetensors"), lambda size: nullcontext(lambda count: None))
+    converted(loading.ROOT / f"models/{name}/model.safetensors", target)
     config = loading.ROOT / f"configs/scenes/{name}.yaml"
-    found = choose_model(None, str(target), None).config
-    assert describe(read_config(found)).native_size == describe(read_config(config)).native_size
+    assert native_size(target) == describe(read_config(config)).native_size
+
+
+def native_size(path: Path) -> int:
+    return describe(read_config(choose_model(None, str(path), None).config)).native_size
+
+
+def converted(source: Path, target: Path, **merge: Path | float) -> Path:
+    convert(Conversion(source, target, "safetensors", **merge), lambda size: nullcontext(lambda count: None))
+    return target
+
+
+def test_a_merged_model_has_the_size_of_what_was_merged_into_it(tmp_path):
+    """A sibling of 64 pixels that stated its size kept it after scenes-128 - scenes-64 had been added."""
+    small, large = (loading.ROOT / f"models/{name}/model.safetensors" for name in ("scenes-64", "scenes-128"))
+    sibling = loading.ROOT / "models/scenes-64-inpainting/model.safetensors"
+    stated = converted(sibling, tmp_path / "stated.safetensors")
+    mine = converted(small, tmp_path / "mine.safetensors")
+    for source in (sibling, stated):
+        target = tmp_path / f"sum-{source.stem}.safetensors"
+        assert native_size(converted(source, target, other=large, base=small, ratio=1.0)) == 128
+    assert native_size(converted(small, tmp_path / "both.safetensors", other=mine)) == 64
 
 
 @pytest.mark.parametrize(
@@ -362,7 +381,7 @@ def test_the_stated_size_of_images_chooses_between_models_of_one_shape(tmp_path,
     for channels in (4, 5, 9):
         path = tmp_path / f"{channels}.safetensors"
         save_file(Tiny(channels, 64).state_dict(), path, metadata)
-        assert describe(read_config(choose_model(None, str(path), None).config)).native_size == size
+        assert native_size(path) == size
 
 
 @pytest.mark.parametrize("name", RUN)
