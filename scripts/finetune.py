@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tune a model on a few images: all its weights, a LoRA, DreamBooth, textual inversion, a ControlNet.
+"""Fine-tune a model on images: all of it, a LoRA, DreamBooth, a new word, a ControlNet.
 
 A run that was stopped goes on from its last checkpoint when it is started again.
 """
@@ -51,8 +51,9 @@ def new_parser() -> cli.Parser:
     by_method = dict.fromkeys(("steps", "learning_rate", "batch_size"), "by method")
     cli.add_options(parser, TrainingConfig, leave_out=others, defaults=by_method)
     added: set[str] = set()
+    by_method = {"rank": "8; distillation 64", "layers": "attention; distillation all"}
     for method in METHODS.values():
-        cli.add_options(parser, method.options, leave_out=added)
+        cli.add_options(parser, method.options, leave_out=added, defaults=by_method)
         added |= set(settings_of(method.options))
     return parser
 

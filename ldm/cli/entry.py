@@ -34,7 +34,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     # took a fifth of the import, and 0.4 s when Python ends, where frozen objects are not looked at.
     threshold = gc.get_threshold()
     gc.set_threshold(OBJECTS, *threshold[1:])
-    atexit.register(gc.freeze)
+    atexit.register(_leave_objects)
     try:
         return main(arguments)
     except InputError as error:
@@ -63,6 +63,12 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         LOG.handlers, LOG.propagate = before, True
         LOG.setLevel(level)
         gc.set_threshold(*threshold)
+
+
+def _leave_objects() -> None:
+    """Before Python ends: nothing is searched for garbage any more."""
+    if "triton" not in sys.modules:  # whose library complains of every object that is left
+        gc.freeze()
 
 
 def require(packages: Iterable[str], extra: str) -> None:

@@ -133,9 +133,13 @@ class Task(pl.LightningModule):
 
 
 class LatentDiffusionTask(Task):
-    """Trains the UNet and, if `cond_stage_trainable`, the text encoder. Its parts can be overridden."""
+    """Trains the UNet and, if `cond_stage_trainable`, the text encoder. Its parts can be overridden.
+
+    `sampler` makes the samples.
+    """
 
     model: LatentDiffusion
+    sampler = "dpmpp_2m"
 
     def __init__(self, model: LatentDiffusion, config: TrainingConfig, data: DataConfig | None = None):
         last = max(*config.validation_timesteps, config.drill_timesteps[1] - 1 if config.drills else 0)
@@ -284,8 +288,8 @@ class LatentDiffusionTask(Task):
             self.conditioning(batch, self.embed(texts)) for texts in (prompts, [""] * len(prompts))
         )
         denoiser = Denoiser(self.model, cond, uncond, scale=self.config.sample_scale)
-        steps = default_trajectory(denoiser, "dpmpp_2m", self.config.sample_steps)
-        images = self.model.decode_first_stage(sample(denoiser, "dpmpp_2m", steps, noise))
+        steps = default_trajectory(denoiser, self.sampler, self.config.sample_steps)
+        images = self.model.decode_first_stage(sample(denoiser, self.sampler, steps, noise))
         return make_grid(list(to_uint8(images.float())), 8)
 
     def export(self, folder: Path) -> list[Path]:

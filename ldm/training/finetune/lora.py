@@ -6,7 +6,8 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,10 @@ class LowRank(nn.Module):
     """What is added to a layer's output for an input x: alpha / rank * up(down(x)).
 
     down [rank, in, k, k] begins as peft and kohya have it, uniformly distributed; up [out, rank, 1, 1] with
-    zeros, so that at first nothing is added.
+    zeros, so that at first nothing is added. While `on` is False nothing is, either.
     """
+
+    on = True
 
     def __init__(self, shape: Shape, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
@@ -153,9 +156,20 @@ class Lora(nn.Module):
         for owner, thirds in stacked.items():
             _change_stacked(model.get_submodule(owner), thirds)
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Inside, the model computes as it does without the changes."""
+        for part in self.parts.values():
+            part.on = False
+        try:
+            yield
+        finally:
+            for part in self.parts.values():
+                part.on = True
+
 
 def _beside(part: LowRank) -> Any:
-    return lambda layer, inputs, output: output + part.beside(layer, inputs[0])
+    return lambda layer, inputs, output: output + part.beside(layer, inputs[0]) if part.on else output
 
 
 def _change_stacked(attention: nn.Module, thirds: Mapping[int, LowRank]) -> None:
@@ -168,7 +182,7 @@ def _change_stacked(attention: nn.Module, thirds: Mapping[int, LowRank]) -> None
         plain = module.in_proj_weight
         rows = plain.chunk(3)
         module.__dict__["in_proj_weight"] = torch.cat(
-            [rows[k] + thirds[k].change() if k in thirds else rows[k] for k in range(3)]
+            [rows[k] + thirds[k].change() if k in thirds and thirds[k].on else rows[k] for k in range(3)]
         )
 
     def restore(module: nn.Module, *_: Any) -> None:
@@ -277,12 +291,13 @@ def check(setup: Setup, options: Any) -> None:
     tensors = read_header(setup.files.weights).tensors if setup.files.weights.is_file() else {}
     shapes = {name: each.shape for name, each in tensors.items()}
     if any(name.startswith(UNET) for name in shapes):  # diffusers' names are looked at in the built model
-        chosen_layers(shapes, options.layers, options.text_encoder)
+        chosen_layers(shapes, options.layers, getattr(options, "text_encoder", False))
 
 
 def lora_options(options: Any) -> dict[str, Any]:
     """Those of `LoraTask` among a method's options."""
-    return {name: getattr(options, name) for name in ("rank", "alpha", "layers", "text_encoder", "layout")}
+    names = ("rank", "alpha", "layers", "text_encoder", "layout")
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def new_task(model: LatentDiffusion, setup: Setup, options: Any) -> LoraTask:

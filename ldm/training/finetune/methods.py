@@ -41,7 +41,7 @@ class Full:
 
 
 @dataclass(frozen=True)
-class LowRank(Full):
+class Matrices:
     rank: int = setting(8, "of a LoRA's matrices", low=1, high=4096, group="LoRA")
     alpha: float | None = setting(
         None, "a LoRA's strength is alpha / rank", low=1e-6, high=1e6, default_text="the rank", group="LoRA"
@@ -53,6 +53,27 @@ class LowRank(Full):
     layout: str = setting(
         "kohya", "whose names a LoRA's file has", choices=("kohya", "diffusers"), group="LoRA"
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class LowRank(Matrices, Full):
+    """A LoRA, of the text encoder, too, if asked for."""
+
+
+@dataclass(frozen=True)
+class Distillation(Matrices):
+    rank: int = setting(64, "of a LoRA's matrices", low=1, high=4096, group="LoRA")
+    layers: str = setting("all", "as of other LoRAs", group="LoRA")
+    sampler: str = setting(
+        "lcm", "what the few steps are made with", choices=("lcm", "tcd"), group="distillation"
+    )
+    scale: float | None = setting(
+        None, "the guidance scale whose images are to be made without guidance", low=0, high=100,
+        default_text="as of txt2img.py", group="distillation",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,6 +144,11 @@ METHODS = {
     "lora": Method(
         "train small matrices beside the UNet's layers: a small file for --lora", "lora", LowRank,
         _FEW | {"steps": 500, "batch_size": 4, "learning_rate": 1e-4, "prompt_dropout": 0.0},
+    ),
+    "distillation": Method(
+        "a LoRA with which few steps without guidance are enough", "distillation", Distillation,
+        _FEW | {"steps": 2000, "batch_size": 16, "learning_rate": 1e-4, "prompt_dropout": 0.0}
+        | {"warmup": 100, "sample_steps": 4, "sample_scale": 1.0},
     ),
     "dreambooth": Method(
         "teach a rare word a subject, and keep what the model knows of its class", "dreambooth", DreamBooth,
