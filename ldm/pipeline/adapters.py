@@ -188,9 +188,10 @@ class Adapters:
             self.hash(one.file)
             text = f", {one.text_weight:g} for the text" if one.text_weight != one.weight else ""
             left_out = f"; {match.notice}" if match.notice else ""
+            advice = f"; its file advises: {one.file.advice}" if one.file.advice else ""
             notice(
                 f"{one.file.path.name}: {len(match.layers)} of {match.total} layers, "
-                f"weight {one.weight:g}{text}{left_out}"
+                f"weight {one.weight:g}{text}{left_out}{advice}"
             )
 
     def _targets_of_files(self, pipeline: Pipeline) -> Mapping[str, Target]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANK = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # parts whose first axis is the rank
+ADVICE = "modelspec.usage_hint"  # of the metadata
 EPSILON = 2.0**-23  # LyCORIS adds it to the lengths that it divides by
 
 
@@ -206,6 +208,12 @@ class LoraFile:
         if not math.isfinite(scale):
             raise InputError(f"{self.path}: alpha over rank of {layer} is no finite number in its settings")
         return scale
+
+    @property
+    def advice(self) -> str:
+        """How its maker wants it to be used, in up to 100 characters (Model Metadata Standard)."""
+        words = " ".join(str(self.header.metadata.get(ADVICE, "")).split())
+        return textwrap.shorten("".join(filter(str.isprintable, words)), 100, placeholder=" …")
 
     @cached_property
     def _peft_settings(self) -> dict[str, Any]:

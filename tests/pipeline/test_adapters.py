@@ -237,6 +237,27 @@ def test_one_notice_a_lora(
     ]
 
 
+@pytest.mark.parametrize(
+    ("hint", "shown"),
+    [
+        ("4 steps,\n scale 1", "; its file advises: 4 steps, scale 1"),
+        ("\x1b[31mred", "; its file advises: [31mred"),
+        ("word " * 100, " …"),
+        (" ", "weight 1"),
+    ],
+)
+def test_what_a_files_maker_advises_is_said_in_one_short_line(
+    load: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, hint: str, shown: str
+) -> None:
+    """LoRAs for few steps were used with the usual guidance and sampler, which burns their images."""
+    path = lora_files.write(tmp_path / "a.safetensors", v1_layers(), metadata={"modelspec.usage_hint": hint})
+    pixels(load(), request(path))
+    (line,) = [record.getMessage() for record in caplog.records if "layers" in record.getMessage()]
+    assert line.startswith("a.safetensors: 12 of 12 layers, weight 1")
+    assert line.endswith(shown)
+    assert len(line) < 200
+
+
 # Files that change
 
 

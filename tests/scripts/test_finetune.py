@@ -147,6 +147,21 @@ def test_dreambooth_as_a_lora(finetune: Finetune) -> None:
     assert any(name.startswith("lora_unet_") for name in load_file(result.output))
 
 
+def test_a_lora_for_few_steps(finetune: Finetune, command: Callable, model: tuple[Path, Path]) -> None:
+    words = ("--method", "distillation", "--prompt", "a cube", "--rank", 2, "--sampler", "tcd")
+    result = finetune(*words, "--scale", 3)
+    assert result.code == 0
+    assert any(name.startswith("lora_unet_") for name in load_file(result.output))
+    assert Path(result.out[1]).name == "before-after.png"
+    how = ("--prompt", "a cube", "--lora", result.output, "--sampler", "tcd", "--scale", 1)
+    drawn = sampled(command, model, "tcd", *how)
+    assert drawn.code == 0
+    assert any(line.endswith("its file advises: --sampler tcd --steps 4 --scale 1") for line in drawn.err)
+    other = finetune(*words, "--scale", 5)
+    assert other.code == 2
+    assert "another --scale: 3.0, not 5.0" in other.err[-1]
+
+
 def test_full_trains_the_unet_and_the_text_encoder_if_asked(finetune: Finetune, model: tuple) -> None:
     before = load_file(model[1])
     for words in ((), ("--text_encoder",)):

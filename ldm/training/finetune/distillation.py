@@ -48,6 +48,7 @@ class DistillationTask(LoraTask):
     ):
         super().__init__(model, config, data, **options)
         self.sampler, self.scale = sampler, scale
+        self.advice = f"--sampler {sampler} --steps 4 --scale 1"
         alphas = torch.cat([torch.ones(1), model.alphas_cumprod.double().cpu()])  # of NO_NOISE, 0, 1, …
         self.register_buffer("signal", alphas.sqrt().float(), persistent=False)
         self.register_buffer("spread", (1 - alphas).sqrt().float(), persistent=False)

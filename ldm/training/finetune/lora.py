@@ -23,6 +23,7 @@ from ldm.training.tasks import LatentDiffusionTask
 from ldm.weights.checkpoint import unused_weights
 from ldm.weights.diffusers_names import rename, text_pairs, unet_levels, unet_pairs
 from ldm.weights.header import read_header
+from ldm.weights.lora import ADVICE
 from ldm.weights.lora_names import TEXT, UNET, Target
 
 Shape = Sequence[int]
@@ -205,8 +206,11 @@ def write_lora(
     rank: int,
     alpha: float,
     layout: str = "kohya",
+    advice: str = "",
 ) -> Path:
     """Write a LoRA as safetensors. `weights` are "<name>.down" and "<name>.up", `names` those of diffusers.
+
+    `advice` says how it is to be used.
 
     kohya's layout has `alpha` as a tensor beside each pair. diffusers' would have it in the file's metadata,
     which not all programs read: there alpha / rank is in lora_B, and alpha is the rank.
@@ -235,14 +239,18 @@ def write_lora(
                 facts = {"r": rank, "lora_alpha": rank, "target_modules": sorted(own)}
                 settings |= {f"{network}.{key}": value for key, value in facts.items()}
         metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
-    write_tensors(state, path, metadata)
+    write_tensors(state, path, metadata | ({ADVICE: advice} if advice else {}))
     return path
 
 
 class LoraTask(LatentDiffusionTask):
-    """Trains a LoRA of a model, `model.lora`; everything else stays as it is, bit for bit."""
+    """Trains a LoRA of a model, `model.lora`; everything else stays as it is, bit for bit.
+
+    `advice`, on how it is to be used, is written into its file.
+    """
 
     whole = False
+    advice = ""
 
     def __init__(
         self,
@@ -283,7 +291,7 @@ class LoraTask(LatentDiffusionTask):
         path = folder / "lora.safetensors"
         state = self.exported_state()
         weights = {name.removeprefix(PARTS): t for name, t in state.items() if name.startswith(PARTS)}
-        return [write_lora(weights, lora.names, path, lora.rank, lora.alpha, self.layout)]
+        return [write_lora(weights, lora.names, path, lora.rank, lora.alpha, self.layout, self.advice)]
 
 
 def check(setup: Setup, options: Any) -> None:

@@ -68,7 +68,7 @@ class Distillation(Matrices):
     rank: int = setting(64, "of a LoRA's matrices", low=1, high=4096, group="LoRA")
     layers: str = setting("all", "as of other LoRAs", group="LoRA")
     sampler: str = setting(
-        "lcm", "what the few steps are made with", choices=("lcm", "tcd"), group="distillation"
+        "tcd", "what the few steps are made with", choices=("lcm", "tcd"), group="distillation"
     )
     scale: float | None = setting(
         None, "the guidance scale whose images are to be made without guidance", low=0, high=100,
