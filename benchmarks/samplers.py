@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What samplers, schedules and guidance win on scenes-64: docs/samplers.md, docs/guidance.md.
+"""What samplers, schedules, guidance and LoRAs for few steps win: docs/samplers.md, docs/guidance.md.
 
 `known`: errors on data whose denoiser is known exactly, eight normal clusters. `distances`: how far few
 steps are from where 100 steps arrive, from the same noise, as a share of the latents' standard deviation.
@@ -142,13 +142,14 @@ def main() -> None:
         metavar="SETTINGS",
         help='for the detector: "sampler=er_sde,steps=10,schedule=karras", compared with the first',
     )
+    parser.add_argument("--config", default=SMALL_CONFIG, help="of the model (scenes-64)")
     parser.add_argument("--known", action="store_true", help="only the clusters: seconds")
     args = parser.parse_args()
     samplers = [catalogue.resolve(name)[0] for name in args.samplers]
     if args.known:
         known(samplers, args.schedules)
         return
-    pipeline = Pipeline.load(config=str(find(SMALL_CONFIG)), safety="off")
+    pipeline = Pipeline.load(config=str(find(args.config)), safety="off")
     pipeline.options = type(pipeline.options)(batch_size=50)
     with torch.inference_mode():
         if args.samplers:
