@@ -75,8 +75,9 @@ def own_options(name: str, given: dict[str, Any]) -> dict[str, Any]:
     own = settings_of(METHODS[name].options)
     for option in OPTIONS:
         if option in given and option not in own:
-            others = [other for other, each in METHODS.items() if option in settings_of(each.options)]
-            raise InputError(f"--{option} is for --method {' or '.join(others)}, not for {name}")
+            *others, last = (other for other, each in METHODS.items() if option in settings_of(each.options))
+            which = f"{', '.join(others)} or {last}" if others else last
+            raise InputError(f"--{option} is for --method {which}, not for {name}")
     found = {option: given[option] for option in own if option in given}
     if name == "dreambooth":
         for option, needed in NEEDED.items():

@@ -15,7 +15,7 @@ from ldm.errors import InputError
 from ldm.log import LOG, one_line
 from ldm.runs.processes import is_follower
 
-OBJECTS = 50_000  # made between two searches for garbage; Python's own number is 700
+OBJECTS = 50_000  # made between two searches for garbage; Python's own number is far lower
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
@@ -34,7 +34,8 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     # took a fifth of the import, and 0.4 s when Python ends, where frozen objects are not looked at.
     threshold = gc.get_threshold()
     gc.set_threshold(OBJECTS, *threshold[1:])
-    atexit.register(_leave_objects)
+    if argv is None:  # a process of its own, not a call in one of somebody else's
+        atexit.register(_leave_objects)
     try:
         return main(arguments)
     except InputError as error:

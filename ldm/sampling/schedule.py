@@ -174,6 +174,7 @@ def kl_optimal(d: Discretization, steps: int) -> np.ndarray:
 
 
 # Noise levels for Stable Diffusion 1.5 (Sabour et al. 2024, https://arxiv.org/abs/2404.14507)
+LCM_LEVELS = 50
 AYS_SIGMAS = (
     *(14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092),
     *(0.9642583904, 0.6523686016, 0.3977456272, 0.1515232662, 0.0291671582),
@@ -191,10 +192,15 @@ def ays(d: Discretization, steps: int) -> np.ndarray:
     return np.append(np.exp(np.interp(at, np.arange(len(AYS_SIGMAS)), np.log(AYS_SIGMAS))), 0.0)
 
 
+def lcm_timesteps(num_timesteps: int, levels: int = LCM_LEVELS) -> np.ndarray:
+    """The rising timesteps, int64 [levels], that consistency models are distilled on (Luo et al. 2023)."""
+    return np.arange(1, levels + 1) * num_timesteps // levels - 1
+
+
 @schedule("of the 50 timesteps that latent consistency models are distilled on")
 def lcm(d: Discretization, steps: int) -> np.ndarray:
     """Of the 50 timesteps that latent consistency models are distilled on (or as many as there are steps)."""
-    taught = np.arange(max(50, steps), 0, -1) * d.num_timesteps // max(50, steps) - 1
+    taught = lcm_timesteps(d.num_timesteps, max(LCM_LEVELS, steps))[::-1]
     return np.append(d.sigma(taught[np.arange(steps) * len(taught) // steps]), 0.0)
 
 

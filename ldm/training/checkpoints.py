@@ -45,7 +45,7 @@ FREE += ("power", "region", "energy")
 FREE += ("data.train", "data.validation", "data.cache", "data.workers", "data.prefetch")
 # Options of a method of fine-tuning without which a run is another one.
 FIXED = ("method", "ckpt", "class_prompt", "rank", "layers", "text_encoder", "lora", "token", "vectors")
-FIXED += ("preprocess", "sampler", "scale")
+FIXED += ("preprocess", "sampler")
 
 
 # Of AdamW's groups: options that a resumed run may change, and what depends on the device.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -213,7 +212,8 @@ class LoraFile:
     def advice(self) -> str:
         """How its maker wants it to be used, in up to 100 characters (Model Metadata Standard)."""
         words = " ".join(str(self.header.metadata.get(ADVICE, "")).split())
-        return textwrap.shorten("".join(filter(str.isprintable, words)), 100, placeholder=" …")
+        text = "".join(filter(str.isprintable, words))
+        return text if len(text) <= 100 else f"{text[:99]}…"
 
     @cached_property
     def _peft_settings(self) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def test_objects_are_frozen_when_python_ends() -> None:
     code = (
         "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"
         "from ldm.cli import entry\n"
-        "entry.run(lambda words: print(gc.get_freeze_count()) or 0, [])"
+        "entry.run(lambda words: print(gc.get_freeze_count()) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == ["0", "True"]
@@ -154,6 +154,6 @@ def test_objects_are_frozen_when_python_ends() -> None:
 def test_triton_is_not_told_of_leaks() -> None:
     """Objects that were frozen were reported as leaked, line by line, where training had imported triton."""
     pytest.importorskip("triton")
-    code = "import triton; from ldm.cli import entry; entry.run(lambda words: 0, [])"
+    code = "import triton; from ldm.cli import entry; entry.run(lambda words: 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr == ""

@@ -242,7 +242,8 @@ def test_one_notice_a_lora(
     [
         ("4 steps,\n scale 1", "; its file advises: 4 steps, scale 1"),
         ("\x1b[31mred", "; its file advises: [31mred"),
-        ("word " * 100, " …"),
+        ("word " * 100, "; its file advises: " + "word " * 19 + "word…"),
+        ("词" * 150, "; its file advises: " + "词" * 99 + "…"),
         (" ", "weight 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A LoRA with which a model needs few steps, and no guidance: what it makes in many steps is taught to it.
+"""Trains a LoRA with which a model makes in a few unguided steps what it makes in many guided ones.
 
 Latent consistency (Luo et al. 2023, https://arxiv.org/abs/2311.05556) for `--sampler lcm`, and trajectory
 consistency (Zheng et al. 2024, https://arxiv.org/abs/2402.19159) for `tcd`.
@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline.pipeline import SCALE
 from ldm.sampling.denoiser import Conditioning
+from ldm.sampling.schedule import LCM_LEVELS, lcm_timesteps
 from ldm.training.finetune import lora
 from ldm.training.finetune.lora import LoraTask
 from ldm.training.finetune.methods import Distillation, Sampling, Setup
+from ldm.training.objective import draw_timesteps
 from ldm.training.tasks import Batch
 from ldm.weights.loading import advised_scale
 
-LEVELS = 50  # noise levels of the trajectories that are taught; the schedule "lcm" visits the same
-HUBER = 1e-3  # differences far below it count squared, larger ones as they are
+HUBER = 1e-3  # c of the loss sqrt(d^2 + c^2) - c of a difference d (pseudo-Huber)
 NO_NOISE = -1  # stands for the timestep of images
 
 
@@ -31,9 +33,9 @@ class DistillationTask(LoraTask):
     """Trains a LoRA so that every level of a trajectory leads to the same end in one step.
 
     The trajectory is that of the model without the LoRA at the guidance scale `scale`: a step of DDIM leads
-    from a level to the one below. From both, the model with the LoRA goes to the same end: to the image for
-    "lcm", for "tcd" to any level below. The further down it began, the better it knows the end, so that the
-    upper prediction learns from the lower one.
+    from a level to the one below. From both, the model with the LoRA makes one step to the same end: for
+    "lcm" to the image, for "tcd" to any level further below. The step from the lower level is the more
+    accurate one, so it is the target, without a gradient, for the step from the upper level.
     """
 
     def __init__(
@@ -42,47 +44,77 @@ class DistillationTask(LoraTask):
         config: Any,
         data: Any = None,
         *,
-        sampler: str = "lcm",
+        sampler: str = "tcd",
         scale: float = SCALE,
         **options: Any,
     ):
+        if config.min_snr_gamma:
+            raise InputError(
+                f"training: min_snr_gamma {config.min_snr_gamma:g} weighs the loss of predicted noise, and a "
+                "distillation has another one: leave it out"
+            )
+        if model.num_timesteps < LCM_LEVELS:
+            raise InputError(
+                f"a distillation takes {LCM_LEVELS} of a model's timesteps, and this one has "
+                f"{model.num_timesteps}"
+            )
         super().__init__(model, config, data, **options)
         self.sampler, self.scale = sampler, scale
-        self.advice = f"--sampler {sampler} --steps 4 --scale 1"
+        how = f"--steps {config.sample_steps} --scale {config.sample_scale:g}"
+        self.advice = f"--sampler {sampler} {how}"
+        self.taught = torch.tensor([NO_NOISE, *lcm_timesteps(model.num_timesteps)])
         alphas = torch.cat([torch.ones(1), model.alphas_cumprod.double().cpu()])  # of NO_NOISE, 0, 1, …
         self.register_buffer("signal", alphas.sqrt().float(), persistent=False)
         self.register_buffer("spread", (1 - alphas).sqrt().float(), persistent=False)
 
+    def identity(self) -> dict[str, str]:
+        return super().identity() | {"sampler": self.sampler, "scale": f"{self.scale:g}"}
+
     def losses(self, batch: Batch) -> Tensor:
-        x0 = self.latents(batch)
-        t, below, end = (level.to(self.device) for level in self.levels(batch))
-        x = self.model.q_sample(x0, t, self.noise(batch, x0.shape[1:]))
+        t = draw_timesteps(self.config, batch["step"], batch["row"].cpu(), self.model.num_timesteps)
+        return self.losses_at(batch, t, self.uniform(batch, "end"), self.captions(batch))
+
+    @torch.no_grad()
+    def validation_losses(self, batch: Batch) -> Tensor:
+        """The mean over fixed timesteps, with captions; "tcd" goes half of the way down to the image."""
+        half = torch.full((len(batch["row"]),), 0.5)
+        times = (torch.full((len(half),), t) for t in self.config.validation_timesteps)
+        return torch.stack([self.losses_at(batch, t, half, batch["caption"]) for t in times]).mean(dim=0)
+
+    def losses_at(self, batch: Batch, t: Tensor, share: Tensor, captions: list[str]) -> Tensor:
+        """The loss of each example, [b], at the levels near timesteps t [b]; see `levels` for `share` [b]."""
+        x0, concat = self.latents(batch), self.concat(batch)
+        if concat is not None:  # as it costs a call of the first stage
+            batch = {**batch, "concat": concat}
+        level, below, end = (at.to(self.device) for at in self.levels(t, share))
+        x = self.model.q_sample(x0, level, self.noise(batch, x0.shape[1:]))
         with self.attention(x0):
-            texts = self.captions(batch)
-            cond, uncond = (self.conditioning(batch, self.embed(each)) for each in (texts, [""] * len(texts)))
+            cond = self.conditioning(batch, self.embed(captions))
+            uncond = self.conditioning(batch, self.embed([""]).expand(len(x), -1, -1))
             with torch.no_grad():
                 with self.model.lora.left_out():
-                    plain = self.predict(x, t, uncond)
-                    guided = plain + self.scale * (self.predict(x, t, cond) - plain)
-                x_below = self.move(x, guided, t, below)
-                x0_below = self.predict(x_below, below.clamp(min=0), cond)
-                target = self.move(x_below, x0_below, below.clamp(min=0), end)
+                    plain = self.predict(x, level, uncond)
+                    guided = plain + self.scale * (self.predict(x, level, cond) - plain)
+                x_below = self.move(x, guided, level, below)
+                asked = below.clamp(min=0)
+                target = self.move(x_below, self.predict(x_below, asked, cond), asked, end)
+                # Below the lowest level are images, which are their own end. LCM's weights c_skip and c_out
+                # say so, too; at the levels they are within 1e-5 of 0 and 1, and left out.
                 target = torch.where((below > NO_NOISE)[:, None, None, None], target, x_below)
-            found = self.move(x, self.predict(x, t, cond), t, end)
+            found = self.move(x, self.predict(x, level, cond), level, end)
         return (((found - target).square() + HUBER**2).sqrt() - HUBER).mean((1, 2, 3))
 
-    def levels(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Timesteps of each example, int64 [b]: the level, the one below, and the end, at most the latter.
+    def levels(self, t: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Timesteps int64 [b]: the level that is taught next to t [b], the one below it, and the end.
 
-        The levels of a batch are spread evenly, as in `draw_timesteps`.
+        The end is the image for "lcm"; for "tcd" a timestep below, or the same, by `share` [b], 0 for the
+        image and nearly 1 for the level below.
         """
-        rows, stride = batch["row"].cpu(), self.model.num_timesteps // LEVELS
-        share = (rows + self.uniform(batch, "timestep")) / self.config.batch_size
-        t = stride * ((share * LEVELS).floor().long() + 1) - 1
-        below = t - stride
+        number = t * LCM_LEVELS // self.model.num_timesteps
+        level, below = self.taught[number + 1], self.taught[number]
         if self.sampler == "lcm":
-            return t, below, torch.full_like(t, NO_NOISE)
-        return t, below, (self.uniform(batch, "end") * (below + 2)).floor().long() - 1
+            return level, below, torch.full_like(level, NO_NOISE)
+        return level, below, (share * (below + 2)).floor().long() - 1
 
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The images x0 [b, c, h, w], float32, that the model sees in latents x at timesteps t [b]."""
@@ -103,10 +135,6 @@ class DistillationTask(LoraTask):
         )
         return a_end * x0 + b_end * (x - a * x0) / b
 
-    def validation_losses(self, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return self.losses(batch)
-
 
 def check(setup: Setup, options: Distillation) -> None:
     """InputError for layers that the model lacks, by its file's header."""
@@ -122,4 +150,5 @@ def new_task(model: LatentDiffusion, setup: Setup, options: Distillation) -> Dis
 
 def sampling(files: Sequence[Path], setup: Setup, options: Distillation) -> Sampling:
     """Before: as many steps of the usual sampler with guidance, which call the model twice as often."""
-    return Sampling(fields={"lora": (str(files[0]),), "sampler": options.sampler, "scale": 1.0})
+    how = {"sampler": options.sampler, "scale": setup.config.sample_scale}
+    return Sampling(fields={"lora": (str(files[0]),), **how})

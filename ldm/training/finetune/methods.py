@@ -66,13 +66,13 @@ class LowRank(Matrices, Full):
 @dataclass(frozen=True)
 class Distillation(Matrices):
     rank: int = setting(64, "of a LoRA's matrices", low=1, high=4096, group="LoRA")
-    layers: str = setting("all", "as of other LoRAs", group="LoRA")
+    layers: str = setting("all", "which layers of the UNet get matrices", group="LoRA")
     sampler: str = setting(
-        "tcd", "what the few steps are made with", choices=("lcm", "tcd"), group="distillation"
+        "tcd", "the sampler that the LoRA is for", choices=("lcm", "tcd"), group="distillation"
     )
     scale: float | None = setting(
-        None, "the guidance scale whose images are to be made without guidance", low=0, high=100,
-        default_text="as of txt2img.py", group="distillation",
+        None, "the guidance scale that the LoRA learns; its images are then made with --scale 1",
+        low=0, high=100, default_text="the YAML file's, else 7.5", group="distillation",
     )  # fmt: skip
 
 
