@@ -111,11 +111,12 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     from ldm.training.loop import train
-    from ldm.training.processes import start_processes
+    from ldm.training.processes import end_processes, start_processes
 
     setup = steps.with_processes(setup, start_processes(setup.config))
     task = steps.new_task(method, setup, options)
     files = train(task, setup.folder, args.stop_at, setup.fabric)
+    end_processes(setup.fabric)
     del task
     if args.stop_at and args.stop_at < setup.config.steps:
         return 0

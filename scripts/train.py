@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.training.data.sources import open_sources
     from ldm.training.files import move
     from ldm.training.loop import train
-    from ldm.training.processes import start_processes
+    from ldm.training.processes import end_processes, start_processes
     from ldm.training.start import new_task
 
     fabric = start_processes(sections.training)
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     task.opened = sources  # before the weights were read, because that may take minutes
     task.section = sections.model
     files = train(task, folder, args.stop_at, fabric)
+    end_processes(fabric)
     if args.output and fabric.is_global_zero:
         files = [move(files[0], Path(args.output)), *files[1:]]
     print(*files, sep="\n", end="\n" if files else "")

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_sharded_data_parallel
 from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
 
 from ldm.training.loop import train
-from ldm.training.processes import strategy_of
+from ldm.training.processes import end_processes, strategy_of
 from ldm.training.sections import read_sections
 from ldm.training.start import new_task
 
@@ -34,3 +34,4 @@ if __name__ == "__main__":
     fabric.launch()
     task = new_task(sections.model, sections.training, sections.data)
     train(task, Path(folder), int(stop), fabric)
+    end_processes(fabric)

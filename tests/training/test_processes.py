@@ -1,12 +1,13 @@
 """The processes that train together."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldm.training.config import TrainingConfig
-from ldm.training.processes import start_processes
+from ldm.training.processes import end_processes, start_processes
 
 
 def test_lightning_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +29,14 @@ def test_mixed_precision_keeps_no_casts() -> None:
         assert torch.is_autocast_enabled(fabric.device.type)
         assert torch.get_autocast_dtype(fabric.device.type) == torch.bfloat16
         assert not torch.is_autocast_cache_enabled()
+
+
+def test_the_connection_of_several_processes_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that had finished was now and then aborted by a thread of the connection at its end."""
+    ended = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(True))
+    end_processes(SimpleNamespace(world_size=1))  # the group is somebody else's
+    assert not ended
+    end_processes(SimpleNamespace(world_size=2))
+    assert ended
