@@ -173,8 +173,9 @@ def kl_optimal(d: Discretization, steps: int) -> np.ndarray:
     return np.append(np.tan(np.linspace(high, low, steps)), 0.0)
 
 
+LCM_LEVELS = 50  # that latent consistency models are distilled on
+
 # Noise levels for Stable Diffusion 1.5 (Sabour et al. 2024, https://arxiv.org/abs/2404.14507)
-LCM_LEVELS = 50
 AYS_SIGMAS = (
     *(14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092),
     *(0.9642583904, 0.6523686016, 0.3977456272, 0.1515232662, 0.0291671582),

@@ -238,6 +238,9 @@ def test_images_without_captions_need_a_prompt(finetune: Finetune, folder: Path)
     [
         (("--method", "full", "--prompt", "a", "--rank", "4"), ("lora, distillation or dreambooth", "full")),
         ((*LORA, "--class_prompt", "a cube"), ("--class_prompt", "dreambooth")),
+        (("--method", "distillation", "--prompt", "a", "--text_encoder"), ("--text_encoder", "distillation")),
+        (("--method", "distillation", "--prompt", "a", "training.min_snr_gamma=5"), ("min_snr_gamma 5",)),
+        (("--method", "distillation", "--prompt", "a", "--layers", "nowhere"), ("--layers", "nowhere")),
         ((*LORA, "--token", "<x>"), ("--token", "textual_inversion")),
         (("--method", "dreambooth", "--prompt", "a", "--rank", "4"), ("--rank", "--lora")),
         (("--method", "dreambooth", "--prompt", "a", "--class_images", "4"), ("--class_images", "_prompt")),

@@ -255,6 +255,12 @@ class LatentDiffusion(nn.Module):
         a, b = (self._at(name, t) for name in ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"))
         return a * x_t - b * noise
 
+    def predict_start(self, x_t: torch.Tensor, t: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """x0 by the model's output for latents x_t at timesteps t int64 [b], whether that is noise or v."""
+        if self.parameterization == "eps":
+            return self.predict_start_from_noise(x_t, t, output)
+        return self.predict_start_from_z_and_v(x_t, t, output)
+
     def q_posterior(
         self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -281,13 +287,7 @@ class LatentDiffusion(nn.Module):
 
         `clip_denoised` keeps that prediction in [-1, 1], which is meant for models of pixels.
         """
-        output = self.apply_model(x, t, c).float()
-        to_x0 = (
-            self.predict_start_from_noise
-            if self.parameterization == "eps"
-            else self.predict_start_from_z_and_v
-        )
-        x0 = to_x0(x, t, output)
+        x0 = self.predict_start(x, t, self.apply_model(x, t, c).float())
         if clip_denoised:
             x0 = x0.clamp(-1.0, 1.0)
         posterior = self.q_posterior(x0, x, t)

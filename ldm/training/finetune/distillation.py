@@ -48,11 +48,6 @@ class DistillationTask(LoraTask):
         scale: float = SCALE,
         **options: Any,
     ):
-        if config.min_snr_gamma:
-            raise InputError(
-                f"training: min_snr_gamma {config.min_snr_gamma:g} weighs the loss of predicted noise, and a "
-                "distillation has another one: leave it out"
-            )
         if model.num_timesteps < LCM_LEVELS:
             raise InputError(
                 f"a distillation takes {LCM_LEVELS} of a model's timesteps, and this one has "
@@ -68,7 +63,7 @@ class DistillationTask(LoraTask):
         self.register_buffer("spread", (1 - alphas).sqrt().float(), persistent=False)
 
     def identity(self) -> dict[str, str]:
-        return super().identity() | {"sampler": self.sampler, "scale": f"{self.scale:g}"}
+        return super().identity() | {"scale": f"{self.scale:g}"}
 
     def losses(self, batch: Batch) -> Tensor:
         t = draw_timesteps(self.config, batch["step"], batch["row"].cpu(), self.model.num_timesteps)
@@ -118,14 +113,7 @@ class DistillationTask(LoraTask):
 
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The images x0 [b, c, h, w], float32, that the model sees in latents x at timesteps t [b]."""
-        model = self.model
-        output = model.apply_model(x, t, cond).float()
-        to_x0 = (
-            model.predict_start_from_noise
-            if model.parameterization == "eps"
-            else model.predict_start_from_z_and_v
-        )
-        return to_x0(x, t, output)
+        return self.model.predict_start(x, t, self.model.apply_model(x, t, cond).float())
 
     def move(self, x: Tensor, x0: Tensor, t: Tensor, end: Tensor) -> Tensor:
         """A step of DDIM without noise from timesteps t [b] to `end` [b], towards x0 (Song et al. 2020)."""
@@ -137,7 +125,12 @@ class DistillationTask(LoraTask):
 
 
 def check(setup: Setup, options: Distillation) -> None:
-    """InputError for layers that the model lacks, by its file's header."""
+    """InputError for layers that the model lacks, and for weights of a loss that is not computed here."""
+    if gamma := setup.config.min_snr_gamma:
+        raise InputError(
+            f"training: min_snr_gamma {gamma:g} weighs the loss of predicted noise, and a distillation has "
+            "another one: leave it out"
+        )
     lora.check(setup, options)
 
 
