@@ -53,7 +53,7 @@ class Item:
 ITEMS = {
     "replay": Item("exact.replay", 75, "recordings equal eager calls bit for bit"),
     "image": Item("speed.image", 35, "one image end to end, and its parts"),
-    "memory": Item("exact.memory", 20, "--low_vram: exactness and peaks"),
+    "memory": Item("exact.memory", 45, "--low_vram: exactness and peaks"),
     "batches": Item("speed.batches", 40, "images/s over the batch size"),
     "v2": Item("speed.v2", 20, "SD 2.1 at 768x768"),
     "nan": Item("exact.nan_fallback", 20, "a decoder beyond float16"),

@@ -245,7 +245,11 @@ class StableDiffusionCpp:
         self.device = torch.device("cpu")
         wtype = {"full": "f32", "half": "f16", "bf16": "bf16"}[precision]
         self.model = StableDiffusion(
-            model_path=str(files["weights"]), wtype=wtype, diffusion_flash_attn=True, verbose=False
+            model_path=str(files["weights"]),
+            wtype=wtype,
+            n_threads=torch.get_num_threads(),  # its default is half of the cores
+            diffusion_flash_attn=True,
+            verbose=False,
         )
 
     def image(self, steps: int, path: Path) -> None:

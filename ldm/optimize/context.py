@@ -15,7 +15,7 @@ from ldm.modules.attention import BasicTransformerBlock
 from ldm.optimize import graph
 from ldm.optimize.calls import Call, CallState
 
-MOST = graph.MOST + 4  # shapes of contexts that are kept: more than there are recordings, which read them
+MOST = graph.MOST + 4  # shapes of contexts that are kept
 
 
 class Kept:
@@ -66,10 +66,11 @@ class KeptContext(CallState):
 
         return forward
 
-    def begin(self, call: Call) -> None:
+    def begin(self, call: Call) -> Kept | None:
+        """What the call reads; a recording that read it, too, keeps it alive."""
         context = call.context
         if context is None or torch.is_grad_enabled():
-            return
+            return None
         key = (context.shape, context.dtype, context.device, graph.autocast_state(context.device.type))
         kept = self.kept.setdefault(key, Kept())
         self.kept.move_to_end(key)
@@ -78,6 +79,7 @@ class KeptContext(CallState):
         with torch.inference_mode(False), torch.no_grad():  # they outlive the caller's mode
             kept.update(context, self.layers)
         self.current = kept
+        return kept
 
     def end(self) -> None:
         self.current = None

@@ -8,7 +8,7 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -72,9 +72,24 @@ class CudaCapture:
                         call()
                 finally:
                     current.wait_stream(self.stream)
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                    output = call()
+                try:
+                    with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                        output = call()
+                except Exception:
+                    self.stop_allocating()
+                    raise
         return Recording(graph.replay, output)
+
+    def stop_allocating(self) -> None:
+        """Let the allocator forget a recording that failed.
+
+        Before torch 2.12 one that the driver has invalidated keeps the allocator in its pool, and memory that
+        is freed anywhere is given back no more (https://github.com/pytorch/pytorch/pull/180395).
+        """
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):  # torch has ended it
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+            torch._C._cuda_releasePool(device, self.pool)
 
 
 @dataclass

@@ -150,14 +150,15 @@ def group_norm(
         offset = offset.contiguous()
         stride, has_offset = (0 if len(offset) == 1 else channels), True
     sizes = {"PER_GROUP": per_group, "PER_BLOCK": per_block, "BLOCK_C": block_c, "BLOCK_P": block_p}
-    tile_statistics[(tiles, blocks, b)](
-        x, offset, statistics, pixels, channels, stride, tile, **sizes, OFFSET=has_offset
-    )
-    normalised[(triton.cdiv(pixels, chunk), blocks, b)](
-        *(x, offset, statistics, weight, bias, out, pixels, channels, stride, tile, tiles, chunk, eps),
-        **sizes,
-        TILES=triton.next_power_of_2(tiles),
-        OFFSET=has_offset,
-        SILU=silu,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whichever its tensors are on
+        tile_statistics[(tiles, blocks, b)](
+            x, offset, statistics, pixels, channels, stride, tile, **sizes, OFFSET=has_offset
+        )
+        normalised[(triton.cdiv(pixels, chunk), blocks, b)](
+            *(x, offset, statistics, weight, bias, out, pixels, channels, stride, tile, tiles, chunk, eps),
+            **sizes,
+            TILES=triton.next_power_of_2(tiles),
+            OFFSET=has_offset,
+            SILU=silu,
+        )
     return out

@@ -91,7 +91,8 @@ def largest_batch(run_batch: Callable[[int], object], device: torch.device, most
     """How many images fit into memory at once, 1 … `most`.
 
     `run_batch` makes a batch of n images, decoding included; one step of sampling is enough. It is called for
-    one image and for two, and the difference is what each further image takes.
+    one image and for two, and the difference is what each further image takes. On CUDA the first call of each
+    is not read: cuDNN tries its kernels in it, some of which want more memory than the one that it chooses.
     """
     if device.type == "cpu":
         from ldm.optimize.memory import keep_memory
@@ -99,9 +100,15 @@ def largest_batch(run_batch: Callable[[int], object], device: torch.device, most
         keep_memory()  # else the memory of a batch would be given back before it can be read
     readings = []
     for images in (1, 2):
+        if device.type == "cuda":
+            run_batch(images)
         reset_peak_memory(device)
         run_batch(images)
         readings.append(taken(device))
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
     each = max(readings[1] - readings[0], 1)
     return max(1, min(most, 2 + int((MARGIN * left(device)) // each)))
 

@@ -417,9 +417,12 @@ class Pipeline:
             return last.height * last.width, request.scale != 1.0, request.parts
 
         tried = self.resolve(probe(max(requests, key=work)))
-        size = largest_batch(
-            lambda images: list(self.batches([[tried] * images])), self.model.device, min(LARGEST_BATCH, most)
-        )
+
+        def make(images: int) -> None:
+            list(self.batches([[tried] * images]))
+            free_recordings(self.model)  # a replay would take no memory that could be read
+
+        size = largest_batch(make, self.model.device, min(LARGEST_BATCH, most))
         notice(f"--batch_size auto: {size} images at once")
         return size
 

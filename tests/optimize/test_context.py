@@ -54,6 +54,22 @@ def test_recorded_steps_read_what_is_kept(model: LatentDiffusion, kept_first: bo
     assert recorder.captured == len(runner.entries) == 2
 
 
+def test_a_recording_does_not_read_what_is_kept_no_more(model: LatentDiffusion) -> None:
+    """Calls beside the recordings, those with ControlNets, let keys and values go that a recording read."""
+    x, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0])
+    first, *others = [contexts(1, tokens=tokens)[0] for tokens in range(1, MOST + 2)]
+    recorder = Recorder()
+    keep_context(model)
+    graph_unet(model, recorder)
+    with torch.no_grad():
+        before = model.apply_model(x, t, first)
+        assert recorder.captured == 1
+        for context in others:
+            type(model).apply_model(model, x, t, context)
+        assert torch.equal(model.apply_model(x, t, first), before)
+    assert recorder.captured == 2
+
+
 def test_shapes_come_and_go(model: LatentDiffusion) -> None:
     """More shapes of contexts than are kept, and the first again."""
     x, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0])

@@ -247,12 +247,14 @@ def test_the_unets_steps_are_replayed(model: LatentDiffusion) -> None:
 
 
 class FakeCuda:
-    """What `CudaCapture` calls of torch.cuda, with the traps of torch 2.11 in place."""
+    """What `CudaCapture` calls of torch.cuda, with the traps of torch 2.11 in place, or without those."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, traps: bool = True):
+        self.traps = traps
         self.current = self.default = SimpleNamespace(wait_stream=lambda other: None)
         self.users: dict[int, int] = {}  # recordings of each pool
         self.capturing = False
+        self.allocating: int | None = None  # the pool that the allocator is in
         self.log: list[tuple[int, object, object]] = []  # pool, stream and current stream of each capture
         for name in (
             "graph_pool_handle",
@@ -260,10 +262,13 @@ class FakeCuda:
             "CUDAGraph",
             "device",
             "current_stream",
+            "current_device",
             "stream",
             "graph",
         ):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, getattr(self, name.removeprefix("_cuda_")), raising=False)
 
     def graph_pool_handle(self) -> int:
         self.users[len(self.users)] = 0
@@ -282,6 +287,17 @@ class FakeCuda:
     def current_stream(self) -> object:
         return self.current
 
+    def current_device(self) -> int:
+        return 0
+
+    def endAllocateToPool(self, device: int, pool: int) -> None:
+        if self.allocating != pool:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.allocating = None
+
+    def releasePool(self, device: int, pool: int) -> None:
+        self.users[pool] -= 1
+
     @contextmanager
     def stream(self, stream: object) -> Iterator[None]:
         before, self.current = self.current, stream
@@ -296,13 +312,18 @@ class FakeCuda:
             raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
         assert self.current is not self.default
         self.log.append((pool, stream, self.current))
-        self.current, self.capturing = SimpleNamespace(), True
+        self.current, self.capturing, self.allocating = SimpleNamespace(), True, pool
+        self.users[pool] += 1
         try:
-            yield  # an error leaves the stream as it is
+            yield
+        except RuntimeError:
+            if not self.traps:
+                self.current, self.allocating = stream, None
+                self.users[pool] -= 1
+            raise
         finally:
             self.capturing = False
-        self.current = stream
-        self.users[pool] += 1
+        self.current, self.allocating = stream, None
 
     def free(self) -> None:
         """All recordings are gone."""
@@ -327,9 +348,10 @@ def test_after_a_clear_another_pool_is_recorded_into(monkeypatch: pytest.MonkeyP
     assert cuda.current is cuda.default
 
 
-def test_a_failed_recording_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before torch 2.12 everything after it went to the recording's stream."""
-    cuda, reported = FakeCuda(monkeypatch), []
+@pytest.mark.parametrize("traps", [True, False], ids=["torch 2.11", "torch 2.12"])
+def test_a_failed_recording_leaves_stream_and_allocator(monkeypatch: pytest.MonkeyPatch, traps: bool) -> None:
+    """Before torch 2.12 everything after it went to the recording's stream, and no memory came back."""
+    cuda, reported = FakeCuda(monkeypatch, traps), []
 
     def function(x: Tensor) -> Tensor:
         if cuda.capturing:
@@ -340,6 +362,8 @@ def test_a_failed_recording_leaves_the_stream_as_it_was(monkeypatch: pytest.Monk
     with torch.no_grad():
         assert run(x=torch.ones(2)).tolist() == [2.0] * 2
     assert cuda.current is cuda.default
+    assert cuda.allocating is None
+    assert set(cuda.users.values()) == {0}
     assert len(reported) == 1
 
 
