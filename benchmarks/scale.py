@@ -3,8 +3,8 @@
 
 Every simulated worker is a process that runs the real code of a run: it takes its batches from the counter
 server, counts its steps, and records each image in the manifest. Only the model is replaced, by sleep, and
-the image files stay empty, because encoding is each worker's own work. The same workers without
-bookkeeping are the comparison, so that what sleeping itself costs on few cores is not counted as a loss.
+the image files stay empty, because what is in them is each worker's own work. The same workers without
+bookkeeping, which sleep and create those files, are the comparison: what that costs on few cores is no loss.
 
 Simulated workers share the cores of one machine, real ones bring theirs. So a second row has a few workers,
 which wait for no core, and puts the load of all the others on what workers share: the counter server has
@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -180,8 +181,10 @@ def fork(size: int, work: Callable[[int], Any]) -> list[Any]:
     return results
 
 
-def simulate(workers: int, rate: float, images: int, folder: Path | None, others: int = 0) -> dict[str, Any]:
-    """A run of so many workers, each sampling `rate` images/s; without a folder they only sample.
+def simulate(
+    workers: int, rate: float, images: int, folder: Path, others: int = 0, bookkeeping: bool = True
+) -> dict[str, Any]:
+    """A run of so many workers, each sampling `rate` images/s and creating their files in the folder.
 
     The load of `others` like them is put on the counter server and the disk meanwhile.
     """
@@ -189,10 +192,16 @@ def simulate(workers: int, rate: float, images: int, folder: Path | None, others
 
     port, share = free_port(), images // workers
 
-    def only_sample(rank: int) -> dict[str, Any]:
-        pipeline, batch = StubPipeline(rate, STEPS, rank / workers), round_of_requests(1)
-        for _ in pipeline.batches([batch] * share, None):
-            pass
+    def without_bookkeeping(rank: int) -> dict[str, Any]:
+        pipeline, batch, samples = (
+            StubPipeline(rate, STEPS, rank / workers),
+            round_of_requests(1),
+            StubFolder(folder),
+        )
+        with ThreadPoolExecutor(1) as thread:  # a run's files are written in one, too
+            for i, generated in enumerate(pipeline.batches([batch] * share, None)):
+                for image in generated:
+                    thread.submit(samples.save_image, image, None, f"{rank * share + i:05}", False, {})
         return measured(pipeline)
 
     def work(rank: int) -> dict[str, Any]:
@@ -202,8 +211,8 @@ def simulate(workers: int, rate: float, images: int, folder: Path | None, others
 
     with tempfile.TemporaryDirectory() as rehearsal:  # imports what all workers would import one by one
         run_worker(0, 1, StubPipeline(1000.0, 1), 0, 100, Path(rehearsal))
-    helpers = HELPERS if others and folder else 0
-    results = fork(workers + helpers, work if folder else only_sample)
+    helpers = HELPERS if others else 0
+    results = fork(workers + helpers, work if bookkeeping else without_bookkeeping)
     results, loads = results[:workers], results[workers:]
     made, timed = (sum(one[name] for one in results) for name in ("images", "timed"))
     found = {
@@ -213,7 +222,7 @@ def simulate(workers: int, rate: float, images: int, folder: Path | None, others
         "seconds between images": sum(one["between"] for one in results) / timed,
         "CPU seconds an image": sum(one["cpu"] for one in results) / timed,
     }
-    if folder:
+    if bookkeeping:
         for name in ("store", "line"):
             waits = sorted(wait for one in results for wait in one[name])
             found |= {
@@ -262,7 +271,7 @@ def run_worker(
     """One worker of a run, as `ldm.runs.run` and its `follow` set it up."""
     from ldm.runs.manifest import RunRecord
     from ldm.runs.plan import file_names, plan_run
-    from ldm.runs.processes import Place, Team
+    from ldm.runs.processes import OTHERS_SIGNS, Place, Team
     from ldm.runs.worker import Interrupt, Job, ReportOptions, make_images
     from ldm.runs.writer import ImageWriter
 
@@ -270,6 +279,7 @@ def run_worker(
     if workers > 1:
         team.store = connect(port, team.leads)
         team.store.add("met", 1)
+        team._give_signs_of_life("signs of life" if team.leads else OTHERS_SIGNS)
         team._all("met", workers, 300)
     start, job = time.perf_counter(), None
     if team.leads:
@@ -282,7 +292,7 @@ def run_worker(
     joined = time.perf_counter() - start
     store, line = Waits(team.store.add), Waits(job.record.add)
     team.store, job.record.add = SimpleNamespace(add=store), line
-    writer = ImageWriter(StubFolder(folder), job.record, grids=False)
+    writer = ImageWriter(StubFolder(folder), job.record, grids=False, metadata=False)
     make_images(pipeline, job, writer, team, Interrupt(), ReportOptions(bar=False))
     start = time.perf_counter()
     if team.leads:
@@ -367,9 +377,12 @@ def simulate_both(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run of `length` seconds without bookkeeping, and the same with it."""
     images = max(100, round(workers * rate * length / 100) * 100)
-    plain = in_fresh_process(simulate, workers, rate, images, None)
-    with tempfile.TemporaryDirectory(dir=outdir) as folder:
-        return plain, in_fresh_process(simulate, workers, rate, images, Path(folder), others)
+    found = []
+    for bookkeeping in (False, True):
+        with tempfile.TemporaryDirectory(dir=outdir) as folder:
+            load = others if bookkeeping else 0
+            found.append(in_fresh_process(simulate, workers, rate, images, Path(folder), load, bookkeeping))
+    return found[0], found[1]
 
 
 # a million images
