@@ -18,6 +18,8 @@ test: .venv/installed-test
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(VENV) -m pip install --quiet --constraint constraints.txt --editable .
+	# over the files of opencv-python, for which a machine needs libGL and glib, those of the build without windows
+	$(VENV) -m pip install --quiet --no-deps --constraint constraints.txt opencv-python-headless
 	touch $@
 
 .venv/installed-test: .venv/installed

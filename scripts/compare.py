@@ -99,12 +99,8 @@ class Table:
 def parse(argv: list[str]) -> Table:
     """The arguments, the axes, and the request of every cell. InputError."""
     with_init = any(word.startswith("--init") for word in argv)  # also abbreviated, as argparse takes it
-    options = (parser.img2img_parser if with_init else parser.txt2img_parser)("compare.py", __doc__)
-    options.command_defaults = options.command_defaults | {
-        "n_samples": 1,
-        "n_iter": 1,
-        "outdir": "outputs/compare",
-    }
+    command_parser = parser.img2img_parser if with_init else parser.txt2img_parser
+    options = command_parser("compare.py", __doc__, parser.ONE_IMAGE | {"outdir": "outputs/compare"})
     for flag, where in (("--x", "columns"), ("--y", "rows"), ("--z", "pages")):
         options.add_argument(
             flag,

@@ -32,8 +32,8 @@ VIDEO = "walk.mp4"
 
 def parse(argv: list[str]) -> tuple[arguments.Arguments, list[ImageRequest], int]:
     """The arguments, the request of each frame, and the frames of a second. InputError."""
-    options = parser.txt2img_parser("walk.py", "A walk between prompts and seeds.")
-    options.command_defaults = {"n_samples": 1, "n_iter": 1, "outdir": "outputs/walk", "skip_grid": True}
+    defaults = parser.ONE_IMAGE | {"outdir": "outputs/walk", "skip_grid": True}
+    options = parser.txt2img_parser("walk.py", "A walk between prompts and seeds.", defaults)
     add = options.add_argument
     add("--prompts", nargs="+", required=True, metavar="PROMPT", help="where the walk comes by")
     seed = parser.number(int, 0, MAX_SEED)

@@ -132,7 +132,8 @@ def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentG
 
 def help_text(each: Setting, defaults: dict[str, Any] | None = None) -> str:
     """The help of an option with its default behind it, in letters that any terminal has."""
-    default = str((defaults or {}).get(each.name, each.shown_default)).replace("∞", "no limit")
+    default = (defaults or {}).get(each.name, each.shown_default)
+    default = "on" if default is True else str(default).replace("∞", "no limit")
     text = each.help
     ranged = each.kind in (int, float) and each.high is not None and each.high <= 10_000
     if ranged and "0 to 1" not in text:
@@ -157,16 +158,27 @@ ONE_IMAGE = {"n_iter": 1, "n_samples": 1}
 EXTRA_GROUPS = (INIT, MASK, DEPTH, UPSCALE)
 
 
-def txt2img_parser(prog: str = "txt2img.py", description: str = "Text to image.") -> Parser:
-    parser = _image_parser(prog, description, TXT2IMG)
+def txt2img_parser(
+    prog: str = "txt2img.py", description: str = "Text to image.", defaults: dict[str, Any] | None = None
+) -> Parser:
+    """Text to image's options; `defaults` are those of another command that has them, too."""
+    parser = _image_parser(prog, description, TXT2IMG | (defaults or {}))
     text = "use the LAION-400M model in models/ldm/text2img-large, of 256x256 pixels"
     group_of(parser, "model").add_argument("--laion400m", action="store_true", help=text)
     return parser
 
 
-def img2img_parser(prog: str = "img2img.py", description: str = "Image to image.") -> Parser:
+def img2img_parser(
+    prog: str = "img2img.py", description: str = "Image to image.", defaults: dict[str, Any] | None = None
+) -> Parser:
+    """Image to image's options; `defaults` are those of another command that has them, too."""
     return _image_parser(
-        prog, description, IMG2IMG, (INIT,), needed=("init_img",), request_defaults={"strength": 0.75}
+        prog,
+        description,
+        IMG2IMG | (defaults or {}),
+        (INIT,),
+        needed=("init_img",),
+        request_defaults={"strength": 0.75},
     )
 
 

@@ -20,9 +20,10 @@ from ldm.pipeline.request import ImageRequest
 HEADING = """# Options
 
 Every option of `txt2img.py`, `img2img.py`, `inpaint.py`, `depth2img.py` and `upscale.py`; `compare.py` takes
-those of the first two. Where an option is not for all of them, the commands that have it stand behind its
-meaning. This page is made from the code by `python -m ldm.cli.tables > docs/options.md`, and a test holds it
-equal. A line of a JSON prompt file may have, under their names without the dashes: {line_options}.
+those of the first two and `walk.py` those of the first, with folders of their own and one image at a time.
+Where an option is not for all of the five, the commands that have it stand behind its meaning. This page is
+made from the code by `python -m ldm.cli.tables > docs/options.md`, and a test holds it equal. A line of a
+JSON prompt file may have, under their names without the dashes: {line_options}.
 """
 SERVE = "Its own ones; `serve.py --help` shows those of the model, too."
 ORDER = (

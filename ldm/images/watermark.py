@@ -91,7 +91,7 @@ class Watermarker:
         except ImportError as error:
             raise InputError(
                 f"the watermark cannot be written ({error}); "
-                "run `pip install invisible-watermark` or use --watermark none"
+                "run `pip install invisible-watermark opencv-python-headless` or use --watermark none"
             ) from error
         bits = _bits(self.message)
         embedder = maxDct.EmbedMaxDct(bits, wmLen=len(bits))

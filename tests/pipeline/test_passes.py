@@ -351,7 +351,7 @@ def test_strength_of_an_init_image_goes_first_in_the_web_uis_text() -> None:
     ("values", "words"),
     [
         ({"hires": 1.0}, "hires 1: the second pass is for a larger image; give a factor above 1"),
-        ({"hires": 0.5}, "hires 0.5"),
+        ({"hires": 0.5}, "hires: 0.5 is not a number in range: 1"),
         ({"hires": float("nan")}, "hires: nan is not a number in range"),
         ({"hires": 17}, "hires: 17"),
         ({"hires_strength": 1.5}, "hires_strength: 1.5"),

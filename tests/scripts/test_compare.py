@@ -202,3 +202,18 @@ def test_large_images_are_not_magnified() -> None:
     image = np.zeros((CELL + 1, 2 * CELL, 3), np.uint8)
     sheet = contact_sheet([[image]], ["x"], ["y"], "t")
     assert (sheet == 0).all(-1).sum() == image[..., 0].size
+
+
+@pytest.mark.parametrize("name", ["compare", "walk"])
+@pytest.mark.parametrize("argv", [(), ("--init-img", "a.png")], ids=["text", "image"])
+def test_help_shows_the_commands_own_defaults(
+    name: str, argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It showed those of txt2img.py, another folder and six images."""
+    with pytest.raises(SystemExit):
+        script(name).main([*argv, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"folder for the results (outputs/{name})" in text
+    assert "repeat all of it N times (1)" in text
+    assert "sampled together (1)" in text
+    assert ("do not save a grid (on)" in text) == (name == "walk")

@@ -582,7 +582,9 @@ def test_a_missing_watermark_package(txt2img, monkeypatch):
     assert (small.code, small.files) == (0, ["grid-0000.png", "samples/00000.png"])
     monkeypatch.setattr(pipeline, "load_model", None)
     large = txt2img(*mark, "--H", 256, "--W", 256, folder="large")
-    refused(large, "the watermark cannot be written", "run `pip install invisible-watermark`")
+    refused(
+        large, "the watermark cannot be written", "`pip install invisible-watermark opencv-python-headless`"
+    )
 
 
 def test_settings_are_in_the_files(txt2img, model):

@@ -46,7 +46,7 @@ class PassSettings:
     hires: float | None = setting(
         None,
         "draw the image first, then once more over its enlargement by this factor, 2 for instance",
-        low=0,
+        low=1,
         high=16,
         metavar="FACTOR",
         group="size",

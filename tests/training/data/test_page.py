@@ -40,11 +40,13 @@ def test_the_sizes_of_buckets_are_those_of_the_code() -> None:
 
 
 def test_the_examples_source_takes_the_place_of_another(tmp_path: Path) -> None:
-    """Parameters of renders were handed to the folder."""
+    """Parameters of renders were handed to the folder, and a first stage was asked for that no clone has."""
     (block,) = re.findall(r"```yaml\n(# outputs.*?)```", PAGE, re.S)
     (tmp_path / "photos.yaml").write_text(block)
     sections = read_sections([ROOT / "configs/scenes/scenes-64.yaml", tmp_path / "photos.yaml"], [])
     assert sections.data.train["params"] == {"path": "outputs/photos"}
+    assert (ROOT / sections.training.init).exists()
+    assert sections.training.first_stage is None
     scenes = ["scenes-64.yaml", "drill.yaml"]
     sections = read_sections([ROOT / "configs/scenes" / name for name in scenes], [])
     assert sections.data.train["params"] == {"seed": 1, "images": 80000, "image_size": 64}
