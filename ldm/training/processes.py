@@ -53,9 +53,9 @@ def start_processes(config: TrainingConfig) -> Fabric:
         set_srun_variables()
         if has_own_device("cuda" if torch.cuda.is_available() else "cpu", devices):
             devices, os.environ["LOCAL_RANK"] = 1, "0"
-    alone = place.size == 1
     precision = PRECISIONS[config.precision]
-    plugins: list[Any] = [] if alone else [LightningEnvironment()]
+    # It is given, not detected: Lightning would warn whoever has an `srun` command, and does not use it.
+    plugins: list[Any] = [LightningEnvironment()]
     if config.precision != "full" and config.strategy != "fsdp":  # which has a precision of its own
         device = "cpu" if on_cpu else "cuda" if torch.cuda.is_available() else "mps"
         plugins.append(Autocast(precision, device))
@@ -65,7 +65,7 @@ def start_processes(config: TrainingConfig) -> Fabric:
         devices=devices,
         num_nodes=place.nodes,
         precision=precision,
-        strategy="auto" if alone and config.strategy == "ddp" else strategy_of(config.strategy),
+        strategy="auto" if place.size == 1 and config.strategy == "ddp" else strategy_of(config.strategy),
         plugins=plugins,
     )
     fabric.launch()

@@ -1,6 +1,8 @@
 """The processes that train together."""
 
 import logging
+import os
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,16 @@ def test_lightning_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
         logging.getLogger(name)._cache.clear()
     start_processes(TrainingConfig(steps=1, batch_size=2, learning_rate=1e-3, precision="bf16"))
     assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in names)
+
+
+def test_a_machine_with_srun_is_not_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is such a command, as on the node one logs in to, Lightning said that it was not used."""
+    monkeypatch.setattr("shutil.which", lambda name, **_: f"/usr/bin/{name}")
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start_processes(TrainingConfig(steps=1, batch_size=2, learning_rate=1e-3))
 
 
 def test_mixed_precision_keeps_no_casts() -> None:
