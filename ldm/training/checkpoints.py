@@ -26,6 +26,7 @@ from ldm.errors import InputError
 from ldm.log import notice
 from ldm.training.files import whole
 from ldm.training.tasks import Task
+from ldm.weights.prediction import MARKERS
 from ldm.weights.writing import write_ckpt
 
 # What may differ in a resumed run without a word: it does not change the curve.
@@ -44,8 +45,8 @@ FREE += ("sample_every", "sample_prompts", "sample_steps", "sample_scale")
 FREE += ("power", "region", "energy")
 FREE += ("data.train", "data.validation", "data.cache", "data.workers", "data.prefetch")
 # Options of a method of fine-tuning without which a run is another one.
-FIXED = ("method", "ckpt", "class_prompt", "rank", "layers", "text_encoder", "lora", "token", "vectors")
-FIXED += ("preprocess", "sampler")
+FIXED = ("method", "ckpt", "weights", "class_prompt", "rank", "layers", "text_encoder", "lora", "token")
+FIXED += ("vectors", "preprocess", "sampler")
 
 
 # Of AdamW's groups: options that a resumed run may change, and what depends on the device.
@@ -135,7 +136,9 @@ def check_options(
 ) -> None:
     """InputError if a checkpoint is of another fine-tuning; other options that have changed are a notice."""
     before = found.get("options") or options
-    changed = {name: (before.get(name), now) for name, now in options.items() if before.get(name) != now}
+    changed = {
+        name: (before[name], now) for name, now in options.items() if name in before and before[name] != now
+    }
     for name in FIXED:
         if name in changed:
             was, now = changed[name]
@@ -163,7 +166,8 @@ def check_resumed(
             raise InputError(f"{path} has another {name}: {was}, not {now}: {how}")
     state = found["state_dict"]
     lacking = [name for name in shapes if name not in state]
-    unknown = [name for name in state if name not in shapes and not name.startswith("model_ema.")]
+    marked = {name for name in state if name.startswith("model_ema.") or name in MARKERS}
+    unknown = [name for name in state if name not in shapes and name not in marked]
     other = [name for name in shapes if name in state and list(state[name].shape) != list(shapes[name])]
     if other:
         name = other[0]

@@ -57,6 +57,8 @@ def whole(path: Path) -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield unfinished
+            with unfinished.open("rb+") as file:
+                os.fsync(file.fileno())  # else a power cut may leave an empty file of the new name
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)

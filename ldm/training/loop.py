@@ -321,6 +321,7 @@ class Run:
             with self.averages.applied():
                 averaged = self.checkpoints.weights()
             state |= {averaged_name(name): averaged[name] for name in self.trained_names if name in averaged}
+        state |= self.task.markers()
         with led(self.fabric):
             if self.leads:
                 write_checkpoint(self.folder / LAST, state, facts, self.config.keep)

@@ -1,5 +1,6 @@
 """What a training starts from: a model that is built from its config, and the weights that it begins with."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ldm.training.tasks import DepthTask, FirstStageTask, LatentDiffusionTask, T
 from ldm.util import get_obj_from_str, instantiate_from_config
 from ldm.weights.checkpoint import load_weights, pick_weights, read_state_dict
 from ldm.weights.files import exists
-from ldm.weights.loading import find, model_without_values
+from ldm.weights.loading import find, model_without_values, set_prediction
 
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 State = Mapping[str, Tensor]
@@ -40,7 +41,10 @@ def new_task(
     owner = get_obj_from_str(section["target"], allow_target)
     torch.manual_seed(config.seed)  # of the initial weights
     if issubclass(owner, LatentDiffusion):
-        task = LatentDiffusionTask(start_latent_diffusion(section, config, allow_target), config, data)
+        model = start_latent_diffusion(section, config, allow_target)
+        if config.init and model.zero_terminal_snr:  # its file says so, and samplers rescale its schedule
+            config = dataclasses.replace(config, zero_terminal_snr=True)
+        task = LatentDiffusionTask(model, config, data)
         task.is_new = not config.init or config.first_stage is not None
         return task
     if config.linear_start and owner is not AutoencoderKL:
@@ -109,6 +113,7 @@ def _from_checkpoint(
     if isinstance(model.scale_factor, Tensor) and "scale_factor" not in picked:
         picked["scale_factor"] = torch.tensor(float(params.get("scale_factor", 1.0)))
     load_weights(model, picked, path=path, dtype=torch.float32)
+    set_prediction(model, path, params.get("parameterization"), False)
     return model.requires_grad_(False)
 
 

@@ -34,6 +34,7 @@ from ldm.training.objective import draw_timesteps, min_snr_weights
 from ldm.training.random import normal, uniform
 from ldm.weights.checkpoint import unused_weights
 from ldm.weights.header import let_go
+from ldm.weights.prediction import markers
 
 Batch = Mapping[str, Any]
 FEW_LATENTS = (
@@ -116,6 +117,10 @@ class Task(pl.LightningModule):
     def export(self, folder: Path) -> list[Path]:
         """Write the files that a finished run leaves, while the model has its averaged weights."""
         return [export_weights(self.exported_state(), folder / "model.safetensors")]
+
+    def markers(self) -> dict[str, Tensor]:
+        """The empty tensors by which programs know what a checkpoint's network predicts."""
+        return {}
 
     def exported_state(self) -> dict[str, Tensor]:
         """The weights by their names in a checkpoint. The loop sets `gathered` where they are sharded."""
@@ -291,6 +296,9 @@ class LatentDiffusionTask(Task):
         steps = default_trajectory(denoiser, self.sampler, self.config.sample_steps)
         images = self.model.decode_first_stage(sample(denoiser, self.sampler, steps, noise))
         return make_grid(list(to_uint8(images.float())), 8)
+
+    def markers(self) -> dict[str, Tensor]:
+        return markers(self.model.parameterization, self.config.zero_terminal_snr) if self.whole else {}
 
     def export(self, folder: Path) -> list[Path]:
         """The whole model, in half precision."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ORIGINAL = "control_model."  # before the names in the original's files
+SHUFFLE = "averages what it adds over the image (shuffle), which is not supported"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 CONTEXT = re.compile(r"(input_blocks|middle_block)\..*\.attn2\.to_k\.weight")
 BLOCKS = 6  # of diffusers' controlnet_cond_embedding
@@ -157,9 +158,11 @@ def _read(path: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
     if not path.is_dir():
         if not exists(path):
             raise InputError(f"no ControlNet at {path}: there is no such file")
+        if path.stem.endswith("_shuffle"):  # the published name says it, and nothing in the file does
+            raise InputError(f"{path} {SHUFFLE}")
         return read(path)
     if exists(path / "config.json") and read_json(path / "config.json").get("global_pool_conditions"):
-        raise InputError(f"{path} averages what it adds over the image (shuffle), which is not supported")
+        raise InputError(f"{path} {SHUFFLE}")
     found: dict[str, T] = {}
     for file in weight_files(path):
         found |= read(file)

@@ -12,7 +12,7 @@ from ldm.log import notice
 from ldm.weights.description import prediction_of
 from ldm.weights.header import Header, read_header
 from ldm.weights.loading import bundled_family, choose_model, load_model, model_without_values, read_config
-from ldm.weights.prediction import RESOLUTION, stated_size
+from ldm.weights.prediction import RESOLUTION, markers, prediction_hint, stated_size
 from ldm.weights.writing import Report, check_target, size_of, write_ckpt, write_safetensors, written_whole
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
     state = read_state_dict(job.source)
     if job.vae:
         with_vae(state, job.vae)
+    state = _picked(state, job, config)
     if job.other:
         others = [read_state_dict(path) for path in (job.other, job.base) if path]
         paths = tuple(path for path in (job.source, job.other, job.base) if path)
         state = merge(state, others[0], job.ratio, *others[1:], paths=paths)
-    state = _picked(state, job, config)
     if job.vae:
         state = with_vae(state, job.vae)
 
@@ -70,6 +70,8 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
         with written_whole(job.target) as path, progress(size_of(state, job.precision)) as report:
             if job.to == "ckpt":
                 facts = {} if header.global_step is None else {"global_step": header.global_step}
+                hint = prediction_hint(header)  # which may be in metadata, of which this format has none
+                state = {**state, **markers(hint.parameterization if hint else "eps", "ztsnr" in state)}
                 write_ckpt(state, path, job.precision, facts, report)
             else:
                 write_safetensors(state, path, job.precision, _metadata(header, job.other), report)

@@ -292,11 +292,11 @@ def load_model(
     from ldm.modules.encoders.modules import BERTEmbedder
     from ldm.modules.encoders.tokenizer import bert_vocabulary_file
     from ldm.weights.checkpoint import load_weights, pick_weights, read_state_dict
+    from ldm.weights.diffusers_layout import is_diffusers_folder
 
     params = config.get("params") or {}
     state = read_state_dict(weights)
-    averaged = any(name.startswith("model_ema.diffusion_model") for name in state)
-    which = which or ("ema" if params.get("use_ema", averaged) else "raw")
+    which = which or default_weights(config, state)
     if vae:
         from ldm.weights.vae import with_vae
 
@@ -308,10 +308,18 @@ def load_model(
     names = [name for name, _ in model.named_parameters()]
     picked = pick_weights(state, which, path=weights, names=names)
     load_weights(model, picked, path=weights, dtype=dtype or torch.float32)
+    if is_diffusers_folder(weights) and "scale_factor" in state and not params.get("scale_by_std"):
+        model.scale_factor = float(state["scale_factor"])  # which a folder has only if it is an unusual one
     model.weights_used = which
     model.eval().requires_grad_(False)
-    _set_prediction(model, weights, params.get("parameterization"), undecided)
+    set_prediction(model, weights, params.get("parameterization"), undecided)
     return model
+
+
+def default_weights(config: dict[str, Any], names: Iterable[str]) -> str:
+    """Which weights of a checkpoint with these names a `model:` section takes by itself, "raw" or "ema"."""
+    averaged = any(name.startswith("model_ema.diffusion_model") for name in names)
+    return "ema" if (config.get("params") or {}).get("use_ema", averaged) else "raw"
 
 
 def model_without_values(
@@ -343,8 +351,11 @@ def model_without_values(
     return model
 
 
-def _set_prediction(model: LatentDiffusion, weights: Path, stated: str | None, undecided: bool) -> None:
-    """Set a built model's `parameterization` and `zero_terminal_snr` by its file, with a notice."""
+def set_prediction(model: LatentDiffusion, weights: Path, stated: str | None, undecided: bool) -> None:
+    """Set a built model's `parameterization` and `zero_terminal_snr` by its file, with a notice.
+
+    `stated` is what its config says. `undecided`: where the file has no hint, a test decides.
+    """
     from ldm.weights.prediction import file_hints, measured_prediction
 
     found = file_hints(weights, by_name=undecided)

@@ -191,7 +191,7 @@ class LoraFile:
 
     def _peft_scale(self, layer: str) -> float | None:
         """alpha / rank by the settings that peft and diffusers keep beside weights; None without them."""
-        settings = self._peft_settings
+        settings = self._peft_settings.get(layer.partition("_")[0])
         if not settings:
             return None
         rank, alpha = settings.get("r"), settings.get("lora_alpha", settings.get("alpha"))
@@ -216,18 +216,24 @@ class LoraFile:
         return text if len(text) <= 100 else f"{text[:99]}…"
 
     @cached_property
-    def _peft_settings(self) -> dict[str, Any]:
-        """Those of peft's adapter_config.json beside an adapter_model, or of diffusers in the file itself."""
+    def _peft_settings(self) -> dict[str, dict[str, Any]]:
+        """Those of peft's adapter_config.json beside an adapter_model, or of diffusers in the file itself.
+
+        They are those of each network, "unet" and "te"; diffusers' names are "unet.r", "text_encoder.r", …
+        """
         beside = self.path.with_name("adapter_config.json")
         text = self.header.metadata.get("lora_adapter_metadata", "{}")
         try:
             if self.path.stem == "adapter_model" and beside.exists():
                 found = json.loads(beside.read_text())
-            else:  # "unet.r", "text_encoder.r", …, which agree but for the text encoder's rank
-                found = {name.rpartition(".")[2]: value for name, value in json.loads(text).items()}
+                return {"unet": found, "te": found} if isinstance(found, dict) else {}
+            found = {"unet": {}, "te": {}}
+            for name, value in json.loads(text).items():
+                network, _, setting = name.rpartition(".")
+                found["te" if network == "text_encoder" else "unet"][setting] = value
         except (OSError, ValueError, AttributeError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return found
 
 
 class Change:

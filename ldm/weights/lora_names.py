@@ -31,6 +31,9 @@ PEFT = {"A": "down", "B": "up"}
 SPELLED = {part: f"lora_{part}" for part in ("down", "up", "mid")}  # in messages, as kohya has them
 # beginnings of layers' names with underscores, longest first, and the network that they are of
 PREFIXES = {
+    "text_encoders_clip_l_transformer_": "te",  # ComfyUI's, of Stable Diffusion v1
+    "text_encoders_clip_h_transformer_": "te",  # of v2
+    "text_encoders_clip_g_transformer_": "te2",
     "model_diffusion_model_": "unet",
     "text_encoder_3_": "te3",
     "text_encoder_2_": "te2",

@@ -29,6 +29,7 @@ def merge(
 
     Computed in float32, rounded to a's dtypes. A weight that one of the others lacks stays as it is in a, and
     one that only they have is left out, each with a notice; so do schedules, which no merging may change.
+    Averages (`model_ema.*`) that one of the others lacks are left out, as they would be those of before.
     With a `base`, a may be an inpainting model and the others plain ones: the channels that only a's first
     convolution has stay as they are. `paths` name the state dicts in messages.
 
@@ -36,6 +37,10 @@ def merge(
     """
     others = [b] if base is None else [b, base]
     grows = _check_families(a, others, paths)
+    averages = {name for name in a if name.startswith("model_ema.")}
+    if averages < a.keys() and not all(averages <= other.keys() for other in others):
+        notice(f"{paths[0]}: its averaged weights are left out, as not all of the files have such")
+        a = {name: tensor for name, tensor in a.items() if name not in averages}
     merged, kept = {}, []
     for name, tensor in a.items():
         parts = [other.get(name) for other in others]

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ldm.errors import InputError
+from ldm.weights.files import exists
 from ldm.weights.header import Header, read_header
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 # Names of the published files and of what was made from them, "v2-1_768-ema-pruned", "512-base-ema".
@@ -21,7 +24,9 @@ NAMED_V = re.compile(r"(?<!x)768[-_]?v(?!\d)|v-?2[-_.]?[01]?[-_]768(?!\d)|v[-_]?
 NAMED_EPS = re.compile(r"512[-_]?base|v-?2[-_.]?[01]?[-_](512(?!\d)|base)|eps[-_]?pred|2[-_.][01]-base", re.I)
 # of the Model Metadata Standard, https://github.com/Stability-AI/ModelSpec: "512x512"
 RESOLUTION = "modelspec.resolution"
-METADATA = ("modelspec.prediction_type", "prediction_type", "ss_prediction_type")
+PREDICTION = "modelspec.prediction_type"
+METADATA = (PREDICTION, "prediction_type", "ss_prediction_type")
+MARKERS = ("v_pred", "ztsnr")  # empty tensors: predicts v, on a schedule with zero terminal SNR
 BASE_STEPS = 875_000  # of the training of 512-base-ema.ckpt
 SURE = 0.5  # correlation with the noise; see `measured_prediction`
 
@@ -51,6 +56,14 @@ def file_hints(path: str | Path, by_name: bool = False) -> FileHints:
     return FileHints(prediction_hint(header, by_name), marked, zero_snr, stated_size(header))
 
 
+def markers(parameterization: str, zero_snr: bool) -> dict[str, Tensor]:
+    """The empty tensors that say in a file of any format that its UNet predicts v, and on which schedule."""
+    import torch
+
+    names = MARKERS if zero_snr else MARKERS[:1]
+    return {name: torch.zeros(0) for name in names} if parameterization == "v" else {}
+
+
 def stated_size(header: Header) -> int | None:
     """The shorter side that the metadata of a file state for its model's images, in pixels."""
     sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(header.metadata.get(RESOLUTION, "")).strip())
@@ -65,6 +78,8 @@ def prediction_hint(header: Header, by_name: bool = False) -> Hint | None:
         stated = str(header.metadata.get(name, "")).lower()
         if stated in ("v", "v_prediction", "eps", "epsilon"):
             return Hint("v" if stated.startswith("v") else "eps", f"its metadata ({name})")
+    if hint := _beside(header.path):
+        return hint
     if not by_name:
         return None
     if "ztsnr" in header.tensors:  # pure noise says nothing about eps
@@ -78,6 +93,24 @@ def prediction_hint(header: Header, by_name: bool = False) -> Hint | None:
             if NAMED_EPS.search(name):
                 return Hint("eps", f"the name {name}")
     return None
+
+
+def _beside(path: Path) -> Hint | None:
+    """What a YAML file of the checkpoint's name says, where other programs look for its config.
+
+    There is no other hint in most v1 files that predict v. A file that cannot be read says nothing.
+    """
+    from ldm.weights.loading import read_section
+
+    config = path.with_suffix(".yaml")
+    if path.is_dir() or not exists(config):
+        return None
+    try:
+        params = read_section(config, "model", {}).get("params") or {}
+        stated = params.get("parameterization")
+    except (InputError, AttributeError):
+        return None
+    return Hint(stated, f"the file {config.name} beside it") if stated in ("eps", "v") else None
 
 
 def noise_correlation(model: LatentDiffusion, size: int = 8) -> float:

@@ -121,6 +121,20 @@ def test_settings_that_have_changed_are_a_notice(monkeypatch: pytest.MonkeyPatch
     assert lines == ["a: the run goes on with seed 0 -> 1"]
 
 
+def test_markers_are_no_weights() -> None:
+    found = FACTS | {"state_dict": STATE | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}}
+    check_resumed(Path("a"), found, FACTS["identity"], SHAPES, FACTS["settings"])
+
+
+def test_other_weights_of_the_file_are_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LoRA went on beside the raw UNet that had begun beside the averaged one."""
+    monkeypatch.setattr(checkpoints, "notice", pytest.fail)
+    now = {"method": "lora", "weights": "raw"}
+    check_options(Path("a"), {"options": {"method": "lora"}}, now, "--output")  # of an older version
+    with pytest.raises(InputError, match="has another --weights: ema, not raw"):
+        check_options(Path("a"), {"options": now | {"weights": "ema"}}, now, "--output")
+
+
 OPTIONS = {"method": "dreambooth", "class_prompt": "a cube", "prior_weight": 1.0, "class_images": 50}
 
 

@@ -375,6 +375,19 @@ def test_averaged_weights_are_started_from(text_model: Path, tmp_path: Path) -> 
         assert torch.equal(task.trained()[name], raw[name] + shift), (which, shift)
 
 
+def test_what_a_file_says_of_its_unet_is_trained(text_model: Path, tmp_path: Path) -> None:
+    """A UNet that predicted v was trained on eps, and its schedule was not the one that it was made for."""
+    marked = torch.load(text_model) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    torch.save({"state_dict": marked}, tmp_path / "v.ckpt")
+    task = sibling(SECOND_STAGE, tmp_path / "v.ckpt")
+    assert task.model.parameterization == "v"
+    assert task.model.alphas_cumprod[-1] < 1e-6
+    assert task.markers().keys() == {"v_pred", "ztsnr"}, "for its own checkpoints"
+    plain = sibling(SECOND_STAGE, text_model)
+    assert (plain.model.parameterization, plain.markers()) == ("eps", {})
+    assert plain.model.alphas_cumprod[-1] > 1e-3
+
+
 def test_a_depth_estimator_comes_from_its_own_file(text_model: Path, tmp_path: Path) -> None:
     torch.manual_seed(2)
     estimator = instantiate_from_config(ESTIMATOR)

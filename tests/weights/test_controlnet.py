@@ -91,6 +91,12 @@ def test_files_that_are_no_controlnet(tmp_path: Path) -> None:
     refused(tmp_path / "absent.pth", V1)
 
 
+def test_a_single_file_that_averages_over_the_image(tmp_path: Path) -> None:
+    """Only the published name says so: its images were wrong."""
+    path = write_controlnet(tmp_path / "folder") / "diffusion_pytorch_model.safetensors"
+    assert "shuffle" in refused(path.rename(tmp_path / "control_v11e_sd15_shuffle.safetensors"), V1)
+
+
 def test_a_controlnet_that_averages_over_the_image(tmp_path: Path) -> None:
     path = write_controlnet(tmp_path / "shuffle")
     config = path / "config.json"

@@ -24,6 +24,7 @@ from ldm.weights.convert import Conversion, convert
 from ldm.weights.diffusers_writing import folder_parts, not_held
 from ldm.weights.header import read_header
 from ldm.weights.loading import ROOT, choose_model, load_model, read_config
+from ldm.weights.prediction import prediction_hint
 from ldm.weights.writing import check_target, target_format, write_ckpt, write_safetensors, written_whole
 
 PIPELINES = {
@@ -105,7 +106,10 @@ def test_diffusers_loads_our_folders(tmp_path: Path, kind: str) -> None:
 def test_there_and_back_again(
     tmp_path: Path, kind: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """.ckpt -> folder -> .ckpt -> .safetensors keeps every tensor's bits, but for those that are named."""
+    """.ckpt -> folder -> .ckpt -> .safetensors keeps every tensor's bits, but for those that are named.
+
+    What a folder's scheduler says of the UNet becomes a tensor.
+    """
     state = checkpoint(kind, dtype)
     source = tmp_path / "model.ckpt"
     torch.save({"state_dict": state}, source)
@@ -113,7 +117,9 @@ def test_there_and_back_again(
     notice = caplog.messages[-1]
     back = run(run(folder, tmp_path / "back.ckpt"), tmp_path / "back.safetensors")
     found = read_state_dict(back)
-    assert_same(found, {name: state[name] for name in found})
+    marked = state | {name: torch.zeros(0) for name in (["v_pred"] if predicts_v(kind) else [])}
+    assert_same(found, {name: marked[name] for name in found})
+    assert ("v_pred" in found) == predicts_v(kind)
 
     lost = state.keys() - found.keys()
     unused = {name for name in lost if not COMPUTED.fullmatch(name)}
@@ -248,6 +254,31 @@ def with_averages(state: dict[str, torch.Tensor], keep_raw: bool = True) -> dict
     averages = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": state[name] + 1 for name in unet}
     raw = state if keep_raw else {name: t for name, t in state.items() if name not in unet}
     return raw | averages | {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
+
+
+def test_averaged_weights_are_merged(tmp_path: Path) -> None:
+    """The raw ones were merged, and then the averages taken in their place as they had been."""
+    state = checkpoint("v1")
+    torch.save({"state_dict": with_averages(state)}, tmp_path / "a.ckpt")
+    other = {name: t + 3 if t.is_floating_point() else t for name, t in state.items()}
+    save_file(other, tmp_path / "b.safetensors")
+    merged = run(
+        tmp_path / "a.ckpt", tmp_path / "c.safetensors", weights="ema", other=tmp_path / "b.safetensors"
+    )
+    found = read_state_dict(merged)
+    assert not any(name.startswith("model_ema.") for name in found)
+    for name in (name for name in state if name.startswith("model.")):
+        torch.testing.assert_close(found[name], state[name] + 2)  # of + 1 and + 3
+
+
+def test_a_ckpt_says_what_its_unet_predicts(tmp_path: Path) -> None:
+    """Metadata said so, for which a .ckpt has no place: v was read as eps, and images were noise."""
+    for fact, found in (("v_prediction", "v"), ("epsilon", "eps"), (None, "eps")):
+        metadata = {"modelspec.prediction_type": fact} if fact else {}
+        save_file(checkpoint("v1"), tmp_path / "a.safetensors", metadata)
+        path = run(tmp_path / "a.safetensors", tmp_path / f"{fact}.ckpt")
+        hint = prediction_hint(read_header(path))
+        assert (hint.parameterization if hint else "eps") == found
 
 
 @pytest.mark.parametrize("keep_raw", [True, False])

@@ -497,6 +497,27 @@ def test_metadata_show_eps_or_v(tmp_path, metadata, found):
     assert hint is None or hint.why == f"its metadata ({next(iter(metadata))})"
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("model: {target: a.B, params: {parameterization: v}}", "v"),
+        ("model: {params: {parameterization: eps}}", "eps"),
+        ("model: {params: {}}", None),
+        ("model: [v]", None),
+        ("{", None),
+    ],
+)
+def test_a_config_beside_a_file_shows_eps_or_v(tmp_path, weights, text, found):
+    """Models of v1's layout that predict v come with one and nothing else; their images were noise."""
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+    path.with_suffix(".yaml").write_text(text)
+    hint = prediction.file_hints(path).hint
+    assert (hint and hint.parameterization) == found
+    model = load_model(tiny.model_section({}), path)
+    assert model.parameterization == (found or "eps")
+
+
 @pytest.mark.parametrize(("steps", "found"), [(875_000, "eps"), (110_000, None)])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_steps_of_training_show_eps(tmp_path, steps, found, legacy):

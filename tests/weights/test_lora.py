@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -278,6 +279,17 @@ def test_peft_keeps_alpha_beside_the_weights(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "diffusers.safetensors", metadata)
     file = LoraFile(tmp_path / "diffusers.safetensors")
     assert file.change("unet_mid_block_attentions_0_proj_in").scale == 4.0
+
+
+def test_each_network_has_settings_of_its_own(tmp_path: Path) -> None:
+    """The UNet's rank and alpha were taken for the text encoder's, too."""
+    layers = {"unet_a": (12, 8), "te_encoder_layers_0_mlp_fc1": (12, 8)}
+    path = lora_files.write(
+        tmp_path / "a.safetensors", {f"lora_{name}": shape for name, shape in layers.items()}, alpha=None
+    )
+    facts = {"unet.r": 16, "unet.lora_alpha": 16, "text_encoder.r": 8, "text_encoder.lora_alpha": 16}
+    save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(facts)})
+    assert [LoraFile(path).change(name).scale for name in layers] == [1.0, 2.0]
 
 
 def test_settings_beside_a_file_that_make_no_scale(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ TEXT_DOTS = "text_model.encoder.layers.3.self_attn"
         ("lora_te_text_model_encoder_layers_3_self_attn_q_proj.lora_up.weight", TEXT, "up"),
         ("lora_te1_text_model_encoder_layers_3_self_attn_q_proj.lora_up.weight", TEXT, "up"),
         (f"text_encoder.{TEXT_DOTS}.q_proj.lora_linear_layer.down.weight", TEXT, "down"),
+        (f"text_encoders.clip_l.transformer.{TEXT_DOTS}.q_proj.lora_up.weight", TEXT, "up"),  # ComfyUI's
+        (f"text_encoders.clip_h.transformer.{TEXT_DOTS}.q_proj.alpha", TEXT, "alpha"),
         (f"text_encoder.{TEXT_DOTS}.to_q_lora.down.weight", TEXT, "down"),
         (f"base_model.model.{TEXT_DOTS}.q_proj.lora_B.weight", TEXT, "up"),
         (f"lora_{TEXT_2}_mlp_fc1.alpha", f"{TEXT_2}_mlp_fc1", "alpha"),

@@ -85,6 +85,16 @@ def test_weights_that_one_side_lacks(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+def test_averages_that_are_not_merged_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """They stayed as they were: a UNet of before beside the one that was merged."""
+    a, b = model(1), model(2)
+    averages = {"model_ema.diffusion_modelx": torch.ones(2), "model_ema.decay": torch.tensor(0.9)}
+    assert merge(a | averages, b, 0.5, paths=PATHS[:2]).keys() == a.keys()
+    assert caplog.messages == ["a.ckpt: its averaged weights are left out, as not all of the files have such"]
+    both = merge(a | averages, b | averages, 0.5, paths=PATHS[:2])
+    assert both.keys() == a.keys() | averages.keys()
+
+
 @pytest.mark.parametrize(
     ("a", "b", "base"),
     [

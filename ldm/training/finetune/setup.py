@@ -27,7 +27,7 @@ from ldm.training.finetune.methods import (
 )
 from ldm.training.sections import read_overrides
 from ldm.weights.description import describe
-from ldm.weights.loading import choose_model, read_config, read_section
+from ldm.weights.loading import choose_model, default_weights, read_config, read_section
 
 GRID = "before-after.png"
 LAST = "last.ckpt"
@@ -149,9 +149,12 @@ def _check_resumed(method: Method, setup: Setup, options: Any) -> None:
 def recorded(method: Method, setup: Setup, options: Any) -> dict[str, Any]:
     """What a checkpoint keeps of the options; the model goes by its file's content."""
     from ldm.weights.hashes import file_hash
+    from ldm.weights.header import read_header
 
     (name,) = (name for name, each in METHODS.items() if each is method)
-    return {"method": name, "ckpt": file_hash(setup.files.weights), **dataclasses.asdict(options)}
+    weights = setup.weights or default_weights(setup.section, read_header(setup.files.weights).tensors)
+    ckpt = file_hash(setup.files.weights)
+    return {"method": name, "ckpt": ckpt, "weights": weights, **dataclasses.asdict(options)}
 
 
 def _check_images(folder: str, prompt: str | None) -> None:
