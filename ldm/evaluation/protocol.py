@@ -154,6 +154,12 @@ class Protocol:
             raise FieldError("{clip} is missing: {expected}", expected=clip_score.EXPECTED)
         if self.reference and not exists(Path(self.reference)):
             raise FieldError("{reference} {path} is not there", path=self.reference)
+        if not (self.reference or self.captions) and self.height != self.width:
+            raise FieldError(
+                "{height} {h} and {width} {w}: the renders that images are compared with are square",
+                h=self.height,
+                w=self.width,
+            )
         if self.captions and not self.reference:
             raise FieldError(
                 "{reference} is missing: give a folder of real images, such as val2017 of COCO "

@@ -91,17 +91,26 @@ def own_steps(run: Trajectory, discretization: Discretization) -> Trajectory:
     return replace(run, sigmas=(run.sigmas[0], lowest, 0.0))
 
 
+def guided_steps(steps: int, start: float, end: float) -> tuple[int, int]:
+    """The first of `steps` steps that is guided, and the one behind the last: start <= i / steps < end.
+
+    `start` and `end` are parts of the run, 0 … 1. InputError if no step is within.
+    """
+    first, last = (math.ceil(round(part * steps, 6)) for part in (start, end))
+    if steps and first >= last:
+        raise InputError(
+            f"none of the {steps} steps is within --guidance_start {start:g} and --guidance_end {end:g}; "
+            "--scale 1 samples without guidance"
+        )
+    return first, last
+
+
 def guidance_interval(run: Trajectory, start: float, end: float) -> tuple[float, float]:
     """The sigmas (above, up to) of the steps from part `start` to part `end` of a run, of 0 … 1.
 
-    Step i of n is within if start <= i / n < end. The run's own ends are open: a sampler may go beyond them.
-    Calls within a step go by their own levels. InputError if no step is within.
+    The run's own ends are open: a sampler may go beyond them. Calls within a step go by their own levels.
+    InputError if no step is within.
     """
-    first, last = (math.ceil(round(part * run.steps, 6)) for part in (start, end))
-    if run.steps and first >= last:
-        raise InputError(
-            f"none of the {run.steps} steps is within --guidance_start {start:g} and --guidance_end {end:g}; "
-            "--scale 1 samples without guidance"
-        )
+    first, last = guided_steps(run.steps, start, end)
     low = run.sigmas[last] if last < run.steps else -math.inf
     return low, run.sigmas[first] if first else math.inf

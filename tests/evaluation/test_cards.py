@@ -35,12 +35,15 @@ SECTIONS = [  # of the card of Stable Diffusion v1
     "## Environmental Impact",
     "## Citation",
 ]
-CARDS = cards.cards()
+CARDS = [path for path in cards.cards() if (path.parent / cards.EVALUATION).exists()]
+LORAS = ROOT / "models/loras/README.md"
 
 
 def test_every_bundled_model_has_a_card() -> None:
     models = {path.parent.name for path in (ROOT / "models").glob("scenes-*/*.safetensors")}
     assert models <= {path.parent.name for path in CARDS}
+    for path in (ROOT / "models/loras").glob("*.safetensors"):
+        assert path.name in LORAS.read_text()
     assert {"scenes-64", "scenes-64-v", "scenes-128", "scenes-128-inpainting", "scenes-128-canny"} <= models
 
 
@@ -54,7 +57,7 @@ def test_a_card_is_what_its_files_say(path: Path) -> None:
         assert "://" in target or (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", [*CARDS, LORAS], ids=lambda path: path.parent.name)
 def test_the_commands_of_a_card_are_taken(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (line,) = re.findall("^python scripts/(.+)$", path.read_text(), re.M)

@@ -397,6 +397,13 @@ def test_kept_keys_and_recordings_make_the_same_images(load: Load) -> None:
     assert recorder.replayed > 10
 
 
+def test_and_is_a_word_within_a_negative_prompts_schedule() -> None:
+    """The schedule was split at it and seen no more: the first step's text was that of all."""
+    assert request("a cat", negative_prompt="[dog AND cat:bird:0.5]").changes_over_steps
+    assert request("a cat", negative_prompt="a [bad AND ugly|dull]").changes_over_steps
+    assert not request("a cat", negative_prompt="dog AND cat").changes_over_steps
+
+
 @pytest.mark.parametrize("further", [{"cfg_rescale": 0.7}, {"guidance_start": 0.5}])
 def test_what_guides_besides_sees_the_composed_prediction(load: Load, further: dict) -> None:
     """Of one part twice, by half each, it is what it is of the part alone."""

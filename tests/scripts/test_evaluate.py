@@ -309,6 +309,7 @@ def test_other_settings_in_the_folder(evaluate: Command) -> None:
         (["--scales", -1], "--scales: -1 is not a number in range: 0 … 100"),
         (["--images", 1], "--images"),
         (["--H", 70, "--W", 64], "--H 70"),
+        (["--H", 64, "--W", 128], "--H 64 and --W 128: the renders that images are compared with are square"),
         (["--sampler", "no"], "no"),
         (["--captions", "a.txt", "--scenes"], "--captions and --scenes"),
         (["--features", "inception"], "--inception is missing: give weights-inception"),

@@ -136,8 +136,9 @@ class TextSettings:
             return False
         from ldm.prompts import syntax
 
-        prompts = (split_lora_tags(prompt)[0] for prompt in (self.prompt, self.negative_prompt))
-        return any(syntax.changes(part) for prompt in prompts for part, _ in syntax.composed(prompt))
+        prompt, negative = (split_lora_tags(text)[0] for text in (self.prompt, self.negative_prompt))
+        # in a negative prompt AND is a word
+        return any(map(syntax.changes, [*(part for part, _ in syntax.composed(prompt)), negative]))
 
     def switching(self: Any) -> tuple:
         """At which steps of each pass the texts change; () if they are the same at all of them.
