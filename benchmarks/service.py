@@ -393,10 +393,11 @@ def abandoned(service: Service, steps: int, clients: int = 12) -> int:
     for one in sockets:
         one.sendall(head + content)
     end = time.monotonic() + 10
-    while figures(service.url)["sd_waiting_images"] < 1 and time.monotonic() < end:
+    while not busy(service.url) and time.monotonic() < end:  # all of them may be sampled at once
         time.sleep(0.02)
     for one in sockets:
         one.close()
+    end = time.monotonic() + 10
     while (left := busy(service.url)) and time.monotonic() < end:
         time.sleep(0.05)
     return left
