@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from ldm.log import LOG
 from ldm.runs.processes import find_place, has_own_device, in_srun, in_torchrun, set_srun_variables
 from ldm.training.config import TrainingConfig
 
+# How long the others wait for the first one, which makes DreamBooth's class images, samples and checkpoints.
+# By itself torch waits half an hour or less. A process that ends is noticed by its launcher.
+PATIENCE = timedelta(hours=12)
 PRECISIONS = {"full": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -116,7 +120,7 @@ def strategy_of(name: str, fsdp: type[FSDPStrategy] = FSDPStrategy) -> Strategy:
     which they are used, and the noise schedule is not rounded.
     """
     if name == "ddp":
-        return DDPStrategy(gradient_as_bucket_view=True)
+        return DDPStrategy(gradient_as_bucket_view=True, timeout=PATIENCE)
     from torch.distributed.fsdp import MixedPrecision
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -129,4 +133,5 @@ def strategy_of(name: str, fsdp: type[FSDPStrategy] = FSDPStrategy) -> Strategy:
         mixed_precision=MixedPrecision(),
         use_orig_params=True,
         state_dict_type="full",
+        timeout=PATIENCE,
     )

@@ -3,13 +3,14 @@
 import logging
 import os
 import warnings
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldm.training.config import TrainingConfig
-from ldm.training.processes import end_processes, start_processes
+from ldm.training.processes import end_processes, start_processes, strategy_of
 
 
 def test_lightning_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +42,12 @@ def test_mixed_precision_keeps_no_casts() -> None:
         assert torch.is_autocast_enabled(fabric.device.type)
         assert torch.get_autocast_dtype(fabric.device.type) == torch.bfloat16
         assert not torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_others_wait_as_long_as_the_first_one_needs(name: str) -> None:
+    """A thousand class images took one GPU longer than torch lets the others wait for it."""
+    assert strategy_of(name)._timeout >= timedelta(hours=2)
 
 
 def test_the_connection_of_several_processes_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
