@@ -87,7 +87,7 @@ class CudaCapture:
         is freed anywhere is given back no more (https://github.com/pytorch/pytorch/pull/180395).
         """
         device = torch.cuda.current_device()
-        with suppress(RuntimeError):  # torch has ended it
+        with suppress(RuntimeError, AttributeError):  # torch has ended it, or is older than these functions
             torch._C._cuda_endAllocateToPool(device, self.pool)
             torch._C._cuda_releasePool(device, self.pool)
 
