@@ -18,7 +18,7 @@ setup(
     package_data={"ldm.webui": ["*.css", "*.js"]},
     install_requires=[
         "einops",
-        "filelock",
+        "filelock>=3.30",  # its locks can be told not to fall back to soft ones
         "ftfy",
         "invisible-watermark",
         "numpy",

@@ -318,13 +318,12 @@ def report_faults(lines: Sequence[Line]) -> int:
 # Answers
 
 
-def results(outdir: Path) -> dict[int, dict[str, Any]]:
-    """The manifest's line of each image of the folder's last run, the newest of those that an image has."""
-    from ldm.runs.manifest import RUNS, read_lines, read_manifest
+def results(outdir: Path, run: str) -> dict[int, dict[str, Any]]:
+    """The manifest's line of each image of a run, the newest of those that an image has."""
+    from ldm.runs.manifest import read_manifest
 
-    runs = [line["run"] for line in read_lines(outdir / RUNS) if "first" in line]
     found: dict[int, dict[str, Any]] = {}
-    for line in read_manifest(outdir, runs[-1]) if runs else ():
+    for line in read_manifest(outdir, run):
         if line["file"] or not found.get(line["image"], {}).get("file"):
             found[line["image"]] = line
     return found
@@ -404,13 +403,15 @@ def main(argv: list[str] | None = None) -> int:
     requests = [line.request for line in lines if line.request is not None]
     if scoring.run.dry_run or scoring.run.plan:
         return (run(pipeline, requests, scoring.run) if requests else 0) or (1 if faulty else 0)
-    code = 0
+    code, made = 0, {}
     if requests:
+        own: list[str] = []  # this run's id: another run may start in the folder meanwhile
         with contextlib.redirect_stdout(io.StringIO()):  # the folder's name, which is no result here
-            code = run(pipeline, requests, replace(scoring.run, seed=seed))
-    if code not in (0, 1):
-        return code
-    write_answers(scoring, sources, results(Path(scoring.run.outdir)) if requests else {})
+            code = run(pipeline, requests, replace(scoring.run, seed=seed), started=own.append)
+        if code not in (0, 1):
+            return code
+        made = results(Path(scoring.run.outdir), own[0])
+    write_answers(scoring, sources, made)
     if faulty:
         problem(f"{faulty} of {len(lines)} lines have no image, because of their faults")
     return 1 if faulty else code

@@ -26,6 +26,7 @@ from ldm.images.source_type import TRAINED, source_type_in, xmp_packet
 
 METADATA_KEYWORD = "stable-diffusion"  # marks the JSON as ours
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # file name suffixes, and Pillow's names
+LARGEST = {"jpg": 65_500, "webp": 16_383}  # pixels on a side
 PNG_LEVEL = 1  # of zlib, 0 … 9; Pillow's own 6 takes five times as long for files of 0.8 times the size
 XMP_KEYWORD = "XML:com.adobe.xmp"  # of a PNG file's text chunk
 EXIF_LIMIT = 65_533  # bytes, of a JPEG segment
@@ -45,8 +46,10 @@ def encode_image(
     `texts` are the parameters as A1111 writes them, in any Unicode that UTF-8 can express, and our JSON, in
     ASCII; None leaves both out. `source` is the image's digital source type. `quality`, 1 to 100, is for JPEG
     and WebP. JPEG has all of its colour resolution, without which it would lose the watermark. Its texts have
-    64 kB: where both are longer it holds the JSON alone, and InputError if even that does not fit.
+    64 kB: where both are longer it holds the JSON alone, and InputError if even that does not fit. InputError
+    also for a side that is longer than the format's longest.
     """
+    check_sides(*image.shape[:2], format)
     own: dict[str, dict[str, Any]] = {"png": {"compress_level": PNG_LEVEL}, "jpg": {"subsampling": 0}}
     options = dict(own.get(format, {}))
     if format != "png":
@@ -60,6 +63,16 @@ def encode_image(
     file = io.BytesIO()
     Image.fromarray(image).save(file, format=FORMATS[format], **options)
     return file.getvalue()
+
+
+def check_sides(height: int, width: int, format: str) -> None:
+    """InputError for an image, of a size in pixels, that no file of a format of `FORMATS` can hold."""
+    longest = LARGEST.get(format)
+    if longest is not None and max(height, width) > longest:
+        raise InputError(
+            f"an image of {width}x{height} pixels does not fit into a {FORMATS[format]} file, whose "
+            f"sides have {longest:,} at most; use --format png"
+        )
 
 
 def text_chunks(texts: tuple[str, str] | None, source: str) -> PngInfo:

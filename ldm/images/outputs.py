@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.errors import InputError
-from ldm.images.metadata import FORMATS, PNG_LEVEL, encode_image, open_image, read_texts
+from ldm.images.metadata import FORMATS, LARGEST, PNG_LEVEL, encode_image, open_image, read_texts
 from ldm.images.source_type import source_type
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no later file will fit, either
@@ -28,7 +28,6 @@ NO_LINKS = (
     *(errno.EINVAL, errno.EMLINK, errno.EXDEV),
 )
 NO_SETTINGS: Mapping[str, Any] = {}
-LARGEST = {"jpg": 65_500, "webp": 16_383}  # pixels on a side
 LEFT_BEHIND = 60  # seconds after which a temporary file belongs to no living process: each writes for moments
 
 

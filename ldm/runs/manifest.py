@@ -301,7 +301,8 @@ def _short(value: Any) -> str:
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Only one process at a time is inside, where the file system has locks; they end with their process."""
-    lock = FileLock(folder / LOCK, is_singleton=True)  # which may be taken again within
+    # A singleton may be taken again within. A soft lock, a file that is there, would outlive a dead machine.
+    lock = FileLock(folder / LOCK, is_singleton=True, fallback_to_soft=False)
     try:
         lock.acquire(poll_interval=POLL)
     except (NotImplementedError, OSError):  # a network drive without locks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,13 +32,17 @@ WORTH_A_LINE = 60.0  # seconds of a run from which on the user reads what it too
 
 
 def run(
-    pipeline: Pipeline, requests: Iterable[ImageRequest], options: RunOptions, sheet: Sheet | None = None
+    pipeline: Pipeline,
+    requests: Iterable[ImageRequest],
+    options: RunOptions,
+    sheet: Sheet | None = None,
+    started: Callable[[str], object] | None = None,
 ) -> int:
     """Make the images of a round of requests, `n_iter` times over, into an output folder.
 
     Returns the exit code: 1 if an image could not be made or saved, 130 if the user ended the run. The
     requests are read by the process with rank 0 alone, which plans for all. A `sheet` is drawn in place of
-    grids.
+    grids. `started` gets the run's id, by which the folder's files know it, before the first image.
     """
     team = Team(find_place(options.devices, options.num_nodes))
     log_to(None if options.dry_run else options.log_file, options.quiet or not team.leads)
@@ -82,6 +86,8 @@ def run(
         if not resumed:
             record.start(folder.next_number)  # listed anew, under the record's lock
         folder.own(record.run)
+        if started is not None:
+            started(record.run)
         names = file_names(options.filename, plan, record.first, model_name(pipeline, options.filename))
         expected = forecast(pipeline, plan, todo, team.place.size) if todo else None
         costs = ImageCosts(meter.watts / team.place.size, meter.factor, expected)

@@ -606,7 +606,7 @@ def settings_in(content: Mapping[str, Any], max_pixels: int) -> dict[str, Any]:
     try:
         parameters, own = texts_of(image)
         found = parse_a1111(parameters) if parameters else {}
-    except InputError as error:
+    except Exception as error:  # Pillow raises anything on damaged EXIF data
         raise BadRequest("image: the settings in it cannot be read") from error
     items = {} if own is None else {"stable-diffusion": own}
     return {"info": parameters or "", "items": items, "parameters": found}

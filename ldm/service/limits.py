@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldm.errors import InputError
-from ldm.fields import settings_of
+from ldm.images.metadata import check_sides
 from ldm.pipeline.request import IMAGE_SETTINGS, ImageRequest
 from ldm.pipeline.settings.passes import LANCZOS, LATENT
 from ldm.service.errors import BadRequest, LimitExceeded, from_input_error
 from ldm.service.options import ServiceOptions
-from ldm.service.schema import MOST_FILES
+from ldm.service.schema import MOST_FILES, check_texts
 
 MOST_PARTS = 16  # of a prompt; the UNet is run for each of them at every step
 
 
 def check_limits(request: ImageRequest, options: ServiceOptions, most_pixels: int) -> None:
     """LimitExceeded for a request that asks for more than this service makes, by its own values alone."""
-    check_texts(request, options.max_prompt)
+    check_texts(vars(request), options.max_prompt)
     steps, parts = request.steps_to_run + request.second_steps, max(1, request.parts)
     if steps > options.max_steps:
         raise LimitExceeded(f"steps: {steps} are more than this service's {options.max_steps}")
@@ -28,22 +28,27 @@ def check_limits(request: ImageRequest, options: ServiceOptions, most_pixels: in
             f"steps: {steps} steps for each of the prompt's {parts} parts (AND) are {steps * parts}, "
             f"more than this service's {options.max_steps}; ask for fewer of either"
         )
+    if size := asked_size(request):
+        check_size(*size, most_pixels)
+
+
+def asked_size(request: ImageRequest) -> tuple[int, int] | None:
+    """About the height and width in pixels of a request's image, where its own values say so."""
     height, width = request.height, request.width
     if request.init_img is not None and (height is None) != (width is None):
         across, down = request.init_img.size  # the other side follows from it
         height, width = height or width * down / across, width or height * across / down
-    if height and width:
-        factor = request.hires or 1.0
-        check_size(round(height * factor), round(width * factor), most_pixels)
+    factor = request.hires or 1.0
+    return (round(height * factor), round(width * factor)) if height and width else None
 
 
-def check_texts(request: ImageRequest, most: int) -> None:
-    """LimitExceeded for a text of more than `most` characters, whatever it is for."""
-    for name, each in settings_of(ImageRequest).items():
-        value = getattr(request, name) if each.kind in (str, list) else None
-        for text in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(text, str) and len(text) > most:
-                raise LimitExceeded(f"{name}: {len(text):,} characters are more than this service's {most:,}")
+def check_format(request: ImageRequest, format: str) -> None:
+    """BadRequest for an image that, by the request's own values, no file of a format ("webp") can hold."""
+    if size := asked_size(request):
+        try:
+            check_sides(*size, format)
+        except InputError as error:
+            raise from_input_error(error) from error
 
 
 def check_size(height: int, width: int, most_pixels: int) -> None:

@@ -18,13 +18,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from ldm.pipeline.infotext import without_folders
-from ldm.pipeline.request import ImageRequest, image_seed
 from ldm.service.answers import base64_of, json_answer
 from ldm.service.errors import BadRequest, LimitExceeded, ServiceError
 from ldm.service.inputs import json_object, text_of
 from ldm.service.jobs import Job
+from ldm.service.limits import check_format
 from ldm.service.metrics import CONTENT_TYPE
-from ldm.service.schema import number_of, request_of, request_schema
+from ldm.service.schema import number_of, request_of, request_schema, series
 
 if TYPE_CHECKING:
     from ldm.service.app import OutputFile, Service
@@ -79,13 +79,6 @@ def format_of(format: Any) -> str:
     return found
 
 
-def series(request: ImageRequest, count: int) -> list[ImageRequest]:
-    """So many images of one request: image k has its seed plus k, as in a run; without one the engine's."""
-    if request.seed is None or request.rng == "compvis":
-        return [request] * count
-    return [request.twin(seed=image_seed(request.seed, k)) for k in range(count)]
-
-
 def routes(service: Service) -> APIRouter:
     router = APIRouter(responses=ERRORS)
 
@@ -102,6 +95,7 @@ def routes(service: Service) -> APIRouter:
         asked = Asked.of(content, service)
         task = service.engine.models.task(asked.model or service.engine.models.default)
         request = await run_in_threadpool(request_of, content, service.options, task=task)
+        check_format(request, asked.format)
         job = await service.submit(
             series(request, asked.count),
             http,
@@ -377,7 +371,7 @@ def _body_schema(service: Service) -> dict[str, Any]:
             "minimum": 1,
             "maximum": options.max_images,
             "default": 1,
-            "description": "images to make; image k, from 0, has the seed plus k",
+            "description": "images to make; image k, from 0, has the seed and the variation seed plus k",
         },
         "format": {"type": "string", "enum": list(MEDIA_TYPES), "default": "png"},
     }

@@ -22,11 +22,12 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from ldm.pipeline.request import ImageRequest, image_seed
+from ldm.pipeline.request import ImageRequest
 from ldm.service.answers import base64_of, json_answer
 from ldm.service.errors import BadRequest, ServiceError, in_names, reworded
 from ldm.service.inputs import decoded, json_object, text_of
-from ldm.service.schema import known_names, request_of, request_schema
+from ldm.service.limits import check_format
+from ldm.service.schema import known_names, request_of, request_schema, series
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -140,9 +141,8 @@ def read_order(values: Mapping[str, Any], service: Service) -> Order:
     values |= _size(values.pop("size", None), values)
     model_name = model or service.engine.models.default
     first = request_of(values, service.options, task=service.engine.models.task(model_name))
-    seeds = [None if first.seed is None else image_seed(first.seed, k) for k in range(count)]
-    requests = tuple(first.twin(seed=seed) for seed in seeds)
-    return Order(requests, model, format, form == "url", stream, partial)
+    check_format(first, FORMATS[format])
+    return Order(tuple(series(first, count)), model, format, form == "url", stream, partial)
 
 
 def _size(size: Any, values: Mapping[str, Any]) -> dict[str, int]:
@@ -196,7 +196,10 @@ def with_images(values: dict[str, Any], max_pixels: int) -> dict[str, Any]:
     files = values.pop("image", [])
     if len(files) != 1:
         raise BadRequest(f"image: give one file, not {len(files)}")
-    image = ImageOps.exif_transpose(_opened(files[0], "image", max_pixels))
+    image = _opened(files[0], "image", max_pixels)
+    # In place the pixels are turned first: the rest of the EXIF data may be broken as it likes.
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
     given = values.pop("mask", None)
     if given is None:
         mask = _transparent(image)

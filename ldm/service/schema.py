@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm.errors import InputError
 from ldm.fields import Setting, listed_by_name, settings_of
-from ldm.pipeline.request import IMAGE_SETTINGS, ImageRequest
+from ldm.pipeline.request import IMAGE_SETTINGS, ImageRequest, image_seed
 from ldm.pipeline.settings.control import Control
 from ldm.pipeline.settings.passes import LANCZOS, LATENT
 from ldm.pipeline.settings.text import EmbeddingFile
@@ -59,10 +59,37 @@ def request_of(values: Mapping[str, Any], options: ServiceOptions, *, task: str 
         raise BadRequest("prompt: it is missing")
     if given.get("seed") == -1:
         del given["seed"]
+    check_texts(given, options.max_prompt)  # before a prompt is parsed, which takes longer than to read it
     try:
         return ImageRequest(**with_strength(given, task))
     except InputError as error:
         raise from_input_error(error, options.folders) from error
+
+
+def check_texts(values: Mapping[str, Any], most: int) -> None:
+    """LimitExceeded for a text of more than `most` characters, whatever it is for.
+
+    `values` are a request's, by the settings' names.
+    """
+    for name, each in settings_of(ImageRequest).items():
+        value = values.get(name) if each.kind in (str, list) else None
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and len(text) > most:
+                raise LimitExceeded(f"{name}: {len(text):,} characters are more than this service's {most:,}")
+
+
+def series(request: ImageRequest, count: int) -> list[ImageRequest]:
+    """So many images of one request: image k has its seed and its variation seed plus k, as in a run.
+
+    Without a seed each has the engine's.
+    """
+    if request.rng == "compvis":  # one stream for all images, in which none has a seed
+        return [request] * count
+    seeds = {name: getattr(request, name) for name in ("seed", "variation_seed")}
+    return [
+        request.twin(**{name: image_seed(seed, k) for name, seed in seeds.items() if seed is not None})
+        for k in range(count)
+    ]
 
 
 def _read(each: Setting, value: Any, name: str, options: ServiceOptions) -> Any:

@@ -165,6 +165,8 @@ def columns_of(columns: Any) -> tuple[str, ...]:
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
         raise InputError(f'columns is no list of names such as ["prompt"]; there are {", ".join(COLUMNS)}')
     known = known_names()
+    if len(columns) > len(known):  # each is compared with all others below
+        raise InputError(f"{len(columns):,} columns are more than the {len(known)} names of settings")
     for name in columns:
         if name not in known:
             raise InputError(

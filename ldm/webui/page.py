@@ -441,6 +441,7 @@ class Page:
         add, results, status = self.parts, asked[self.results], self.parts["status"]
         session = request.session_hash or ""
         client = f"{request.username or 'page'} {session}"
+        self.folders.enter(session)
         order = await anyio.to_thread.run_sync(order_of, asked)
         submit = partial(self.engine.submit, client=client, model=order.model, preview=True)
         job = await anyio.to_thread.run_sync(submit, order.requests)
@@ -515,6 +516,12 @@ class Page:
         seed = request_of(task, held, inputs).seed
         seed = secrets.randbelow(2**32) if seed is None else seed
         x, y = (Axis.of(asked[self.parts[axis]], asked[self.parts[f"{axis}_values"]]) for axis in ("x", "y"))
+        images, most = len(x.values) * len(y.values), self.engine.options.max_images
+        if images > most:  # before a request is made for each
+            raise InputError(
+                f"the sheet has {len(x.values):,} columns and {len(y.values):,} rows, which are {images:,} "
+                f"images; the most is {most:,}"
+            )
         sheet = sheet_of(task, held, inputs, seed, x, y)
         for cell in sheet.cells:
             self.files.check(cell)
@@ -523,7 +530,10 @@ class Page:
 
     def _keep(self, order: Order, job: Job, session: str) -> list[Result]:
         """Writes a finished job's files, and those that its command starts from."""
-        folder = self.folders.add(session, job.id)
+        with self.folders.adding(session, job.id) as folder:
+            return self._written(order, job, folder)
+
+    def _written(self, order: Order, job: Job, folder: Path) -> list[Result]:
         inputs = []
         for name, image in input_images(order.request).items():
             image.save(folder / name)
@@ -561,7 +571,7 @@ class Page:
     def leave(self, request: gr.Request) -> None:
         """The browser has gone: nobody waits for its images any more, or looks at those that it has."""
         self.cancel(request)
-        self.folders.keep(request.session_hash or "", ())
+        self.folders.leave(request.session_hash or "")
 
     def choose_task(self, name: str) -> dict:
         """Shows what a task has, and hides the rest."""

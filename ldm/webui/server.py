@@ -51,6 +51,7 @@ CLOSED = (
     *("proxy=", "file=http", "file/http", "deep_link", "run/", "api/", "call/", "vibe", "undo-vibe", "dev/"),
     *("run-history", "runs", "process_recording", "info", "openapi.json", "custom_component", "stream/"),
 )
+BESIDE_FILE = 2**20  # bytes of a request beside a file: the form around it, or what the page's controls hold
 ENVIRONMENT = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_SHARE": "False",
@@ -62,21 +63,35 @@ ENVIRONMENT = {
 
 
 class Guard:
-    """ASGI: security headers on every answer, closed routes, no requests of other sites' pages, and only the
-    names of this machine as a host.
+    """ASGI: security headers on every answer, closed routes, no requests of other sites' pages, only the
+    names of this machine as a host, and no body of more than `max_body` bytes.
 
-    The last keeps away pages of other sites whose name is made to stand for this machine's address.
+    The names keep away pages of other sites whose name is made to stand for this machine's address. Bodies
+    are limited here because most routes hold theirs in memory before they ask who sends it.
     """
 
-    def __init__(self, app: App, hosts: Sequence[str] | None):
-        self.app, self.hosts = app, hosts
+    def __init__(self, app: App, hosts: Sequence[str] | None, max_body: int):
+        self.app, self.hosts, self.max_body = app, hosts, max_body
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if not self._is_open(scope):
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"0")]})
-            return await send({"type": "http.response.body", "body": b""})
+            return await _refuse(send, 403)
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if length.isdigit() and int(length[:20]) > self.max_body:
+            return await _refuse(send, 413)
+        size = 0
+
+        async def counted() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_body:
+                from starlette.exceptions import HTTPException
+
+                raise HTTPException(413)  # which the routes that read a body make an answer of
+            return message
 
         async def with_headers(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -84,7 +99,7 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), *own]}
             await send(message)
 
-        return await self.app(scope, receive, with_headers)
+        return await self.app(scope, counted, with_headers)
 
     def _is_open(self, scope: Scope) -> bool:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -96,6 +111,11 @@ class Guard:
             return False
         path = scope["path"].lstrip("/").removeprefix("gradio_api/")
         return not any(path.startswith(closed) for closed in CLOSED)
+
+
+async def _refuse(send: Any, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
 
 
 @contextmanager
@@ -187,7 +207,7 @@ def create_app(
         auth=password_check(users) if users else None,
         allowed_paths=[],
         show_error=False,
-        max_file_size=int(engine.options.max_body * 2**20),
+        max_file_size=engine.options.max_body_bytes,
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,
@@ -198,7 +218,7 @@ def create_app(
     )
     blocks.has_launched = True  # gradio looks whether an upload's path is one of its own only then
     hosts = ("localhost", "127.0.0.1", "::1", page.host) if is_loopback(page.host) else None
-    app.add_middleware(Guard, hosts=hosts)
+    app.add_middleware(Guard, hosts=hosts, max_body=engine.options.max_body_bytes + BESIDE_FILE)
     pages_app = next(route.app for route in app.routes if isinstance(route, Mount))
 
     def end() -> None:

@@ -168,3 +168,12 @@ print({{"torch", "cv2", "imwatermark"}} & {{*sys.modules}})
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["['ldm.errors', 'ldm.images', 'ldm.log']", "set()"]
+
+
+@pytest.mark.parametrize(("format", "longest"), [("webp", 16_383), ("jpg", 65_500)])
+def test_sides_that_a_format_cannot_hold(format: str, longest: int) -> None:
+    """They raised whatever Pillow says of them, which no command and no service made a clear line of."""
+    assert encode_image(np.zeros((8, longest, 3), np.uint8), None, format)
+    words = f"an image of {longest + 1}x8 pixels does not fit into a .* file, whose sides have {longest:,} at"
+    with pytest.raises(InputError, match=words):
+        encode_image(np.zeros((8, longest + 1, 3), np.uint8), None, format)

@@ -29,6 +29,7 @@ from ldm.runs.manifest import (
     RunRecord,
     append,
     differences,
+    folder_lock,
     last_settings,
     move_lines,
     parts,
@@ -679,3 +680,19 @@ def test_files_of_a_run_that_ended_meanwhile_are_seen(tmp_path: Path) -> None:
     with record.ending():
         record.start(folder.next_number)
     assert record.first == 4
+
+
+def test_no_lock_outlives_its_process_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """filelock put a file in place of a lock that Lustre has not; all waited for it once its node died."""
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    with folder_lock(tmp_path):
+        assert not (tmp_path / LOCK).exists() or not (tmp_path / LOCK).read_bytes()  # no owner stands in it
+        with folder_lock(tmp_path):
+            append(tmp_path / RUNS, {"run": "a"})
+    assert list(read_lines(tmp_path / RUNS)) == [{"run": "a"}]

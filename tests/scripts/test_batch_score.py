@@ -16,6 +16,9 @@ from live_service import base64_png, decoded
 from PIL import Image
 from run_helpers import wait_for
 
+from ldm.runs.manifest import MANIFEST, RUNS, append
+from ldm.runs.options import RunOptions
+
 Command = Callable[..., Result]
 
 
@@ -157,6 +160,25 @@ def test_a_run_that_is_there_is_not_made_again(batch: Command) -> None:
     new = batch(**files)  # without it, further files
     found = [one["generated_image"] for one in answers(new, "a.csv")]
     assert found == ["samples/00002.png", "samples/00003.png"]
+
+
+def test_answers_are_of_the_commands_own_run(batch: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of another run that had started in the folder meanwhile were answered for our prompts."""
+    from ldm.runs import run as runs
+
+    own = runs.run
+
+    def with_another(pipeline: object, requests: object, options: RunOptions, **given: Any) -> int:
+        code = own(pipeline, requests, options, **given)
+        other, outdir = {"run": "0" * 12}, Path(options.outdir)
+        append(outdir / RUNS, other | {"first": 1, "images": 1, "settings": {}})
+        append(outdir / MANIFEST, other | {"image": 0, "file": "samples/00001.png", "nan": False})
+        return code
+
+    monkeypatch.setattr(runs, "run", with_another)
+    for resume in ([], ["--resume"]):
+        result = batch("--seed", 1, *resume, a_csv="prompt\na cat\n")
+        assert [one["generated_image"] for one in answers(result, "a.csv")] == ["samples/00000.png"]
 
 
 def test_a_dry_run_writes_nothing(batch: Command) -> None:

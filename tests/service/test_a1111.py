@@ -1,6 +1,7 @@
 """The API of AUTOMATIC1111's web UI, by one of its client libraries against a real server."""
 
 import base64
+import io
 import json
 import threading
 import time
@@ -348,6 +349,18 @@ def test_progress_and_interrupt(client: webuiapi.WebUIApi, url: str, served: tup
 
 
 @pytest.mark.parametrize(
+    ("format", "exif"), [("PNG", b"garbage"), ("WEBP", b"Exif\0\0garbage")], ids=["png", "webp"]
+)
+def test_png_info_of_damaged_exif_data(url: str, format: str, exif: bytes) -> None:
+    """It ended in an internal error."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, format=format, exif=exif)
+    answer = post(url, "png-info", image=base64.b64encode(file.getvalue()).decode())
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "image: the settings in it cannot be read"
+
+
+@pytest.mark.parametrize(
     ("path", "body", "words"),
     [
         ("txt2img", {"prompt": 3}, "prompt: 3 is no text"),
@@ -437,7 +450,7 @@ def test_clients_do_not_see_each_other(model: tuple[Path, Path], tmp_path: Path)
         (
             "txt2img",
             {"enable_hr": True, "hr_resize_y": 8},
-            "the factor by hr_resize_y 0.5: the second pass is for a larger image",
+            "the factor by hr_resize_y: 0.5 is not a number in range: 1",
         ),
     ],
 )

@@ -12,6 +12,7 @@ import tiny_service
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from ldm.images.metadata import LARGEST
 from ldm.pipeline.infotext import read_metadata
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
@@ -87,6 +88,43 @@ def test_an_accept_header_asks_for_the_file_itself(client: TestClient, format: s
     answer = client.post("/generate", json=ASKED | {"format": format}, headers={"Accept": media})
     assert (answer.headers["content-type"], answer.headers["x-seed"]) == (media, "7")
     assert Image.open(io.BytesIO(answer.content)).format == kind
+
+
+def test_an_image_that_its_format_cannot_hold_is_refused_before_sampling(
+    client: TestClient, engine: Engine
+) -> None:
+    """A WebP file of more than 16,383 pixels a side was an internal error, once its image had been made."""
+    before = engine.counters["images"]
+    answer = client.post("/generate", json=ASKED | {"width": 16_392, "height": 8, "format": "webp"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_request")
+    words = "16392x8 pixels does not fit into a WEBP file, whose sides have 16,383 at most; use format png"
+    assert words in answer.json()["error"]["message"]
+    assert engine.counters["images"] == before
+
+
+def test_a_finished_job_that_a_format_cannot_hold_is_still_there_in_another(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GET /jobs/ID?format=webp was an internal error for images of more than 16,383 pixels a side."""
+    monkeypatch.setitem(LARGEST, "webp", 8)  # the miniature's images have 16
+    place = client.post("/generate", json=ASKED | {"wait": False}).headers["location"]
+    wait_for_end(client, place)
+    (image,) = client.get(place, params={"format": "webp"}).json()["images"]
+    assert (image["image"], image["error"]["code"]) == (None, "invalid_request")
+    assert client.get(f"{place}/images/0", params={"format": "webp"}).status_code == 422
+    assert client.get(f"{place}/images/0").status_code == 200
+
+
+def wait_for_end(client: TestClient, place: str) -> None:
+    with client.stream("GET", f"{place}/events") as stream:
+        list(stream.iter_lines())
+
+
+def test_each_image_of_a_request_has_its_own_variation_seed(client: TestClient) -> None:
+    """They all had the first one's, where those of a run have their own."""
+    varied = {"count": 2, "variation_seed": 5, "variation_strength": 0.5}
+    settings = [image["settings"] for image in client.post("/generate", json=ASKED | varied).json()["images"]]
+    assert [(one["seed"], one["variation_seed"]) for one in settings] == [(7, 5), (8, 6)]
 
 
 def test_models_are_asked_for_by_name(client: TestClient) -> None:

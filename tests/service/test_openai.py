@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,45 @@ def test_an_edit_without_a_mask_starts_from_the_image(
     assert np.abs(pixels(found.b64_json) - wanted.pixels).max() <= 1
 
 
+def damaged_exif() -> bytes:
+    """EXIF data that Pillow cannot write anew: orientation 6 and, where a text belongs, a fraction."""
+    entries = struct.pack(">HHII", 0x010E, 5, 1, 38) + struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    head = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2)
+    return head + entries + bytes(4) + struct.pack(">II", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("format", "exif", "size"),
+    [
+        ("PNG", b"garbage", (128, 64)),
+        ("WEBP", b"Exif\0\0garbage", (128, 64)),
+        ("JPEG", damaged_exif(), (64, 128)),
+    ],
+    ids=["png", "webp", "jpeg"],
+)
+def test_an_edit_of_an_image_with_damaged_exif_data(
+    client: openai.OpenAI, format: str, exif: bytes, size: tuple[int, int]
+) -> None:
+    """They ended in an internal error, where the native contract turns the image as far as it can be read."""
+    file = io.BytesIO()
+    Image.new("RGB", (128, 64)).save(file, format=format, exif=exif)
+    (found,) = client.images.edit(image=file.getvalue(), prompt="a cat", extra_body=STEPS).data
+    assert decoded(found.b64_json).size == size
+
+
+def test_each_image_of_a_request_has_its_own_variation_seed(
+    client: openai.OpenAI, reference: Pipeline
+) -> None:
+    """They all had the first one's, where those of a run have their own."""
+    varied = {"seed": 5, "variation_seed": 8, "variation_strength": 0.5, **STEPS}
+    found = client.images.generate(prompt="a cat", n=2, extra_body=varied)
+    wanted = reference.generate(
+        [ImageRequest("a cat", **varied | {"seed": 5 + k, "variation_seed": 8 + k}) for k in range(2)]
+    )
+    for image, same in zip(found.data, wanted, strict=True):
+        assert np.abs(pixels(image.b64_json) - same.pixels).max() <= 1
+
+
 def test_a_stream_shows_previews_and_then_the_image(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +263,11 @@ def test_a_stream_that_fails_says_so(client: openai.OpenAI, monkeypatch: pytest.
         ({"prompt": "a", "size": "9992x9992"}, "size", "size: 9992x9992 are 99,840,064 pixels"),
         ({"prompt": "a", "response_format": "png"}, "response_format", "b64_json, url"),
         ({"prompt": "a", "output_format": "svg"}, "output_format", "png, jpeg, webp"),
+        (
+            {"prompt": "a", "size": "16392x8", "output_format": "webp"},
+            None,
+            "an image of 16392x8 pixels does not fit into a WEBP file",
+        ),
         ({"prompt": "a", "background": "transparent"}, "background", "cannot be made"),
         ({"prompt": "a", "partial_images": 2}, "partial_images", "stream"),
         ({"prompt": "a", "stream": True, "partial_images": 4}, "partial_images", "0 … 3"),

@@ -11,9 +11,10 @@ from PIL import Image
 
 from ldm.fields import settings_of
 from ldm.pipeline.request import ImageRequest
+from ldm.runs.plan import plan_run
 from ldm.service.errors import BadRequest, LimitExceeded, ServiceError
 from ldm.service.options import ServiceOptions
-from ldm.service.schema import RECORDED_ONLY, request_of, request_schema
+from ldm.service.schema import RECORDED_ONLY, request_of, request_schema, series
 
 OPTIONS = ServiceOptions(max_pixels=10_000, max_steps=40)
 
@@ -99,6 +100,31 @@ def test_values_that_are_wrong_are_one_line_that_names_the_field(values: dict, w
 def test_long_lists_are_refused() -> None:
     with pytest.raises(LimitExceeded, match="timesteps: 5,000 entries"):
         read(timesteps=list(range(5000)))
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt", "prompt_to"])
+def test_long_texts_are_refused_before_they_are_parsed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of any length were parsed, in quadratic time, and moderated before --max_prompt was looked at."""
+    made = []
+    monkeypatch.setattr(ImageRequest, "__post_init__", made.append)
+    text = ("[a:b:" * 2001)[:10_001]
+    words = f"^{name}: 10,001 characters are more than this service's 10,000$"
+    with pytest.raises(LimitExceeded, match=words):
+        request_of({"prompt": "a", name: text, "prompt_syntax": "a1111"}, OPTIONS)
+    assert made == []
+
+
+def test_a_series_is_that_of_a_run() -> None:
+    """The images of one request all had the first one's variation seed, where a run's have their own."""
+    request = ImageRequest("a", seed=7, variation_seed=2**63 - 1, variation_strength=0.5)
+    run = plan_run([request.twin(seed=None)], 7, 3, 1, None).requests
+    found = series(request, 3)
+    assert [(one.seed, one.variation_seed) for one in found] == [(7, 2**63 - 1), (8, 0), (9, 1)]
+    assert found == list(run)
+    unseeded = series(request.twin(seed=None), 2)
+    assert [(one.seed, one.variation_seed) for one in unseeded] == [(None, 2**63 - 1), (None, 0)]
+    streamed = ImageRequest("a", seed=7, rng="compvis")
+    assert series(streamed, 2) == [streamed] * 2
 
 
 def test_what_is_no_single_value_is_refused_in_plain_words() -> None:

@@ -30,7 +30,11 @@ def page(engine: Engine, tmp_path: Path) -> Page:
 def test_a_tab_that_is_closed_gives_its_place_up(page: Page, engine: Engine) -> None:
     mine, other = (engine.submit([tiny_service.request(steps=150)], client=name) for name in ("a", "b"))
     page.running = {"mine": mine, "other": other}
-    results = {name: page.folders.add(name, name) for name in ("mine", "other")}
+    results = {}
+    for name in ("mine", "other"):
+        page.folders.enter(name)
+        with page.folders.adding(name, name) as results[name]:
+            pass
     page.leave(SimpleNamespace(session_hash="mine"))
     page.leave(SimpleNamespace(session_hash="nobody"))
     assert mine.state == "cancelled"
@@ -80,6 +84,51 @@ def test_whatever_fails_the_page_can_be_used_again(
     assert "says why" in update[page.parts["status"]]
     assert "the page: OSError: the disk is full" in caplog.text
     assert ("Traceback" in caplog.text) is debug
+
+
+def test_a_tab_that_is_closed_while_its_images_are_written_leaves_none(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tab that was closed after its job, and before its images were written, left them on the disk."""
+    page.blocks()
+    asked = {part: getattr(part, "value", None) for part in (*page.held.values(), *page.parts.values())}
+    asked |= {page.results: [], page.held["steps"]: "1"}
+    request, keep = SimpleNamespace(session_hash="s", username=None), page._keep
+    found = []
+
+    def late(*given: object) -> object:
+        page.leave(request)
+        found.extend(keep(*given))
+        return found
+
+    monkeypatch.setattr(page, "_keep", late)
+
+    async def ask() -> None:
+        async for _ in page.generate(asked, request):
+            pass
+
+    asyncio.run(ask())
+    assert len(found) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sheet_of_too_many_images_is_refused_before_its_requests_are_made(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request was made for each of a sheet's cells, a million of them, before the limit was looked at."""
+    page.blocks()
+    asked = {part: getattr(part, "value", None) for part in (*page.held.values(), *page.parts.values())}
+    asked |= {page.results: [], page.parts["x_values"]: "1," * 1000, page.parts["y_values"]: "ddim," * 1000}
+    made = []
+    monkeypatch.setattr("ldm.webui.page.sheet_of", lambda *given: made.append(given))
+
+    async def last() -> dict:
+        request = SimpleNamespace(session_hash="s", username=None)
+        return [one async for one in page.draw_sheet(asked, request)][-1]
+
+    words = "the sheet has 1,000 columns and 1,000 rows, which are 1,000,000 images; the most is 16"
+    assert words in asyncio.run(last())[page.parts["status"]]
+    assert made == []
 
 
 def test_images_and_sheets_are_signed(engine: Engine, tmp_path: Path) -> None:

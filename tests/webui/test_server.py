@@ -39,7 +39,7 @@ from ldm.service.models import NamedModel
 from ldm.service.options import ServiceOptions
 from ldm.webui.files import Files
 from ldm.webui.options import PageOptions
-from ldm.webui.server import CLOSED, create_app, page_models, private_folder, serve
+from ldm.webui.server import BESIDE_FILE, CLOSED, create_app, page_models, private_folder, serve
 from ldm.weights.hashes import same_model
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +137,26 @@ def test_pages_of_other_sites_are_refused(client: TestClient) -> None:
         assert "access-control-allow-origin" not in answer.headers
     for own in ({}, {"origin": "http://127.0.0.1:7860"}):
         assert client.post("/gradio_api/upload", files=file, headers=host | own).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/login", "/gradio_api/queue/join", "/gradio_api/upload"])
+def test_bodies_have_a_limit(engine: Engine, folder: Path, tmp_path: Path, path: str) -> None:
+    """A body of any length was held in memory, even of those who had not given a password."""
+    users = tmp_path / "users"
+    users.write_text("me:secret\n")
+    kind = {"content-type": "application/x-www-form-urlencoded" if path == "/login" else "application/json"}
+    if path.endswith("upload"):
+        kind = {"content-type": "multipart/form-data; boundary=x"}
+    large = engine.options.max_body_bytes + BESIDE_FILE + 1
+    with opened(engine, folder, auth_file=str(users)) as client:
+        if path.endswith("upload"):
+            client.post("/login", data={"username": "me", "password": "secret"})
+        declared = client.post(path, content=b"a", headers=kind | {"content-length": str(large)})
+        assert declared.status_code == 413
+        chunks = iter([b"a" * (large // 2), b"a" * (large // 2 + 1)])
+        chunked = client.post(path, content=chunks, headers=kind)
+        assert chunked.status_code == 413
+        assert client.post(path, content=b"a" * 2**20, headers=kind).status_code not in (413, 500)
 
 
 @pytest.mark.parametrize("route", CLOSED)
