@@ -62,7 +62,9 @@ def test_a_line_is_there_as_soon_as_its_image(txt2img: Command, monkeypatch: pyt
     decode, seen = LatentDiffusion.decode_first_stage, []
 
     def watched(self, latents):
-        time.sleep(0.2)  # files are written while the next batch is sampled
+        end = time.monotonic() + 30
+        while len(manifest(folder)) < 2 * len(seen) and time.monotonic() < end:
+            time.sleep(0.01)  # files are written while the next batch is sampled
         seen.append(len(manifest(folder)))
         return decode(self, latents)
 
