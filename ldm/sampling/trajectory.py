@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ldm.errors import InputError
+from ldm.errors import FieldError, InputError
 from ldm.sampling import catalogue
 from ldm.sampling.schedule import SCHEDULES, Discretization, to_first_alpha
 
@@ -94,13 +94,16 @@ def own_steps(run: Trajectory, discretization: Discretization) -> Trajectory:
 def guided_steps(steps: int, start: float, end: float) -> tuple[int, int]:
     """The first of `steps` steps that is guided, and the one behind the last: start <= i / steps < end.
 
-    `start` and `end` are parts of the run, 0 … 1. InputError if no step is within.
+    `start` and `end` are parts of the run, 0 … 1. FieldError if no step is within.
     """
     first, last = (math.ceil(round(part * steps, 6)) for part in (start, end))
     if steps and first >= last:
-        raise InputError(
-            f"none of the {steps} steps is within --guidance_start {start:g} and --guidance_end {end:g}; "
-            "--scale 1 samples without guidance"
+        raise FieldError(
+            "none of the {steps} steps is within {guidance_start} {start:g} and {guidance_end} {end:g}; "
+            "{scale} 1 samples without guidance",
+            steps=steps,
+            start=start,
+            end=end,
         )
     return first, last
 
@@ -109,7 +112,7 @@ def guidance_interval(run: Trajectory, start: float, end: float) -> tuple[float,
     """The sigmas (above, up to) of the steps from part `start` to part `end` of a run, of 0 … 1.
 
     The run's own ends are open: a sampler may go beyond them. Calls within a step go by their own levels.
-    InputError if no step is within.
+    FieldError if no step is within.
     """
     first, last = guided_steps(run.steps, start, end)
     low = run.sigmas[last] if last < run.steps else -math.inf

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ORIGINAL = "control_model."  # before the names in the original's files
+SHUFFLED = re.compile(r"control_v11e_sd15_shuffle(?![a-z])", re.I)  # the published file's name
 SHUFFLE = "averages what it adds over the image (shuffle), which is not supported"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 CONTEXT = re.compile(r"(input_blocks|middle_block)\..*\.attn2\.to_k\.weight")
@@ -158,8 +159,8 @@ def _read(path: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
     if not path.is_dir():
         if not exists(path):
             raise InputError(f"no ControlNet at {path}: there is no such file")
-        if path.stem.endswith("_shuffle"):  # the published name says it, and nothing in the file does
-            raise InputError(f"{path} {SHUFFLE}")
+        if SHUFFLED.search(path.name):  # nothing in the file says so
+            raise InputError(f"{path}, by its name, {SHUFFLE}")
         return read(path)
     if exists(path / "config.json") and read_json(path / "config.json").get("global_pool_conditions"):
         raise InputError(f"{path} {SHUFFLE}")

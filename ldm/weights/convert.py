@@ -12,7 +12,14 @@ from ldm.log import notice
 from ldm.weights.description import prediction_of
 from ldm.weights.header import Header, read_header
 from ldm.weights.loading import bundled_family, choose_model, load_model, model_without_values, read_config
-from ldm.weights.prediction import RESOLUTION, markers, prediction_hint, stated_size
+from ldm.weights.prediction import (
+    METADATA,
+    PREDICTION,
+    RESOLUTION,
+    markers,
+    prediction_hint,
+    stated_size,
+)
 from ldm.weights.writing import Report, check_target, size_of, write_ckpt, write_safetensors, written_whole
 
 if TYPE_CHECKING:
@@ -60,7 +67,7 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
         with_vae(state, job.vae)
     state = _picked(state, job, config)
     if job.other:
-        others = [read_state_dict(path) for path in (job.other, job.base) if path]
+        others = [_averaged(read_state_dict(path), path, job) for path in (job.other, job.base) if path]
         paths = tuple(path for path in (job.source, job.other, job.base) if path)
         state = merge(state, others[0], job.ratio, *others[1:], paths=paths)
     if job.vae:
@@ -109,6 +116,16 @@ def _picked(state: State, job: Conversion, config: Mapping[str, Any] | None) -> 
     return pick_weights(state, which, path=job.source, names=unet)
 
 
+def _averaged(state: State, path: Path, job: Conversion) -> State:
+    """What another file brings into a merge: its averaged weights, too, where the source's are asked for."""
+    from ldm.weights.checkpoint import pick_weights
+
+    has_both = any(name.startswith("model_ema.") for name in state) and any(
+        name.startswith("model.") for name in state
+    )
+    return pick_weights(state, "ema", path=path) if job.weights == "ema" and has_both else state
+
+
 def _metadata(header: Header, other: Path | None) -> dict[str, str]:
     """What a file's metadata still say of its weights: not the hashes that some trainers write there.
 
@@ -116,6 +133,9 @@ def _metadata(header: Header, other: Path | None) -> dict[str, str]:
     content. A merged model takes that of the one that it was merged with.
     """
     kept = {name: text for name, text in header.metadata.items() if "hash" not in name and name != "format"}
+    hint = prediction_hint(header)
+    if hint and hint.parameterization == "v" and not any(name in kept for name in METADATA):
+        kept[PREDICTION] = "v"  # of a marker, or of a YAML file that stays behind
     size = (other and _size(read_header(other))) or _size(header)
     return kept if size is None else kept | {RESOLUTION: f"{size}x{size}"}
 

@@ -38,7 +38,8 @@ def merge(
     others = [b] if base is None else [b, base]
     grows = _check_families(a, others, paths)
     averages = {name for name in a if name.startswith("model_ema.")}
-    if averages < a.keys() and not all(averages <= other.keys() for other in others):
+    has_raw = any(name.startswith("model.") for name in a)
+    if has_raw and not all(averages <= other.keys() for other in others):
         notice(f"{paths[0]}: its averaged weights are left out, as not all of the files have such")
         a = {name: tensor for name, tensor in a.items() if name not in averages}
     merged, kept = {}, []

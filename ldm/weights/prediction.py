@@ -102,8 +102,7 @@ def _beside(path: Path) -> Hint | None:
     """
     from ldm.weights.loading import read_section
 
-    config = path.with_suffix(".yaml")
-    if path.is_dir() or not exists(config):
+    if path.is_dir() or not exists(config := path.with_suffix(".yaml")):
         return None
     try:
         params = read_section(config, "model", {}).get("params") or {}

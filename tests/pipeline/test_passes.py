@@ -207,7 +207,7 @@ def test_a_second_pass_without_a_guided_step_is_refused_at_once(load: Load) -> N
     """The first pass was sampled before, and in a prompt file the run ended there, each time anew."""
     pipeline, part = load(), {"guidance_start": 0.6, "guidance_end": 0.9}
     pipeline.resolve(one(steps=10, hires_strength=0.4, **part))
-    with pytest.raises(InputError, match=r"none of the 2 steps is within --guidance_start 0\.6"):
+    with pytest.raises(InputError, match=r"none of the 2 steps is within guidance_start 0\.6"):
         pipeline.resolve(one(steps=10, hires_strength=0.2, **part))
     with pytest.raises(InputError, match="none of the 1 steps"):
         pipeline.resolve(one(steps=1, hires_strength=1.0, **part))

@@ -142,5 +142,5 @@ def test_a_sampler_that_chooses_its_steps_is_given_the_ends_of_its_run():
 
 def test_no_step_within_the_guidance_interval_is_an_error():
     run = Trajectory.of(linspace(V1, 10))
-    with pytest.raises(InputError, match="none of the 10 steps is within --guidance_start"):
+    with pytest.raises(InputError, match="none of the 10 steps is within guidance_start"):
         guidance_interval(run, 0.5, 0.5)

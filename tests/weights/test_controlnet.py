@@ -94,7 +94,10 @@ def test_files_that_are_no_controlnet(tmp_path: Path) -> None:
 def test_a_single_file_that_averages_over_the_image(tmp_path: Path) -> None:
     """Only the published name says so: its images were wrong."""
     path = write_controlnet(tmp_path / "folder") / "diffusion_pytorch_model.safetensors"
-    assert "shuffle" in refused(path.rename(tmp_path / "control_v11e_sd15_shuffle.safetensors"), V1)
+    for name in ("control_v11e_sd15_shuffle", "control_v11e_sd15_shuffle_fp16"):
+        path = path.rename(tmp_path / f"{name}.safetensors")
+        assert "by its name, averages what it adds" in refused(path, V1)
+    check_controlnet(path.rename(tmp_path / "my_shuffle.safetensors"), V1)
 
 
 def test_a_controlnet_that_averages_over_the_image(tmp_path: Path) -> None:

@@ -269,6 +269,11 @@ def test_averaged_weights_are_merged(tmp_path: Path) -> None:
     assert not any(name.startswith("model_ema.") for name in found)
     for name in (name for name in state if name.startswith("model.")):
         torch.testing.assert_close(found[name], state[name] + 2)  # of + 1 and + 3
+    torch.save({"state_dict": with_averages(other)}, tmp_path / "d.ckpt")
+    merged = run(tmp_path / "a.ckpt", tmp_path / "e.safetensors", weights="ema", other=tmp_path / "d.ckpt")
+    found = read_state_dict(merged)
+    for name in (name for name in state if name.startswith("model.")):
+        torch.testing.assert_close(found[name], state[name] + 2.5)  # of + 1 and + 4
 
 
 def test_a_ckpt_says_what_its_unet_predicts(tmp_path: Path) -> None:
@@ -279,6 +284,10 @@ def test_a_ckpt_says_what_its_unet_predicts(tmp_path: Path) -> None:
         path = run(tmp_path / "a.safetensors", tmp_path / f"{fact}.ckpt")
         hint = prediction_hint(read_header(path))
         assert (hint.parameterization if hint else "eps") == found
+    (tmp_path / "None.yaml").write_text("model: {params: {parameterization: v}}")
+    for name in ("b.safetensors", "b.ckpt"):  # which has no such file beside it
+        hint = prediction_hint(read_header(run(tmp_path / "None.ckpt", tmp_path / name)))
+        assert hint.parameterization == "v"
 
 
 @pytest.mark.parametrize("keep_raw", [True, False])

@@ -95,6 +95,12 @@ def test_averages_that_are_not_merged_are_left_out(caplog: pytest.LogCaptureFixt
     assert both.keys() == a.keys() | averages.keys()
 
 
+def test_averages_that_are_all_of_a_unet_stay() -> None:
+    only = {name: t for name, t in model(1).items() if not name.startswith("model.")}
+    only |= {"model_ema.diffusion_modelinput_blocks00weight": torch.ones(8, 4, 3, 3)}
+    assert merge(only, only, 0.5, paths=PATHS[:2]).keys() == only.keys()
+
+
 @pytest.mark.parametrize(
     ("a", "b", "base"),
     [
