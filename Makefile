@@ -7,15 +7,13 @@ demo: .venv/installed
 	$(VENV) scripts/txt2img.py --prompt "a red cube on top of a blue sphere" --plms --outdir outputs/demo
 	@echo "images: outputs/demo/samples    grids: outputs/demo/grid-*.png"
 
-# One more than there are cores, as tests also wait for processes that they start, up to four.
-WORKERS = $(shell $(VENV) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
 test: .venv/installed-test
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 	# one thread to a process: two of torch's pools on two cores wait for each other
-	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 25 --ignore tests/training
+	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 25 --ignore tests/training
 	# in processes of their own: twice one that had run the tests above ended in these without a word
-	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses $(WORKERS) tests/training
+	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 4 tests/training
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv

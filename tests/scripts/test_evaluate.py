@@ -213,7 +213,7 @@ def test_a_killed_command_goes_on(files: Path, statistics: Path, tmp_path: Path)
     process.wait()
     recorded = [line["file"] for line in read_manifest(samples.parent)]
     before = {name: (samples.parent / name).stat().st_mtime_ns for name in recorded}
-    assert 6 <= len(before) < 60
+    assert 5 <= len(before) < 60  # a line comes after its file
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list(samples.glob("*.png"))) >= 60
