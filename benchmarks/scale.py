@@ -193,11 +193,8 @@ def simulate(
     port, share = free_port(), images // workers
 
     def without_bookkeeping(rank: int) -> dict[str, Any]:
-        pipeline, batch, samples = (
-            StubPipeline(rate, STEPS, rank / workers),
-            round_of_requests(1),
-            StubFolder(folder),
-        )
+        pipeline = StubPipeline(rate, STEPS, rank / workers)
+        batch, samples = round_of_requests(1), StubFolder(folder)
         with ThreadPoolExecutor(1) as thread:  # a run's files are written in one, too
             for i, generated in enumerate(pipeline.batches([batch] * share, None)):
                 for image in generated:
@@ -377,12 +374,12 @@ def simulate_both(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run of `length` seconds without bookkeeping, and the same with it."""
     images = max(100, round(workers * rate * length / 100) * 100)
-    found = []
-    for bookkeeping in (False, True):
+
+    def simulated(others: int, bookkeeping: bool) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=outdir) as folder:
-            load = others if bookkeeping else 0
-            found.append(in_fresh_process(simulate, workers, rate, images, Path(folder), load, bookkeeping))
-    return found[0], found[1]
+            return in_fresh_process(simulate, workers, rate, images, Path(folder), others, bookkeeping)
+
+    return simulated(0, False), simulated(others, True)
 
 
 # a million images

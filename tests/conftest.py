@@ -27,6 +27,21 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)  # others may still write to it
 
 
+@pytest.fixture(autouse=True, scope="session")
+def exit_is_seen() -> Iterator[None]:
+    """`os._exit` in the process of the tests would end it, and all its tests, without a word."""
+    process, end = os.getpid(), os._exit
+
+    def exit_elsewhere(code: int) -> None:
+        if os.getpid() != process:  # a forked one
+            end(code)
+        raise AssertionError(f"the code under test ends the process of the tests with code {code}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "_exit", exit_elsewhere)
+        yield
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(config, weights) of the miniature in tiny.py."""

@@ -17,7 +17,9 @@ from ldm.optimize import graph
 from ldm.optimize.calls import Call, CallState
 from ldm.sampling.denoiser import timestep_of
 
-MOST = graph.MOST + 4  # deep features that are kept
+# Deep features that are kept: more than there can be recordings, which read them. The margin is for calls
+# that are not recorded.
+MOST = graph.MOST + 4
 
 
 class Features:

@@ -15,7 +15,9 @@ from ldm.modules.attention import BasicTransformerBlock
 from ldm.optimize import graph
 from ldm.optimize.calls import Call, CallState
 
-MOST = graph.MOST + 4  # shapes of contexts that are kept
+# Shapes of contexts that are kept: more than there can be recordings, which read the kept tensors. The margin
+# is for calls that are not recorded.
+MOST = graph.MOST + 4
 
 
 class Kept:

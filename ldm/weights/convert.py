@@ -74,14 +74,15 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
         state = with_vae(state, job.vae)
 
     if config is None:
+        hint = prediction_hint(header)  # which may be in metadata, of which a .ckpt has none
+        predicts = hint.parameterization if hint else "eps"
         with written_whole(job.target) as path, progress(size_of(state, job.precision)) as report:
             if job.to == "ckpt":
                 facts = {} if header.global_step is None else {"global_step": header.global_step}
-                hint = prediction_hint(header)  # which may be in metadata, of which this format has none
-                state = {**state, **markers(hint.parameterization if hint else "eps", "ztsnr" in state)}
+                state = {**state, **markers(predicts, "ztsnr" in state)}
                 write_ckpt(state, path, job.precision, facts, report)
             else:
-                write_safetensors(state, path, job.precision, _metadata(header, job.other), report)
+                write_safetensors(state, path, job.precision, _metadata(header, predicts, job.other), report)
         return
     state = with_text_model(state)
     # a folder's configs are made for the whole model
@@ -120,21 +121,22 @@ def _averaged(state: State, path: Path, job: Conversion) -> State:
     """What another file brings into a merge: its averaged weights, too, where the source's are asked for."""
     from ldm.weights.checkpoint import pick_weights
 
-    has_both = any(name.startswith("model_ema.") for name in state) and any(
-        name.startswith("model.") for name in state
+    groups = {name.partition(".")[0] for name in state}
+    return (
+        pick_weights(state, "ema", path=path)
+        if job.weights == "ema" and {"model", "model_ema"} <= groups
+        else state
     )
-    return pick_weights(state, "ema", path=path) if job.weights == "ema" and has_both else state
 
 
-def _metadata(header: Header, other: Path | None) -> dict[str, str]:
+def _metadata(header: Header, predicts: str, other: Path | None) -> dict[str, str]:
     """What a file's metadata still say of its weights: not the hashes that some trainers write there.
 
     The size of a bundled model's images is added: its file need not state it, as it is known by its
     content. A merged model takes that of the one that it was merged with.
     """
     kept = {name: text for name, text in header.metadata.items() if "hash" not in name and name != "format"}
-    hint = prediction_hint(header)
-    if hint and hint.parameterization == "v" and not any(name in kept for name in METADATA):
+    if predicts == "v" and not any(name in kept for name in METADATA):
         kept[PREDICTION] = "v"  # of a marker, or of a YAML file that stays behind
     size = (other and _size(read_header(other))) or _size(header)
     return kept if size is None else kept | {RESOLUTION: f"{size}x{size}"}
