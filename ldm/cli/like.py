@@ -89,7 +89,12 @@ def settings_like(
     names = [name for name, each in settings_of(owner).items() if each.group not in absent]
     names += [*(name for name in settings_of(RuntimeOptions) if name in RUNTIME), "weights"]
     found = {name: recorded.get(name) for name in names if name not in left_alone}
-    return {name: value for name, value in found.items() if value is not None and value is not False}
+    switches = {name for name, each in settings_of(owner).items() if each.default is None}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None and (value is not False or name in switches)
+    }
 
 
 def texts_of(value: Any) -> list[str]:

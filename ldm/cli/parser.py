@@ -110,7 +110,8 @@ def add_options(
             "help": help_text(each, defaults),
         }
         if each.kind is bool:
-            facts["action"] = "store_true"
+            # without a default of its own it can be turned off, too: --no-name
+            facts["action"] = argparse.BooleanOptionalAction if each.default is None else "store_true"
         else:
             facts |= {"type": option_type(each), "metavar": each.metavar}
             if each.choices:

@@ -58,6 +58,7 @@ LABELS = {
     "embedding": "Textual inversions",
 }
 AUTOMATIC = "automatic"  # the choice that stands for None
+SWITCH = {"on": True, "off": False}  # the choices of a switch that may be None, too
 EXACT = 2**53  # above it the browser's numbers are no longer whole ones
 
 
@@ -103,9 +104,9 @@ def _control(each: Setting) -> Control:
     }
     if each.name in ("prompt", "negative_prompt"):
         return Control(form="text", value="", **facts)
-    if each.kind is bool:
-        return Control(form="checkbox", value=False, **facts)
     choices = _choices(each)
+    if each.kind is bool and not choices:
+        return Control(form="checkbox", value=False, **facts)
     if choices:
         optional = each.default in (None, ())
         value = AUTOMATIC if optional else each.default
@@ -125,6 +126,8 @@ def _choices(each: Setting) -> tuple[str, ...]:
     """The values that a setting can have, () for any: a path is none that a page's user may give."""
     from ldm.sampling import catalogue
 
+    if each.kind is bool:
+        return tuple(SWITCH) if each.default is None else ()
     known = {
         "sampler": catalogue.SAMPLERS,
         "schedule": catalogue.SCHEDULES,
@@ -139,7 +142,7 @@ def _help(each: Setting) -> str:
     if each.kind in (int, float) and each.high is not None and each.high <= 10_000 and "0 to 1" not in text:
         text += f", {each.low:,g} to {each.high:,g}"
     if each.default_text and each.name not in ("prompt", "lora"):
-        state = "off" if each.kind is bool else AUTOMATIC if _choices(each) else "empty"
+        state = AUTOMATIC if _choices(each) else "off" if each.kind is bool else "empty"
         text += f"; {state}: {each.default_text}"
     known = listed_by_name(ImageRequest)
 
@@ -182,6 +185,8 @@ def settings_from(task: Task, held: Mapping[str, Any]) -> dict[str, Any]:
             )
         if settings[name].kind is list:
             value = (value,)
+        if settings[name].kind is bool:
+            value = SWITCH.get(value, value)
         if value != settings[name].default:
             found[name] = value
     return found
@@ -242,6 +247,8 @@ def as_held(control: Control, each: Setting, value: Any) -> Any:
         value = catalogue.resolve_schedule(value)
     if each.kind is list:
         value = value[0] if len(value) == 1 else AUTOMATIC
+    if each.kind is bool and control.choices:
+        value = "on" if value else "off"
     if control.form == "choice" and value not in control.choices:
         raise ValueError(f"{value} is none of {', '.join(control.choices)}")
     if each.kind is tuple:

@@ -8,11 +8,14 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import tiny
+import torch
 from commands import Result, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from ldm.cli import like
 from ldm.cli.arguments import gather
@@ -69,6 +72,21 @@ def test_an_image_is_made_again(txt2img: Command, argv: str) -> None:
     together = txt2img(*argv, "--seed", 7, "--n_samples", 3, "--n_iter", 1, folder="together")
     again = txt2img("--like", together.paths[1], folder="again")
     assert abs(again.images[0] - together.images[1]).max() <= 1
+
+
+def test_what_was_turned_off_stays_off(command: Command, base, tmp_path: Path) -> None:
+    """A switch that the model turns on came on again, as what is off was taken for what is not recorded."""
+    marks = {name: torch.zeros(1) for name in ("v_pred", "ztsnr")}
+    save_file(tiny.state_dict() | marks, tmp_path / "marked.safetensors")
+    model = ["--config", base[1], "--ckpt", tmp_path / "marked.safetensors", "--watermark", "none"]
+    argv = ["--prompt", "a cat", "--steps", 2, "--n_samples", 1, "--n_iter", 1]
+    off = command("txt2img", *model, *argv, "--no-zero_snr", folder="off")
+    assert off.settings[0]["zero_snr"] is False
+    again = command("txt2img", *model, "--like", off.paths[0], folder="again")
+    assert np.array_equal(again.images[0], off.images[0])
+    on = command("txt2img", *model, *argv, folder="on")
+    assert on.settings[0]["zero_snr"] is True
+    assert not np.array_equal(on.images[0], off.images[0])
 
 
 @pytest.mark.parametrize("format", ["jpg", "webp"])
