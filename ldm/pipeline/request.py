@@ -538,6 +538,9 @@ class ImageRequest(
             for name in guidance:
                 if getattr(self, name) != defaults[name].default:
                     found.append(f"--{name} does nothing at --scale 1, which samples without guidance")
+        options = catalogue.SAMPLERS[self.sampler].options | self.options
+        if "s_noise" in self.options and options.get("eta") == 0:
+            found.append(f"--s_noise {self.s_noise:g} does nothing at --eta 0, which adds no noise")
         if (
             catalogue.SAMPLERS[self.sampler].adaptive
             and self.steps != DEFAULT_STEPS

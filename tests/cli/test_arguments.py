@@ -324,6 +324,7 @@ def test_the_image_of_like_is_read_with_the_commands_settings(tmp_path: Path) ->
         ("--skip_save --filename {seed}", "--filename has no effect with --skip_save"),
         ("--scale 1 --cfg_rescale 0.5", "--cfg_rescale does nothing at --scale 1"),
         ("--scale 1 --guidance_end 0.5", "--guidance_end does nothing at --scale 1"),
+        ("--sampler euler_ancestral --eta 0 --s_noise 1.1", "--s_noise 1.1 does nothing at --eta 0"),
         ("--sampler dpm_adaptive --steps 7", "--steps 7: dpm_adaptive chooses their number itself"),
     ],
 )
