@@ -70,18 +70,22 @@ def apply(model: LatentDiffusion, options: Options, device: torch.device) -> Non
         tile_first_stage(model)
     if options.tome:
         merge_similar_tokens(model, options.tome)
-    if options.graphs and device.type != "cuda":
+    if not ours:
+        for flag in ("compile", "graphs", "kernels"):
+            if getattr(options, flag) not in (False, "measured"):
+                notice(f"--{flag} is for the UNet of this toolkit: not applied to {_name(unet)}")
+    if ours and options.graphs and device.type != "cuda":
         notice(f"--graphs: a {device.type} device records no steps; going on without")
-    if options.kernels != "measured" and (device.type != "cpu" or options.eager):
+    if ours and options.kernels != "measured" and (device.type != "cpu" or options.eager):
         notice(f"--kernels {options.kernels}: for a CPU without --eager; going on without")
+    if options.precision == "autocast" and device.type == "cpu":
+        notice("--precision autocast: on a CPU all is computed in float32, as with full")
     if options.low_vram and device.type != "cpu":
         offload(model, device, by_layer=options.low_vram == "max")
     else:
         if options.low_vram:
             notice("--low_vram: on a CPU there is only one memory, and nothing to save")
         model.to(device)
-        if options.compile and not ours:
-            notice(f"--compile is for the UNet of this toolkit: not applied to {_name(unet)}")
         if ours and not options.eager:
             speed_up(model, options, device)
     if options.deepcache > 1:

@@ -86,12 +86,21 @@ def compiled(
                 report(f"--compile: the {name} is compiled for {len(ready)} shapes; others run uncompiled")
             left_out.add(kind)
         except TorchDynamoException as error:
+            if (cause := out_of_memory(error)) is not None:
+                raise cause from error  # of which smaller batches are the cure
             failed = True
             reason = " ".join(str(error).split())
             report(f"--compile: the {name} is not compiled and goes on in plain PyTorch: {reason:.200}")
         return plain(*args, **kwargs)
 
     return forward
+
+
+def out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """What the device said when it had no memory left while code was generated; None for another failure."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _signature(value: Any) -> Hashable:
@@ -116,7 +125,7 @@ def first_compiles(name: str, key: Hashable, report: Callable[[str], None] = not
         folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or cache_folder() / "inductor")
         done = folder / "toolkit" / f"{digest}.done"
         done.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(done.with_suffix(".lock"))
+        lock = FileLock(done.with_suffix(".lock"), fallback_to_soft=False)
         try:
             lock.acquire(timeout=1)
         except Timeout:

@@ -4,7 +4,9 @@ It depends on the processor's maker and generation, and on torch. One library's 
 take twice another's time on one maker's processors and the same time on the other's.
 """
 
+import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm.cache import cache_folder
 
@@ -19,8 +22,28 @@ MARGIN = 0.97  # the part of the time so far that a further kernel must stay bel
 ROUNDS = 2  # readings of each kernel, after one that warms it up
 
 
+def fingerprint_of_layers(network: nn.Module) -> str:
+    """What a network computes besides the values of its weights, in 16 letters.
+
+    The number of heads, for one, shows in no layer's text and no weight's shape, and an option such as --tome
+    puts functions of its own in the place of layers'.
+    """
+    facts = []
+    for name, layer in network.named_modules():
+        own = vars(layer).items()
+        numbers = {key: value for key, value in own if isinstance(value, bool | int | float | str)}
+        functions = sorted(
+            f"{key} {value.__qualname__}" for key, value in own if hasattr(value, "__qualname__")
+        )
+        facts.append((name, sorted(numbers.items()), functions))
+    return hashlib.sha256(f"{network} {facts}".encode()).hexdigest()[:16]
+
+
 def processor() -> str:
-    """The processor's name and family, as far as the system says."""
+    """The processor's name, family and vector instructions, as far as the system says.
+
+    In a virtual machine the name may be the maker's alone.
+    """
     facts: dict[str, str] = {}
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -30,7 +53,10 @@ def processor() -> str:
         import platform
 
         return platform.processor() or platform.machine()
-    return f"{facts['model name']}, family {facts.get('cpu family')}, model {facts.get('model')}"
+    vectors = re.findall(r"\b(?:avx2|avx512\w*|amx\w*)", facts.get("flags", ""))
+    digest = hashlib.sha256(" ".join(vectors).encode()).hexdigest()[:8]  # they are up to twenty
+    model = f"family {facts.get('cpu family')}, model {facts.get('model')}"
+    return f"{facts['model name']}, {model}, vectors {digest}"
 
 
 def fastest(kernels: Mapping[str, Callable[[], Any]]) -> str:
@@ -66,7 +92,7 @@ def choose(work: str, names: Sequence[str], kernels: Callable[[], Mapping[str, C
         known = read_choices(file)
         if known.get(machine, {}).get(work) not in names:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(file.with_suffix(".lock")):
+            with FileLock(file.with_suffix(".lock"), fallback_to_soft=False):
                 known = read_choices(file)
                 mine = known.setdefault(machine, {})
                 if mine.get(work) not in names:

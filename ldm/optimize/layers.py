@@ -22,7 +22,7 @@ from ldm.modules.attention import GEGLU, BasicTransformerBlock, CrossAttention
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, Upsample
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel
 from ldm.optimize.attention import NO_ACTIVATION, SHORTEST, attention_kernels, use_attention_in_rows
-from ldm.optimize.kernels import choose
+from ldm.optimize.kernels import choose, fingerprint_of_layers
 from ldm.optimize.packed import (
     dense,
     dense_halves,
@@ -275,7 +275,8 @@ def choose_kernels(model: LatentDiffusion) -> Kernels:
     if len(named) == 1:
         return found
     whole = partial(whole_calls, unet, model.image_size, named)
-    return named[choose(f"whole calls, {'+'.join(found)}, {levels}", tuple(named), whole)]
+    work = f"whole calls, {'+'.join(found)}, {levels}, layers {fingerprint_of_layers(unet)}"
+    return named[choose(work, tuple(named), whole)]
 
 
 def whole_calls(

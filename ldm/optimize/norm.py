@@ -117,6 +117,8 @@ def can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
             rtol=2e-2,
             atol=2e-2,
         )
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # no Triton, no compiler for its launcher, a device that it does not know
         return False
 

@@ -17,7 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,9 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.cache import cache_folder
+from ldm.errors import InputError
 from ldm.log import notice
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.optimize.kernels import fingerprint_of_layers
 
 FORMAT = 1  # of what is kept on disk; a change of the conversion counts it up
 KEPT = 6  # networks on disk: UNets and decoders of three models
@@ -86,7 +88,8 @@ def fingerprint(module: nn.Module) -> str:
 def key_of(module: nn.Module, example: Sequence[Tensor | None]) -> str:
     """What a converted network depends on: weights, layers, the kinds of inputs, and versions."""
     kinds = [None if x is None else (x.ndim, str(x.dtype)) for x in example]
-    facts = (FORMAT, version("openvino"), version("torch"), str(module), kinds, fingerprint(module))
+    layers = fingerprint_of_layers(module)
+    facts = (FORMAT, version("openvino"), version("torch"), layers, kinds, fingerprint(module))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
@@ -116,7 +119,7 @@ def locked(path: Path, name: str, report: Report) -> AbstractContextManager:
     """The lock at `path`, taken; a line says so where another process has it for more than a second."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         return lock.acquire(timeout=1)
     except Timeout:
@@ -132,7 +135,8 @@ def converted(name: str, module: nn.Module, example: Sequence[Tensor | None], re
     path = found / "model.xml"
     with locked(folder / "lock", name, report):
         if path.exists():
-            os.utime(found)
+            with suppress(OSError):  # another user's: it only counts as older than it is
+                os.utime(found)
             report(f"--compile: the {name} is read from {folder}, as converted for OpenVINO before")
             return path
         seconds = sum(p.numel() for p in module.parameters()) / PARAMETERS_A_SECOND
@@ -149,9 +153,17 @@ def converted(name: str, module: nn.Module, example: Sequence[Tensor | None], re
             shutil.rmtree(unfinished, ignore_errors=True)
         size = sum(file.stat().st_size for file in found.iterdir())
         report(f"--compile: the {name} took {time.monotonic() - start:.0f} s and {size / 1e9:.2f} GB of disk")
-        for old in sorted(folder.glob("*-*/"), key=lambda one: one.stat().st_mtime)[:-KEPT]:
+        for old in sorted(folder.glob("*-*/"), key=last_used)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def last_used(folder: Path) -> float:
+    """When a folder was used; 0 if another process has just removed it."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 class StaticShapes:
@@ -192,7 +204,15 @@ class StaticShapes:
         model = self.model.clone()
         model.reshape({i: list(shape) for i, shape in enumerate(shapes)})
         properties = {"INFERENCE_PRECISION_HINT": self.hints[hint]}
-        return self.core.compile_model(model, "CPU", properties).create_infer_request()
+        try:
+            return self.core.compile_model(model, "CPU", properties).create_infer_request()
+        except RuntimeError as error:  # the plain weights have gone: there is nothing to go on with
+            shown = ", ".join("x".join(map(str, shape)) for shape in shapes)
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"--compile: OpenVINO cannot compile the {self.name} for inputs of {shown} (leave --compile "
+                f"out): {reason:.200}"
+            ) from error
 
 
 def read(name: str, path: Path, most: int, report: Report) -> StaticShapes:

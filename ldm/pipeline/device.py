@@ -33,7 +33,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def precision_on(device: torch.device, precision: str | None) -> str:
-    """The precision that is asked for, or what is best on the device: half on a GPU, full elsewhere."""
+    """The precision that is asked for, or what is best on the device: half on a GPU, full elsewhere.
+
+    autocast is for GPUs, as in the original: on a CPU it is full.
+    """
+    if precision == "autocast" and device.type == "cpu":
+        return "full"
     return precision or ("half" if device.type == "cuda" else "full")
 
 

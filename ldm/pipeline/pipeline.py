@@ -525,8 +525,7 @@ class Pipeline:
         )
 
     def _autocast(self) -> torch.autocast:
-        on = self.precision == "autocast" and self.device.type != "cpu"
-        return torch.autocast(self.model.device.type, enabled=on)
+        return torch.autocast(self.model.device.type, enabled=self.precision == "autocast")
 
 
 def _default_seed(request: ImageRequest, k: int) -> int:

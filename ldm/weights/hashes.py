@@ -160,7 +160,7 @@ def _write_cache(path: str, entry: dict[str, Any]) -> None:
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "hashes.json.lock", timeout=10):
+        with FileLock(folder / "hashes.json.lock", timeout=10, fallback_to_soft=False):
             temporary = folder / "hashes.json.tmp"
             temporary.write_text(json.dumps(_read_cache() | {path: entry}, indent=1))
             temporary.replace(folder / "hashes.json")  # a reader finds the old file or the new one

@@ -110,8 +110,9 @@ def test_options_without_an_effect_on_a_cpu_are_reported(
     model: LatentDiffusion, notices: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openvino, "find_spec", lambda name: None)
-    apply(model, options(compile=True, low_vram="max"), CPU)
+    apply(model, options(compile=True, low_vram="max", precision="autocast"), CPU)
     assert notices == [
+        "--precision autocast: on a CPU all is computed in float32, as with full",
         "--low_vram: on a CPU there is only one memory, and nothing to save",
         "--compile: on a CPU it takes OpenVINO: pip install openvino; going on without",
     ]
@@ -136,13 +137,12 @@ def test_low_vram_offloads_and_does_nothing_else(
 
 
 def test_the_unet_of_another_package_stays_as_it_is(other: LatentDiffusion, notices: list[str]) -> None:
-    """--compile was ignored without a word."""
+    """--compile was ignored without a word, then --graphs and --kernels."""
     apply(other, options(), CPU)
     assert notices == []
-    apply(other, options(compile=True), CPU)
-    assert len(notices) == 1
-    assert "--compile" in notices[0]
-    assert "OtherUNet" in notices[0]
+    apply(other, options(compile=True, graphs=True, kernels="onednn"), CPU)
+    assert [line.split()[0] for line in notices] == ["--compile", "--graphs", "--kernels"]
+    assert all("OtherUNet" in line for line in notices)
     assert not overridden(other)
 
 

@@ -105,6 +105,28 @@ def test_where_compiling_fails_the_plain_model_is_called_and_that_is_reported(mo
     assert "no working C++ compiler" in reported[0]
 
 
+def test_memory_that_ends_while_compiling_is_no_failure_of_the_compiler(monkeypatch) -> None:
+    """The batch was not halved, and the model was never compiled after that."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def full(plain, **_):
+        def forward(x: Tensor) -> Tensor:
+            if x > 1:
+                error = torch.OutOfMemoryError("CUDA out of memory")
+                raise BackendCompilerFailed("inductor", error, []) from error
+            return x + 1
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", full)
+    reported = []
+    forward = compiled(lambda x: x + 2, "UNet", reported.append)
+    with pytest.raises(torch.OutOfMemoryError):
+        forward(2)
+    assert forward(1) == 2
+    assert not any("is not compiled" in line for line in reported)
+
+
 @pytest.mark.parametrize("tiled_first", [True, False])
 def test_tiles_are_decoded_by_the_compiled_decoder_with_common_statistics(
     model: LatentDiffusion, runs: list[int], tiled_first: bool

@@ -1,15 +1,19 @@
 """The choice of kernels: measured once for a machine, remembered, and the same for all processes."""
 
+import errno
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from ldm.modules.attention import CrossAttention
 from ldm.optimize import kernels as module
 from ldm.optimize.kernels import choose as choose_of_names
-from ldm.optimize.kernels import fastest
+from ldm.optimize.kernels import fastest, fingerprint_of_layers
 
 
 def choose(work: str, kernels: dict[str, Callable[[], None]]) -> str:
@@ -80,6 +84,34 @@ def test_a_remembered_kernel_that_is_gone_is_measured_again(monkeypatch: pytest.
     clock = Clock(monkeypatch)
     assert choose("rows", clock.taking(a=2.0, b=1.0)) == "b"
     assert choose("rows", clock.taking(a=1.0, c=2.0)) == "a"
+
+
+def test_a_folder_without_locks_waits_for_no_other_machine(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """A lock that is a file stood in for the system's, and a machine that was switched off held it for ever."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    folder.mkdir()
+    (folder / "kernels.lock").write_text("1\nanother machine\n")
+    assert choose("rows", Clock(monkeypatch).taking(a=2.0, b=1.0)) == "a"
+
+
+def test_heads_and_functions_of_layers_are_told_apart() -> None:
+    """Networks of other heads had one key, so that one's converted file was read for the other."""
+
+    def network() -> nn.Module:
+        return nn.Sequential(CrossAttention(16, 16, heads=2, dim_head=8), nn.Linear(16, 16))
+
+    plain, again, other, changed = (network() for _ in range(4))
+    other[0].heads = 4
+    changed[1].forward = lambda x: x
+    found = [fingerprint_of_layers(one) for one in (plain, again, other, changed)]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
 
 
 def test_where_nothing_can_be_kept_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -16,6 +16,12 @@ def test_half_is_the_default_on_a_gpu() -> None:
         assert precision_on(torch.device(device), "bf16") == "bf16"
 
 
+def test_autocast_on_a_cpu_is_recorded_as_what_it_is() -> None:
+    """Images of float32 recorded autocast."""
+    assert precision_on(torch.device("cpu"), "autocast") == "full"
+    assert precision_on(torch.device("cuda"), "autocast") == "autocast"
+
+
 def test_types_of_weights() -> None:
     assert [weights_dtype(name) for name in ("full", "autocast")] == [None, None]
     assert [weights_dtype(name) for name in ("half", "bf16")] == [torch.float16, torch.bfloat16]

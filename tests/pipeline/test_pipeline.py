@@ -348,7 +348,7 @@ def test_lower_precision_is_near_full(bundled: Command, precision: str, floor: f
     assert result.code == 0
     for image, exact in zip(result.images, full.images, strict=True):
         assert psnr(image, exact) > floor
-    assert {s["precision"] for s in result.settings} == {precision}
+    assert {s["precision"] for s in result.settings} == {"full" if precision == "autocast" else precision}
     assert {s["precision"] for s in full.settings} == {"full"}
 
 

@@ -134,14 +134,20 @@ def cached(data: DataConfig, source: Source, model: LatentDiffusion, folder: Pat
     with tqdm(desc="encoding images", total=len(pixels), initial=done, disable=done == len(pixels)) as bar:
         for timeout in (0, -1):  # first what nobody is at, then what others have not finished
             for file, (group, members) in zip(files, pieces, strict=True):
-                lock = file.with_suffix(".lock")
+                if file.exists():
+                    continue
+                lock = FileLock(file.with_suffix(".lock"), fallback_to_soft=False)
                 try:
-                    if not file.exists():
-                        with FileLock(lock, timeout=timeout):
-                            if not file.exists():
-                                _encode(data, pixels, model, group, members, file, bar)
+                    lock.acquire(timeout=timeout)
                 except Timeout:
                     continue
+                except (OSError, NotImplementedError):  # a folder that takes no locks: each encodes it
+                    pass
+                try:
+                    if not file.exists():
+                        _encode(data, pixels, model, group, members, file, bar)
+                finally:
+                    lock.release()
     for file in files:
         file.with_suffix(".lock").unlink(missing_ok=True)
     latents = Latents(data, files, [group for group, _ in pieces])

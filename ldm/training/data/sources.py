@@ -240,7 +240,7 @@ def alone(path: Path) -> Iterator[None]:
 
     Where the folder takes no locks, all of them go on: the file is written whole anyway.
     """
-    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    lock = FileLock(path.with_name(f"{path.name}.lock"), fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
