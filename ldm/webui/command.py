@@ -46,6 +46,8 @@ def command_line(
             words += _option(settings[name].spellings[0], text)
         if value is True:
             words.append(settings[name].spellings[0])
+        if value is False:  # of a switch that the model may turn on
+            words.append(f"--no-{name}")
     words += ["--seed", str(request.seed), "--n_samples", str(images), "--n_iter", "1"]
     words += _model_options(task, files)
     for name, value in changed(runtime or RuntimeOptions()).items():

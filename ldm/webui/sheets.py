@@ -49,7 +49,7 @@ class Axis:
         if each.kind is bool:
             if value not in WORDS:
                 raise FieldError("{" + self.name + "} {value}: give true or false", value=value)
-            return WORDS[value]
+            return as_held(control, each, WORDS[value])
         try:
             return as_held(control, each, value)
         except ValueError as error:

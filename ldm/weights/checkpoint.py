@@ -36,6 +36,14 @@ def read_state_dict(path: str | Path) -> State:
     return read_header(path).map()
 
 
+EMA_COUNTERS = {"model_ema.decay", "model_ema.num_updates"}  # which sd-v1-4.ckpt has without any average
+
+
+def averages_in(names: Iterable[str]) -> set[str]:
+    """The names of averaged (EMA) weights among `names`."""
+    return {name for name in names if name.startswith("model_ema.")} - EMA_COUNTERS
+
+
 def pick_weights(
     state: Mapping[str, Tensor], which: str, *, path: str | Path, names: Iterable[str] = ()
 ) -> State:
@@ -49,7 +57,7 @@ def pick_weights(
     if which not in ("ema", "raw"):
         raise InputError(f"unknown weights {which!r}: choose ema or raw")
     ema = {name for name in state if name.startswith("model_ema.")}
-    averaged = ema - {"model_ema.decay", "model_ema.num_updates"}
+    averaged = averages_in(ema)
     picked = {name: tensor for name, tensor in state.items() if name not in ema}
     unet = [name for name in picked if name.startswith("model.")]
     if which == "raw":

@@ -161,13 +161,21 @@ def _read(path: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
             raise InputError(f"no ControlNet at {path}: there is no such file")
         if SHUFFLED.search(path.name):  # nothing in the file says so
             raise InputError(f"{path}, by its name, {SHUFFLE}")
+        if path.stem.startswith("diffusion_pytorch_model"):  # of a folder
+            _check_pooling(path, path.parent)
         return read(path)
-    if exists(path / "config.json") and read_json(path / "config.json").get("global_pool_conditions"):
-        raise InputError(f"{path} {SHUFFLE}")
+    _check_pooling(path, path)
     found: dict[str, T] = {}
     for file in weight_files(path):
         found |= read(file)
     return found
+
+
+def _check_pooling(path: Path, folder: Path) -> None:
+    """InputError that names `path` if its diffusers folder's config asks for what is not supported here."""
+    config = folder / "config.json"
+    if exists(config) and read_json(config).get("global_pool_conditions"):
+        raise InputError(f"{path} {SHUFFLE}")
 
 
 def weights_file(path: str | Path) -> Path:

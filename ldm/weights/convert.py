@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,8 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
         with_vae(state, job.vae)
     state = _picked(state, job, config)
     if job.other:
-        others = [_averaged(read_state_dict(path), path, job) for path in (job.other, job.base) if path]
+        unet = [name for name in state if name.startswith("model.")]
+        others = [_to_merge(read_state_dict(path), path, job, unet) for path in (job.other, job.base) if path]
         paths = tuple(path for path in (job.source, job.other, job.base) if path)
         state = merge(state, others[0], job.ratio, *others[1:], paths=paths)
     if job.vae:
@@ -117,16 +118,17 @@ def _picked(state: State, job: Conversion, config: Mapping[str, Any] | None) -> 
     return pick_weights(state, which, path=job.source, names=unet)
 
 
-def _averaged(state: State, path: Path, job: Conversion) -> State:
-    """What another file brings into a merge: its averaged weights, too, where the source's are asked for."""
-    from ldm.weights.checkpoint import pick_weights
+def _to_merge(state: State, path: Path, job: Conversion, unet: Sequence[str]) -> State:
+    """Another file's weights for a merge into those of the kind that is asked for; `unet` are their names.
 
-    groups = {name.partition(".")[0] for name in state}
-    return (
-        pick_weights(state, "ema", path=path)
-        if job.weights == "ema" and {"model", "model_ema"} <= groups
-        else state
-    )
+    With "ema" they are its averages in place of its raw weights, if it has any.
+    """
+    from ldm.weights.checkpoint import averages_in, pick_weights
+
+    which = job.weights or ("raw" if job.to == "diffusers" else None)
+    if which is None or (which == "ema" and not averages_in(state)):
+        return state
+    return pick_weights(state, which, path=path, names=unet)
 
 
 def _metadata(header: Header, predicts: str, other: Path | None) -> dict[str, str]:

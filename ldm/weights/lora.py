@@ -196,7 +196,8 @@ class LoraFile:
             return None
         rank, alpha = settings.get("r"), settings.get("lora_alpha", settings.get("alpha"))
         for name, pattern in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
-            for ending, value in (settings.get(pattern) or {}).items():
+            own_values = settings.get(pattern)
+            for ending, value in (own_values if isinstance(own_values, dict) else {}).items():
                 own = lora_names.flat(ending).partition("_")[2]
                 if layer.endswith(own):
                     rank, alpha = (value, alpha) if name == "rank" else (rank, value)
@@ -230,10 +231,15 @@ class LoraFile:
             found = {"unet": {}, "te": {}}
             for name, value in json.loads(text).items():
                 network, _, setting = name.rpartition(".")
-                found["te" if network == "text_encoder" else "unet"][setting] = value
+                for one in DIFFUSERS_NETWORKS.get(network, ()):
+                    found[one][setting] = value
         except (OSError, ValueError, AttributeError):
             return {}
         return found
+
+
+# What diffusers calls the networks of a LoRA's settings; without a name they are those of both.
+DIFFUSERS_NETWORKS = {"unet": ("unet",), "text_encoder": ("te",), "": ("unet", "te")}
 
 
 class Change:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.log import notice
-from ldm.weights.checkpoint import COMPUTED
+from ldm.weights.checkpoint import COMPUTED, EMA_COUNTERS, averages_in
 from ldm.weights.families import UNET_INPUT, identify
 from ldm.weights.header import let_go
 
@@ -29,23 +29,23 @@ def merge(
 
     Computed in float32, rounded to a's dtypes. A weight that one of the others lacks stays as it is in a, and
     one that only they have is left out, each with a notice; so do schedules, which no merging may change.
-    Averages (`model_ema.*`) that one of the others lacks are left out, as they would be those of before.
-    With a `base`, a may be an inpainting model and the others plain ones: the channels that only a's first
-    convolution has stay as they are. `paths` name the state dicts in messages.
+    Where one of the others lacks an average (`model_ema.*`), all of a's are left out: they would be those of
+    the model before the merge. With a `base`, a may be an inpainting model and the others plain ones: the
+    channels that only a's first convolution has stay as they are. `paths` name the state dicts in messages.
 
     InputError where the model families differ, where a weight's shapes do, or where nothing is in common.
     """
     others = [b] if base is None else [b, base]
     grows = _check_families(a, others, paths)
-    averages = {name for name in a if name.startswith("model_ema.")}
+    averages = averages_in(a)
     has_raw = any(name.startswith("model.") for name in a)
     if has_raw and not all(averages <= other.keys() for other in others):
         notice(f"{paths[0]}: its averaged weights are left out, as not all of the files have such")
-        a = {name: tensor for name, tensor in a.items() if name not in averages}
+        a = {name: tensor for name, tensor in a.items() if not name.startswith("model_ema.")}
     merged, kept = {}, []
     for name, tensor in a.items():
         parts = [other.get(name) for other in others]
-        if not tensor.is_floating_point() or COMPUTED.fullmatch(name):
+        if not tensor.is_floating_point() or COMPUTED.fullmatch(name) or name in EMA_COUNTERS:
             merged[name] = tensor
         elif any(part is None for part in parts):
             merged[name] = tensor
@@ -58,7 +58,7 @@ def merge(
         notice(
             f"{len(kept)} of {len(a)} weights are in {paths[0]} alone and stay as they are (first {kept[0]})"
         )
-    left_out = [name for name in b if name not in a and not COMPUTED.fullmatch(name)]
+    left_out = [name for name in b if name not in a.keys() | EMA_COUNTERS and not COMPUTED.fullmatch(name)]
     if left_out:
         notice(f"{len(left_out)} weights are in {paths[1]} alone and are left out (first {left_out[0]})")
     return merged

@@ -102,14 +102,18 @@ def _beside(path: Path) -> Hint | None:
     """
     from ldm.weights.loading import read_section
 
-    if path.is_dir() or not exists(config := path.with_suffix(".yaml")):
-        return None
-    try:
-        params = read_section(config, "model", {}).get("params") or {}
-        stated = params.get("parameterization")
-    except (InputError, AttributeError):
-        return None
-    return Hint(stated, f"the file {config.name} beside it") if stated in ("eps", "v") else None
+    for file in dict.fromkeys((path, path.resolve())):  # a link, then its target
+        config = file.with_suffix(".yaml")
+        try:
+            if path.is_dir() or not exists(config):
+                continue
+            params = read_section(config, "model", {}).get("params") or {}
+            stated = params.get("parameterization")
+        except (InputError, AttributeError):
+            continue
+        if stated in ("eps", "v"):
+            return Hint(stated, f"the file {config.name} beside it")
+    return None
 
 
 def noise_correlation(model: LatentDiffusion, size: int = 8) -> float:

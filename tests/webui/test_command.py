@@ -58,6 +58,7 @@ def with_names(request: ImageRequest) -> ImageRequest:
         (TEXT, {"width": "128", "height": "64", "steps": "9", "scale": "-2.5", "sampler": "euler"}, {}),
         (TEXT, {"sampler": "dpmpp_2m", "schedule": "karras", "rho": "6.5", "cfg_rescale": 0.7}, {}),
         (TEXT, {"timesteps": "999,700.5,400", "eta": "0.3"}, {}),
+        (TEXT, {"zero_snr": "off"}, {}),
         (TEXT, {"sampler": "euler", "s_churn": "3", "s_tmin": "0.1", "s_tmax": "9", "s_noise": "1.01"}, {}),
         (TEXT, {"variation_seed": str(2**63 - 1), "variation_strength": "0.25"}, {}),
         (TEXT, {"tiling": "both", "panorama": True, "long_prompts": True, "clip_skip": "2"}, {}),

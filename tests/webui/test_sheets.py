@@ -69,3 +69,10 @@ def test_the_drawing_is_that_of_the_command() -> None:
     (page,) = compare.pages(table, dict(enumerate(images)))
     assert np.array_equal(sheet.drawn(images), page.image)
     assert sheet.facts == page.facts
+
+
+@pytest.mark.parametrize("name", ["zero_snr", "panorama"])
+def test_a_switch_is_compared(name: str) -> None:
+    """One that the model may turn on, for which the page has three choices, was refused with every value."""
+    sheet = sheet_of(TEXT, HELD, {}, 9, Axis.of(name, "on,off"), Axis.of("steps", "5"))
+    assert [getattr(cell, name) for cell in sheet.cells] == [True, False]

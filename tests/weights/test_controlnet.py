@@ -107,3 +107,4 @@ def test_a_controlnet_that_averages_over_the_image(tmp_path: Path) -> None:
         config.read_text().replace('"global_pool_conditions": false', '"global_pool_conditions": true')
     )
     assert "shuffle" in refused(path, V1)
+    assert "shuffle" in refused(path / "diffusion_pytorch_model.safetensors", V1)

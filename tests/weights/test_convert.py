@@ -276,6 +276,43 @@ def test_averaged_weights_are_merged(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], state[name] + 2.5)  # of + 1 and + 4
 
 
+@pytest.mark.parametrize("keep_raw", [True, False])
+def test_averages_of_files_that_have_only_such_are_merged(tmp_path: Path, keep_raw: bool) -> None:
+    """The other file's were left out, so that what was written was the first one's UNet as it was."""
+    state = checkpoint("v1")
+    other = {name: t + 3 if t.is_floating_point() else t for name, t in state.items()}
+    torch.save({"state_dict": with_averages(state, keep_raw)}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": with_averages(other, keep_raw=False)}, tmp_path / "b.ckpt")
+    config = str(write_yaml(tmp_path / "tiny.yaml", "v1"))
+    merged = run(
+        tmp_path / "a.ckpt",
+        tmp_path / "c.ckpt",
+        weights="ema",
+        other=tmp_path / "b.ckpt",
+        config=config,
+    )
+    found = read_state_dict(merged)
+    for name in (name for name in state if name.startswith("model.")):
+        torch.testing.assert_close(found[name], state[name] + 2.5)  # of + 1 and + 4
+
+
+def test_counters_without_averages_are_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """sd-v1-4.ckpt, which has them, was refused with --weights ema, or took all averages of a file away."""
+    state = checkpoint("v1")
+    counters = {name: torch.tensor(1.0) for name in ("model_ema.decay", "model_ema.num_updates")}
+    torch.save({"state_dict": with_averages(state)}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": state | counters}, tmp_path / "b.ckpt")
+    merged = run(tmp_path / "a.ckpt", tmp_path / "c.ckpt", weights="ema", other=tmp_path / "b.ckpt")
+    found = read_state_dict(merged)
+    for name in (name for name in state if name.startswith("model.")):
+        torch.testing.assert_close(found[name], state[name] + 0.5)
+    averages = {name: t for name, t in with_averages(state).items() if name not in counters}
+    torch.save({"state_dict": averages}, tmp_path / "d.ckpt")
+    caplog.clear()
+    run(tmp_path / "a.ckpt", tmp_path / "e.ckpt", other=tmp_path / "d.ckpt")
+    assert caplog.messages == []
+
+
 def test_a_ckpt_says_what_its_unet_predicts(tmp_path: Path) -> None:
     """Metadata said so, for which a .ckpt has no place: v was read as eps, and images were noise."""
     for fact, found in (("v_prediction", "v"), ("epsilon", "eps"), (None, "eps")):

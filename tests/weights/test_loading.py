@@ -518,6 +518,18 @@ def test_a_config_beside_a_file_shows_eps_or_v(tmp_path, weights, text, found):
     assert model.parameterization == (found or "eps")
 
 
+def test_the_config_beside_a_links_target_is_read(tmp_path, weights):
+    """Only one beside the link itself was, and the README has people link their files."""
+    (tmp_path / "downloads").mkdir()
+    save_file(weights, tmp_path / "downloads/real.safetensors")
+    (tmp_path / "model.ckpt").symlink_to(tmp_path / "downloads/real.safetensors")
+    (tmp_path / "downloads/real.yaml").write_text("model: {params: {parameterization: v}}")
+    hint = prediction.file_hints(tmp_path / "model.ckpt").hint
+    assert (hint.parameterization, hint.why) == ("v", "the file real.yaml beside it")
+    (tmp_path / "model.yaml").symlink_to(tmp_path / "model.yaml")  # a loop, which says nothing
+    assert prediction.file_hints(tmp_path / "model.ckpt").hint == hint
+
+
 @pytest.mark.parametrize(("steps", "found"), [(875_000, "eps"), (110_000, None)])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_steps_of_training_show_eps(tmp_path, steps, found, legacy):

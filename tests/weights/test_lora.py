@@ -288,8 +288,11 @@ def test_each_network_has_settings_of_its_own(tmp_path: Path) -> None:
         tmp_path / "a.safetensors", {f"lora_{name}": shape for name, shape in layers.items()}, alpha=None
     )
     facts = {"unet.r": 16, "unet.lora_alpha": 16, "text_encoder.r": 8, "text_encoder.lora_alpha": 16}
-    save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(facts)})
-    assert [LoraFile(path).change(name).scale for name in layers] == [1.0, 2.0]
+    others = {"text_encoder_2.r": 4, "text_encoder_2.lora_alpha": 4}
+    of_both = {"r": 4, "lora_alpha": 12}
+    for settings, scales in ((facts | others, [1.0, 2.0]), (of_both, [3.0, 3.0])):
+        save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(settings)})
+        assert [LoraFile(path).change(name).scale for name in layers] == scales
 
 
 def test_settings_beside_a_file_that_make_no_scale(tmp_path: Path) -> None:
@@ -298,6 +301,8 @@ def test_settings_beside_a_file_that_make_no_scale(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": NaN}')
     with pytest.raises(InputError, match="alpha over rank of unet_a is no finite number"):
         LoraFile(path).change("unet_a")
+    (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 6, "rank_pattern": [1]}')
+    assert LoraFile(path).change("unet_a").scale == 2.0
 
 
 def test_values_are_in_memory_of_their_own(tmp_path: Path) -> None:
