@@ -58,13 +58,20 @@ def open_init_image(
         image.load()
         if image is source:
             image = image.copy()  # the user's own stays as it is
-        # In place the pixels are turned first: the rest of the EXIF data may be broken as it likes.
-        with suppress(Exception):
-            ImageOps.exif_transpose(image, in_place=True)
+        turn_upright(image)
         rgb = _to_rgb(image, colour)
     if frames > 1 and kind != "MPO" and not isinstance(source, Image.Image):
         notice(f"{source} holds {frames} images; the first one is used")
     return rgb
+
+
+def turn_upright(image: Image.Image) -> None:
+    """Turn an image, in place, as its EXIF data say.
+
+    In place the pixels are turned before the data are written anew: these may be broken as they like.
+    """
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def read_grey(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -75,16 +82,15 @@ def read_grey(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     with _opened(source, max_pixels) as image:
         image.load()
         if image.mode.startswith(("I", "F")) and "transparency" not in image.info:
-            with suppress(Exception):
-                image = ImageOps.exif_transpose(image)
+            image = image.copy()
+            turn_upright(image)
             values, top = np.asarray(image, dtype=np.float32), 1 if image.mode == "F" else 65535
             if not ((values >= 0) & (values <= top)).all():
                 raise ValueError(f"its greys run from {values.min():g} to {values.max():g}, not 0 … {top}")
             return values / top
         if image is source:
             image = image.copy()
-        with suppress(Exception):
-            ImageOps.exif_transpose(image, in_place=True)
+        turn_upright(image)
         grey = _to_rgb(image, (0, 0, 0)).convert("L")
     return np.asarray(grey, dtype=np.float32) / 255
 

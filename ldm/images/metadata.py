@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.errors import InputError
+from ldm.errors import FieldError, InputError
 from ldm.images.source_type import TRAINED, source_type_in, xmp_packet
 
 METADATA_KEYWORD = "stable-diffusion"  # marks the JSON as ours
@@ -66,12 +66,15 @@ def encode_image(
 
 
 def check_sides(height: int, width: int, format: str) -> None:
-    """InputError for an image, of a size in pixels, that no file of a format of `FORMATS` can hold."""
+    """FieldError for an image, of a size in pixels, that no file of a format of `FORMATS` can hold."""
     longest = LARGEST.get(format)
     if longest is not None and max(height, width) > longest:
-        raise InputError(
-            f"an image of {width}x{height} pixels does not fit into a {FORMATS[format]} file, whose "
-            f"sides have {longest:,} at most; use --format png"
+        raise FieldError(
+            "an image of {size} pixels does not fit into a {kind} file, whose sides have {longest:,} at "
+            "most; use {format} png",
+            size=f"{width}x{height}",
+            kind=FORMATS[format],
+            longest=longest,
         )
 
 

@@ -148,6 +148,7 @@ def sampling(
     stages = [conditions(pipeline.model, batch, pipeline.embed, each, **inputs) for each in texts]
     cond, uncond = stages[0]
     scales = [request.scale for request in batch]
+    within = (first.guidance_start, first.guidance_end) if first.guided else (0.0, 1.0)
     network = _network(pipeline, batch, run, discretization)
     network = staged(network, stages, order, len(batch), run, discretization)
     denoiser = Denoiser(
@@ -156,7 +157,7 @@ def sampling(
         uncond,
         scales[0] if len(set(scales)) == 1 else scales,
         rescale=first.cfg_rescale,
-        interval=guidance_interval(run, first.guidance_start, first.guidance_end),
+        interval=guidance_interval(run, *within),
         discretization=discretization,
         factor=guidance.scale_factor(first, run),
         further=guidance.further(first),

@@ -44,7 +44,7 @@ from ldm.pipeline.request import ImageRequest, image_seed
 from ldm.pipeline.safety import Safety, safety_for
 from ldm.pipeline.settings.guidance import CFG_PP_SCALE
 from ldm.pipeline.settings.text import Reading
-from ldm.sampling import Discretization, Trajectory, catalogue, sample
+from ldm.sampling import Discretization, Trajectory, sample
 from ldm.sampling.schedule import zero_terminal_snr
 from ldm.sampling.trajectory import guided_steps, plan_trajectory
 from ldm.util import instantiate_from_config
@@ -321,9 +321,8 @@ class Pipeline:
         if request.hires is not None:
             factor, most = self.described.factor or 8, self.init_pixels.max_pixels
             passes.check_second_pass(request, factor, most, self.pixel_upscalers)
-        if not catalogue.SAMPLERS[request.sampler].adaptive:  # others choose their number of steps
-            for each in (request, self.last_pass(request)):
-                guided_steps(each.steps_to_run, request.guidance_start, request.guidance_end)
+        for each in (request, self.last_pass(request)) if request.guided else ():
+            guided_steps(each.steps_to_run, request.guidance_start, request.guidance_end)
         if request.tiling != "none" or request.panorama:
             seams.check_seams(request, self.options, self.device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm.errors import FieldError, InputError
+from ldm.images.metadata import check_sides
 from ldm.images.watermark import NO_WATERMARK, Watermarker
 from ldm.log import notice
 from ldm.optimize.apply import check_options
@@ -43,6 +44,9 @@ def check_run(
         if request.loras:  # a prompt may name some
             pipeline.adapters.check(pipeline, request)
     check_watermarks(pipeline, requests, sheet)
+    if not options.skip_save:
+        for height, width in {pipeline.image_size(one) for one in requests}:
+            check_sides(height, width, options.format)
     if options.save_control and not any(request.control for request in requests):
         raise FieldError("{save_control} without {control}: no image follows a control image")
 

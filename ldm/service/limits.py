@@ -33,10 +33,15 @@ def check_limits(request: ImageRequest, options: ServiceOptions, most_pixels: in
 
 
 def asked_size(request: ImageRequest) -> tuple[int, int] | None:
-    """About the height and width in pixels of a request's image, where its own values say so."""
+    """Height and width in pixels, before they are rounded, of the image that a request asks for.
+
+    None where the request leaves them to the model.
+    """
     height, width = request.height, request.width
-    if request.init_img is not None and (height is None) != (width is None):
-        across, down = request.init_img.size  # the other side follows from it
+    if request.init_img is not None and not (height and width):
+        across, down = request.init_img.size  # from which the other side follows, or both
+        if not (height or width):
+            height, width = down, across
         height, width = height or width * down / across, width or height * across / down
     factor = request.hires or 1.0
     return (round(height * factor), round(width * factor)) if height and width else None

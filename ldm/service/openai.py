@@ -109,7 +109,7 @@ def _their_names(values: Mapping[str, Any], **names: str) -> Iterator[None]:
     stands for height and width.
     """
     try:
-        with in_names(names):
+        with in_names({"format": "output_format", **names}):
             yield
     except ServiceError as error:
         match = ABOUT_SIZE.match(error.message)
@@ -191,15 +191,13 @@ def with_images(values: dict[str, Any], max_pixels: int) -> dict[str, Any]:
     OpenAI's mask is transparent where the image is to be painted anew, ours is white there. Without a mask,
     what is transparent in the image itself is painted anew.
     """
-    from PIL import ImageOps
+    from ldm.images.init_image import turn_upright
 
     files = values.pop("image", [])
     if len(files) != 1:
         raise BadRequest(f"image: give one file, not {len(files)}")
     image = _opened(files[0], "image", max_pixels)
-    # In place the pixels are turned first: the rest of the EXIF data may be broken as it likes.
-    with suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
+    turn_upright(image)
     given = values.pop("mask", None)
     if given is None:
         mask = _transparent(image)

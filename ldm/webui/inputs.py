@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ldm.errors import InputError
+from ldm.images.init_image import turn_upright
 from ldm.images.metadata import open_image
 
 MARKED = 32  # of 255: as opaque as this, a stroke of the brush is meant
@@ -78,8 +79,8 @@ def _opened(source: str | io.BytesIO, name: str, what: str, max_pixels: int) -> 
     try:
         with open_image(source) as image:
             _check_size(image, max_pixels)
-            upright = ImageOps.exif_transpose(image)
-            upright.load()
+            upright = image.copy()
+            turn_upright(upright)
     except InputError as error:
         raise InputError(f"{what}: {in_words(error, source, name, max_pixels)}") from error
     return upright if upright.mode in PNG_MODES else upright.convert("RGB")

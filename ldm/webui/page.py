@@ -31,6 +31,7 @@ from ldm.service.engine import Engine
 from ldm.service.errors import ServiceError
 from ldm.service.jobs import CANCELLED, QUEUED, Job
 from ldm.service.outputs import Signer, encoded
+from ldm.service.schema import check_texts
 from ldm.webui.command import command_line, input_images
 from ldm.webui.controls import (
     IN_SIGHT,
@@ -481,6 +482,7 @@ class Page:
         task = TASKS[value["task"]]
         held = {name: asked[part] for name, part in self.held.items()}
         held["strength"] = value.get(f"strength_{task.name}")
+        check_texts(held, self.engine.options.max_prompt)  # before one is parsed, which takes longer
         most = self.engine.options.max_pixels
         inputs: dict[str, Any] = {}
         if task.name in IMAGES_OF["editor"]:
@@ -516,6 +518,8 @@ class Page:
         seed = request_of(task, held, inputs).seed
         seed = secrets.randbelow(2**32) if seed is None else seed
         x, y = (Axis.of(asked[self.parts[axis]], asked[self.parts[f"{axis}_values"]]) for axis in ("x", "y"))
+        for axis in (x, y):
+            check_texts({axis.name: axis.values}, self.engine.options.max_prompt)
         images, most = len(x.values) * len(y.values), self.engine.options.max_images
         if images > most:  # before a request is made for each
             raise InputError(

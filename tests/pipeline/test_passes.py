@@ -211,7 +211,10 @@ def test_a_second_pass_without_a_guided_step_is_refused_at_once(load: Load) -> N
         pipeline.resolve(one(steps=10, hires_strength=0.2, **part))
     with pytest.raises(InputError, match="none of the 1 steps"):
         pipeline.resolve(one(steps=1, hires_strength=1.0, **part))
-    pipeline.resolve(one(steps=1, hires=None, sampler="dpm_adaptive", **part))  # which has more
+    with pytest.raises(InputError, match="none of the 1 steps"):  # of which its range counts in parts, too
+        pipeline.resolve(one(steps=1, hires=None, sampler="dpm_adaptive", **part))
+    (image,) = pipeline.generate([one(steps=1, hires=None, scale=1.0, **part)])  # which guides nothing
+    assert image.pixels is not None
 
 
 def test_a_batch_is_tried_with_its_second_pass(load: Load, monkeypatch) -> None:

@@ -733,6 +733,11 @@ def test_any_multiple_of_8_is_a_size(txt2img, height, width):
     assert (result.code, result.images[0].shape) == (0, (height, width, 3))
 
 
+def test_a_side_that_a_format_cannot_hold_is_refused_before_sampling(txt2img):
+    """All images of a run were sampled, and each of them was lost when it was to be saved."""
+    refused(txt2img("--W", 16392, "--H", 8, "--format", "webp"), "16,383 at most; use --format png")
+
+
 def test_formats_of_a_checkpoint(txt2img, model, tmp_path):
     """The weights are equal; where they lie in memory decides the order of sums, hence the last bit."""
     state = load_file(model[1])

@@ -99,6 +99,10 @@ def test_an_image_that_its_format_cannot_hold_is_refused_before_sampling(
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_request")
     words = "16392x8 pixels does not fit into a WEBP file, whose sides have 16,383 at most; use format png"
     assert words in answer.json()["error"]["message"]
+    file = io.BytesIO()
+    Image.new("RGB", (16_392, 8)).save(file, "PNG")  # from which the size follows
+    wide = {"init_img": base64.b64encode(file.getvalue()).decode(), "strength": 0.5, "format": "webp"}
+    assert words in client.post("/generate", json=ASKED | wide).json()["error"]["message"]
     assert engine.counters["images"] == before
 
 

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import openai
 import pytest
 import tiny_service
+from exif_data import damaged_exif
 from fastapi.testclient import TestClient
 from live_service import decoded, live, pixels
 from PIL import Image
@@ -138,13 +138,6 @@ def test_an_edit_without_a_mask_starts_from_the_image(
     assert np.abs(pixels(found.b64_json) - wanted.pixels).max() <= 1
 
 
-def damaged_exif() -> bytes:
-    """EXIF data that Pillow cannot write anew: orientation 6 and, where a text belongs, a fraction."""
-    entries = struct.pack(">HHII", 0x010E, 5, 1, 38) + struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
-    head = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2)
-    return head + entries + bytes(4) + struct.pack(">II", 1, 2)
-
-
 @pytest.mark.parametrize(
     ("format", "exif", "size"),
     [
@@ -266,7 +259,7 @@ def test_a_stream_that_fails_says_so(client: openai.OpenAI, monkeypatch: pytest.
         (
             {"prompt": "a", "size": "16392x8", "output_format": "webp"},
             None,
-            "an image of 16392x8 pixels does not fit into a WEBP file",
+            "does not fit into a WEBP file, whose sides have 16,383 at most; use output_format png",
         ),
         ({"prompt": "a", "background": "transparent"}, "background", "cannot be made"),
         ({"prompt": "a", "partial_images": 2}, "partial_images", "stream"),

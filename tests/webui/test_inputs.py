@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from exif_data import damaged_exif
 from PIL import Image
 
 from ldm.errors import InputError
@@ -23,6 +24,12 @@ def test_an_upload_stands_upright(tmp_path: Path) -> None:
     found = read_upload(str(tmp_path / "a.png"), "Image", 100)
     assert (found.size, found.filename) == ((2, 4), "a.png")
     assert read_upload(None, "Image", 100) is None
+
+
+def test_an_upload_with_damaged_exif_data_is_read(tmp_path: Path) -> None:
+    """The page answered "'IFDRational' object has no attribute 'encode'"."""
+    Image.new("RGB", (4, 2), "red").save(tmp_path / "a.jpg", exif=damaged_exif())
+    assert read_upload(str(tmp_path / "a.jpg"), "Image", 100).size == (2, 4)
 
 
 def test_an_upload_that_is_no_image_is_refused_without_its_folder(tmp_path: Path) -> None:

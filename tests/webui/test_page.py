@@ -131,6 +131,22 @@ def test_a_sheet_of_too_many_images_is_refused_before_its_requests_are_made(
     assert made == []
 
 
+@pytest.mark.parametrize("where", ["prompt", "axis"])
+def test_a_text_that_is_too_long_is_refused_before_it_is_parsed(page: Page, where: str) -> None:
+    """Another client than the browser need not keep to the limit: 40,000 characters took 11 s."""
+    page.blocks()
+    asked = {part: getattr(part, "value", None) for part in (*page.held.values(), *page.parts.values())}
+    long = "[a:b:" * 4000
+    asked |= {page.results: [], page.parts["x"]: "negative_prompt", page.parts["x_values"]: "a"}
+    asked[page.held["negative_prompt"] if where == "prompt" else page.parts["x_values"]] = long
+
+    async def last() -> dict:
+        request = SimpleNamespace(session_hash="s", username=None)
+        return [one async for one in page.draw_sheet(asked, request)][-1]
+
+    assert "20,000 characters are more than" in asyncio.run(last())[page.parts["status"]]
+
+
 def test_images_and_sheets_are_signed(engine: Engine, tmp_path: Path) -> None:
     """--sign was an option that did nothing."""
 
