@@ -249,7 +249,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from ldm.pipeline.device import choose_device
+
     options = parser().parse_args(argv)
+    choose_device(options.device)
     outcomes: dict[str, Outcome] = {}
     about: dict[str, Any] = {}
     worker = None

@@ -1,7 +1,8 @@
 """This toolkit and its peers on the same weights, each in a process of its own, called in turn.
 
-Each contender runs as its users get it: its own start, its own memory, none of another's settings. They are
-called in turn, so that a machine that slows down slows all of them.
+Each contender runs as its users get it: its own start, its own memory, none of another's settings. On a GPU
+this toolkit has `--graphs`, which its users have to ask for. They are called in turn, so that a machine that
+slows down slows all of them.
 """
 
 import time
@@ -55,6 +56,7 @@ class Ours:
         """One guided model output; the prompts are encoded once."""
         import torch
 
+        from ldm.pipeline.device import arithmetic
         from ldm.sampling.denoiser import timesteps
 
         if batch not in self.inputs:
@@ -62,10 +64,14 @@ class Ours:
             x = noise(batch, self.device)
             t = timesteps(TIMESTEP, 2 * batch, self.device, equal_halves=True)
             self.inputs[batch] = torch.cat([x, x]), t, torch.cat([uncond, cond])
-        return guided(self.model.apply_model(*self.inputs[batch]).float())
+        with arithmetic(self.device):
+            return guided(self.model.apply_model(*self.inputs[batch]).float())
 
     def decode(self, batch: int = 1) -> Any:
-        return self.model.decode_first_stage(noise(batch, self.device))
+        from ldm.pipeline.device import arithmetic
+
+        with arithmetic(self.device):
+            return self.model.decode_first_stage(noise(batch, self.device))
 
     def image(self, steps: int, path: Path) -> None:
         from PIL import Image

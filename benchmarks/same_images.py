@@ -5,8 +5,8 @@
     python benchmarks/same_images.py record --checkout . --to after
     python benchmarks/same_images.py compare before after
 
-Images are compared pixel by pixel, what they record as JSON, and exit codes, messages, file names and the
-manifest as they are; times and what `DECLARED` names are left out.
+Images are compared pixel by pixel, what they record as JSON, and exit codes, messages and file names as they
+are; times and what `DECLARED` names are left out.
 """
 
 import argparse

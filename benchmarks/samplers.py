@@ -82,7 +82,7 @@ class Distances:
         cond = torch.cat([pipeline.embed(caption(scene)) for scene in scenes])
         uncond = pipeline.embed("")
         self.denoiser = Denoiser(self.model, cond, uncond, scale)
-        self.seeds = [ImageSeeds(k) for k in range(images)]
+        self.seeds = [ImageSeeds(k) for k in range(len(scenes))]
         self.reference = self.latents("dpmpp_2m", "karras", 100)
 
     def latents(self, sampler: str, schedule: str, steps: int) -> Tensor:

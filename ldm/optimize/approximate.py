@@ -56,7 +56,7 @@ class DeepFeatures(CallState):
         self.age = 0
 
     def begin(self, call: Call) -> tuple[bool, Features]:
-        """Whether this call computes the deep features, for which it has kernels of its own, and which."""
+        """Whether this call computes the deep features, and where they are kept, which a recording reads."""
         t = timestep_of(call.timesteps)
         same_inputs = call.shape == self.shape and call.context is self.context and call.y is self.labels
         if t > self.last or t >= self.first or not same_inputs:

@@ -36,7 +36,10 @@ class CallState:
         vars(unet).setdefault("call_states", []).append(self)
 
     def begin(self, call: Call) -> Hashable:
-        """Set up the state; returns what decides, besides shapes and types, which kernels the call runs."""
+        """Set up the state; returns what a recording of the call depends on besides shapes and types.
+
+        That is which kernels the call runs, and the kept tensors that it reads.
+        """
         raise NotImplementedError
 
     def end(self) -> None:

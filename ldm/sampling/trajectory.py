@@ -92,7 +92,7 @@ def own_steps(run: Trajectory, discretization: Discretization) -> Trajectory:
 
 
 def guided_steps(steps: int, start: float, end: float) -> tuple[int, int]:
-    """The first of `steps` steps that is guided, and the one behind the last: start <= i / steps < end.
+    """(first, last): guided are the steps i with start <= i / steps < end, which are first <= i < last.
 
     `start` and `end` are parts of the run, 0 … 1. FieldError if no step is within.
     """

@@ -79,7 +79,7 @@ class Guard:
         if not self._is_open(scope):
             return await _refuse(send, 403)
         length = dict(scope["headers"]).get(b"content-length", b"")
-        if length.isdigit() and int(length[:20]) > self.max_body:
+        if length.isdigit() and int(length[:20]) > self.max_body:  # int() refuses thousands of digits
             return await _refuse(send, 413)
         size = 0
 

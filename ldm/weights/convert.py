@@ -138,7 +138,7 @@ def _metadata(header: Header, predicts: str, other: Path | None) -> dict[str, st
     content. A merged model takes that of the one that it was merged with.
     """
     kept = {name: text for name, text in header.metadata.items() if "hash" not in name and name != "format"}
-    if predicts == "v" and not any(name in kept for name in METADATA):
+    if predicts == "v" and not any(str(kept.get(name)).lower().startswith("v") for name in METADATA):
         kept[PREDICTION] = "v"  # of a marker, or of a YAML file that stays behind
     size = (other and _size(read_header(other))) or _size(header)
     return kept if size is None else kept | {RESOLUTION: f"{size}x{size}"}

@@ -43,6 +43,21 @@ def test_calls_are_counted_and_written(monkeypatch, tmp_path, capsys):
     assert "| model calls, plms, N = 20, guided | N + 1 | 21 |" in (tmp_path / "test.md").read_text()
 
 
+def test_parts_do_not_take_the_place_of_all_results(monkeypatch, tmp_path):
+    """`--only` without `--name` wrote a part over the committed results of all."""
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    assert benchmark.main(["--only", "calls"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calls.json", "calls.md"]
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch, tmp_path):
+    """It was torch's own error, after the first measurements, or a process that did not start."""
+    with pytest.raises(InputError, match="meta is not there; this machine has .*cpu"):
+        benchmark.main(["--only", "calls", "--device", "meta"])
+    with pytest.raises(InputError, match="meta is not there; this machine has .*cpu"):
+        importlib.import_module("gpu_check").main(["--out", str(tmp_path), "--device", "meta"])
+
+
 def test_results_name_the_machine_but_not_whose_it_is(monkeypatch, tmp_path):
     record = run(monkeypatch, tmp_path, "--only", "calls")
     assert record["machine"]["torch"] == torch.__version__.partition("+")[0]

@@ -92,6 +92,9 @@ def test_a_contender_without_parts_is_measured_as_far_as_it_can_be(monkeypatch, 
     assert image == "1.00 s; openvino 2.00 s (0.50x); stable-diffusion.cpp 3.00 s (0.33x)"
     assert rows["float32: decoder"].measured == "1.00 s; openvino 2.00 s (0.50x)"
     assert "float32: largest difference to `this`, of the largest output" in rows
+    alone = {"stable-diffusion.cpp": found["stable-diffusion.cpp"]}  # which was a KeyError, after its minutes
+    first, *_ = benchmark.peer_rows("float32", alone, 5, cpu=False)
+    assert first.what.startswith("float32: one image")
     peers.plot({"float32": found}, 5, "title", tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 100
 
