@@ -52,9 +52,9 @@ def test_parts_do_not_take_the_place_of_all_results(monkeypatch, tmp_path):
 
 def test_a_device_that_is_not_there_is_named(monkeypatch, tmp_path):
     """It was torch's own error, after the first measurements, or a process that did not start."""
-    with pytest.raises(InputError, match="meta is not there; this machine has .*cpu"):
+    with pytest.raises(InputError, match=r"meta is not there; this machine has .*cpu"):
         benchmark.main(["--only", "calls", "--device", "meta"])
-    with pytest.raises(InputError, match="meta is not there; this machine has .*cpu"):
+    with pytest.raises(InputError, match=r"meta is not there; this machine has .*cpu"):
         importlib.import_module("gpu_check").main(["--out", str(tmp_path), "--device", "meta"])
 
 

@@ -93,8 +93,9 @@ def test_a_contender_without_parts_is_measured_as_far_as_it_can_be(monkeypatch, 
     assert rows["float32: decoder"].measured == "1.00 s; openvino 2.00 s (0.50x)"
     assert "float32: largest difference to `this`, of the largest output" in rows
     alone = {"stable-diffusion.cpp": found["stable-diffusion.cpp"]}  # which was a KeyError, after its minutes
-    first, *_ = benchmark.peer_rows("float32", alone, 5, cpu=False)
-    assert first.what.startswith("float32: one image")
+    named = {row.what for row in benchmark.peer_rows("float32", alone, 5, cpu=False)}
+    assert "float32: one image, 5 DPM-Solver++ steps, with its PNG" in named
+    assert "float32: decoder" not in named
     peers.plot({"float32": found}, 5, "title", tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 100
 
