@@ -28,15 +28,15 @@ def fingerprint_of_layers(network: nn.Module) -> str:
     The number of heads, for one, shows in no layer's text and no weight's shape, and an option such as --tome
     puts functions of its own in the place of layers'.
     """
-    facts = []
+    facts: list[object] = []
     for name, layer in network.named_modules():
-        own = vars(layer).items()
-        numbers = {key: value for key, value in own if isinstance(value, bool | int | float | str)}
-        functions = sorted(
-            f"{key} {value.__qualname__}" for key, value in own if hasattr(value, "__qualname__")
-        )
-        facts.append((name, sorted(numbers.items()), functions))
-    return hashlib.sha256(f"{network} {facts}".encode()).hexdigest()[:16]
+        facts += [name, type(layer).__qualname__]
+        for key, value in vars(layer).items():
+            if type(value) in (bool, int, float, str, tuple):
+                facts += [key, value]
+            elif hasattr(value, "__qualname__"):
+                facts += [key, value.__qualname__]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def processor() -> str:
