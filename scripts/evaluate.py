@@ -162,7 +162,7 @@ def prepare(args: argparse.Namespace) -> Evaluation:
         detector=args.detector,
         weights=args.weights,
         vae=args.vae,
-        runtime={"precision": runtime.precision or "the device's", **runtime.recorded()},
+        runtime=runtime.recorded(),
     )
     if args.sample is None:
         protocol.check()
@@ -202,16 +202,20 @@ def sample_apart(number: int, argv: list[str]) -> int:
 def evaluate(evaluation: Evaluation, argv: list[str]) -> int:
     """Sample and measure every point that the output folder lacks. Returns the exit code."""
     from ldm.evaluation.scenes import writing
-    from ldm.pipeline.device import choose_device
+    from ldm.pipeline.device import choose_device, precision_on
+    from ldm.runs.settings import content_hash
     from ldm.weights.hashes import file_hash
 
     protocol, outdir = evaluation.protocol, evaluation.outdir
-    settings = protocol.settings()
+    device = choose_device(evaluation.runtime.device)
+    settings = protocol.settings(precision_on(device, evaluation.runtime.precision))
     with writing(outdir):
         outdir.mkdir(parents=True, exist_ok=True)
     results = Results(outdir, settings, *protocol.axes)
-    for name, weights in {model.name: model.files.weights for model, _ in evaluation.points}.items():
-        results.use(name, file_hash(weights))  # the quick one may be that of what it was fine-tuned from
+    for model in {model.name: model for model, _ in evaluation.points}.values():
+        # the quick hash of a file may be that of what it was fine-tuned from
+        weights, config = file_hash(model.files.weights), content_hash(model.config)
+        results.use(model.name, {"weights": weights, "config": config, "sampler": model.sampler})
     results.write()
     todo = [k for k, (model, scale) in enumerate(evaluation.points) if not results.find(model.name, scale)]
     notice(f"{len(todo)} of {len(evaluation.points)} points to measure, {protocol.images:,} images each")
@@ -219,7 +223,6 @@ def evaluate(evaluation: Evaluation, argv: list[str]) -> int:
         notice('no plot is drawn: pip install -e ".[evaluation]"')
     measure = None
     if todo or (protocol.has_limits and not results.find("renders", None)):
-        device = choose_device(evaluation.runtime.device)
         measure = protocol.measures(device, outdir / "reference.npz")
     code = measure_points(evaluation, todo, results, measure, argv)
     if code not in (0, 1):
@@ -300,7 +303,7 @@ def add_limits(evaluation: Evaluation, results: Results, measure: "Measures") ->
     scenes = measuring.asked_scenes(protocol.seed, protocol.images)
     drawn = list(measuring.renders(scenes, protocol.seed, protocol.height))
     model, _ = evaluation.points[0]
-    decoded = round_trip(evaluation.pipeline(model).model.first_stage_model, drawn)
+    decoded = round_trip(evaluation.pipeline(model), drawn)
     for name, images in (("renders, encoded and decoded", decoded), ("renders", drawn)):
         figures = with_bar(measure, name, enumerate(images), protocol.images)
         keep(results, Point(name, None, None, None, protocol.images, 0, *figures))

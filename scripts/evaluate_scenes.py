@@ -83,7 +83,7 @@ def evaluate(args: argparse.Namespace, runtime: RuntimeOptions, like: ImageReque
     pipeline = Pipeline(files, config, runtime, **chosen, expected={"C": args.C, "f": args.f})
     size, detector = pipeline.described.native_size, load_detector(find(args.detector))
     evaluation = SceneEvaluation(detector, args.seed, args.prompts, size)
-    evaluation.read_renders(pipeline.model.first_stage_model)
+    evaluation.read_renders(pipeline)
     images = len(evaluation.prompts) * len(scales)
     adaptive = catalogue.SAMPLERS[like.sampler].adaptive
     lost = 0
@@ -100,7 +100,9 @@ def evaluate(args: argparse.Namespace, runtime: RuntimeOptions, like: ImageReque
     how = f"{like.sampler}, {like.steps} steps, seed {args.seed}"
     report = evaluation.report(f"Percent of {args.prompts} held-out prompts: {how}\n")
     with writing(outdir):
-        (outdir / "scores.json").write_text(json.dumps(evaluation.record(settings), indent=1) + "\n")
+        (outdir / "scores.json").write_text(
+            json.dumps(evaluation.record(settings), indent=1, allow_nan=False) + "\n"
+        )
         (outdir / "report.md").write_text(report)
     print(report)
     print(outdir)

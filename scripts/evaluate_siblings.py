@@ -55,6 +55,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--ckpt: name the one model that it is")
     if args.controlnet and "edges" not in args.models:
         parser.error("--controlnet is for edges")
+    if args.noise_level is not None and "upscaling" not in args.models:
+        parser.error("--noise_level is for upscaling")
     return args
 
 
@@ -66,9 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.evaluation import siblings
     from ldm.evaluation.scenes import writing
     from ldm.images.pixels import make_grid
+    from ldm.log import problem
     from ldm.pipeline.pipeline import Pipeline
     from ldm.pipeline.request import ImageRequest
     from ldm.scenes.detector import load_detector
+    from ldm.training.data.sources import examples_named
     from ldm.weights.loading import find
 
     outdir = Path(args.outdir)
@@ -77,16 +81,20 @@ def main(argv: list[str] | None = None) -> int:
     detector = load_detector(find(args.detector))
     given = {"sampler": args.sampler, "steps": args.ddim_steps, "scale": args.scale}
     given = {name: value for name, value in given.items() if value is not None}
-    scores = {}
+    scores, lost = {}, 0
     for name in args.models:
         pipeline = Pipeline.open(args.ckpt or str(find(WEIGHTS[name])), safety="off")
         like = ImageRequest(**SAMPLING[name] | given)
         more = {} if name != "upscaling" or args.noise_level is None else {"noise_level": args.noise_level}
         if name == "edges":
             more = {"controlnet": args.controlnet}
-        rows, scores[name] = siblings.MEASURES[name](
+        rows, scores[name], missing = siblings.MEASURES[name](
             pipeline, detector, like, args.seed, args.prompts, **more
         )
+        lost += len(missing)
+        if missing:
+            which = examples_named([repr(each) for each in missing])
+            problem(f"{name}: {len(missing)} images came out as NaN, and count as wrong: {which}")
         print(
             siblings.report(
                 f"{name}: {args.prompts} prompts of one solid, {args.prompts} of two", scores[name]
@@ -98,10 +106,10 @@ def main(argv: list[str] | None = None) -> int:
             Image.fromarray(grid).save(outdir / f"{name}.png")
     with writing(outdir):
         (outdir / "scores.json").write_text(
-            json.dumps({"settings": vars(args), "scores": scores}, indent=1) + "\n"
+            json.dumps({"settings": vars(args), "scores": scores}, indent=1, allow_nan=False) + "\n"
         )
     print(outdir)
-    return 0
+    return 1 if lost else 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ldm.errors import InputError
 
 FEATURES = ("detector", "clip", "pixels")
 SHOWN = 12  # samples in the sheet
+FALSE_POSITIVES, CALIBRATE_ON = 0.01, 1000  # of a calibration
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -31,8 +32,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--threshold", type=cli.number(float, -1, 1), help="similarity of a copy (calibrated)")
     add("--held_out", metavar="SET", help=f"calibrate on these, which are no copies: {source}")
     text = "calibrate so that this share of them would count as copies (0.01)"
-    add("--false_positives", type=share, default=0.01, metavar="SHARE", help=text)
-    add("--calibrate_on", type=count, default=1000, metavar="N", help="as many of them (1000)")
+    add("--false_positives", type=share, metavar="SHARE", help=text)
+    add("--calibrate_on", type=count, metavar="N", help="as many of them (1000)")
     text = "hide copies of N training images among the samples, exact and altered: are they found? (0)"
     add("--planted", type=cli.number(int, 0), default=0, metavar="N", help=text)
     add("--seed", type=cli.number(int, 0, 2**63 - 1), default=42, help="picks planted and other images (42)")
@@ -43,6 +44,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.features == "clip") != (args.clip is not None):
         parser.error("--clip DIR and --features clip go together: features clip are a CLIP model's in DIR")
+    calibrating = ("held_out", "false_positives", "calibrate_on")
+    given = [f"--{name}" for name in calibrating if getattr(args, name) is not None]
+    if args.threshold is not None and given:
+        parser.error(f"--threshold is given, so nothing is calibrated: leave out {', '.join(given)}")
+    args.false_positives = FALSE_POSITIVES if args.false_positives is None else args.false_positives
+    args.calibrate_on = args.calibrate_on or CALIBRATE_ON
     return args
 
 
@@ -85,9 +92,17 @@ def main(argv: list[str] | None = None) -> int:
     held_out = given_source("--held_out", args.held_out) if args.held_out else None
 
     kept = f"{source.fingerprint[:24]}-{features.name}.safetensors"
-    path = Path(args.index) if args.index else cache_folder() / "nearest" / kept
+    try:
+        path = Path(args.index) if args.index else cache_folder() / "nearest" / kept
+    except RuntimeError as error:
+        why = f"there is no folder for the index, because {error}"
+        raise InputError(f"{why}: name a file with --index, or set XDG_CACHE_HOME") from error
     index = nearest.open_index(path, source, features, given=args.index is not None)
-    images = [np.asarray(open_init_image(file)) for file in tqdm(files, "reading samples", leave=False)]
+
+    def read(number: int) -> np.ndarray:
+        return np.asarray(open_init_image(files[number]))
+
+    samples = nearest.vectors(map(read, tqdm(range(len(files)), "reading samples", leave=False)), features)
     calibration = None
     if args.threshold is None:
         calibration = nearest.calibrate(
@@ -95,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(calibration)
     threshold = args.threshold if calibration is None else calibration.threshold
-    similarity, rows = nearest.nearest(index, nearest.vectors(images, features).cpu(), args.count)
+    similarity, rows = nearest.nearest(index, samples, args.count)
     report = nearest.Report(files, similarity, rows, source, threshold)
     print(f"{report.flagged.sum()} of {len(files)} samples are as near to a training image as a copy")
     record = {
@@ -108,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     if args.planted:
         planted = nearest.plant(source, index, args.planted, args.seed)
-        copies = nearest.vectors([each.image for each in planted], features).cpu()
+        copies = nearest.vectors((each.image for each in planted), features)
         near, of = nearest.nearest(index, copies, 1)
         found = nearest.found_again(planted, of[:, 0], near[:, 0], threshold, int(report.flagged.sum()))
         record["planted"] = found | {"images": len(planted)}
@@ -126,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
             table.writerows(lines)
         record["nearest"] = lines
         (outdir / "nearest.json").write_text(json.dumps(record, indent=1) + "\n")
-        Image.fromarray(report.sheet(images, SHOWN)).save(outdir / "nearest.png")
+        Image.fromarray(report.sheet(read, SHOWN)).save(outdir / "nearest.png")
     print(outdir)
     return 0
 

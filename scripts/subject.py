@@ -39,40 +39,53 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not (args.outdir or args.measure):
         raise InputError("nothing to do: give --outdir or --measure")
+    if args.measure and args.alone and args.images < 2:
+        raise InputError(
+            f"--images {args.images}: --alone takes 2 at least, as half of them are before unseen backgrounds"
+        )
 
     import numpy as np
     from PIL import Image
 
     from ldm.evaluation.intervals import share
+    from ldm.log import problem
     from ldm.pipeline.options import RuntimeOptions
     from ldm.pipeline.pipeline import Pipeline
     from ldm.scenes.scores import marked_grid
     from ldm.scenes.subject import measure, measure_alone, measure_class, write_images
+    from ldm.training.data.sources import examples_named
     from ldm.training.files import whole, writing
     from ldm.weights.loading import SMALL_CONFIG, SMALL_WEIGHTS, find
 
     if args.outdir:
         with writing(f"--outdir {args.outdir}"):
             write_images(Path(args.outdir), args.count, args.seed, args.captions, args.alone)
+    lost: list[str] = []
     if args.measure:
-        ckpt, config = args.ckpt or str(find(SMALL_WEIGHTS)), str(find(SMALL_CONFIG))
+        # a file of the user's is recognised
+        small = str(find(SMALL_WEIGHTS)), str(find(SMALL_CONFIG))
+        ckpt, config = (args.ckpt, None) if args.ckpt else small
         pipeline = Pipeline.load(ckpt, config, RuntimeOptions(batch_size=16), safety="off")
         fields = {"lora": tuple(args.lora), "embedding": tuple(args.embedding)}
         if args.alone:
             subject = measure_alone(pipeline, args.word, args.images, args.seed, **fields)
-            images, shows = subject.images, subject.shows
+            images, shows, lost = subject.images, subject.shows, subject.lost
             right = np.concatenate(list(shows.values()))
         else:
             subject = measure(pipeline, args.word, args.images, args.seed, **fields)
             others = measure_class(pipeline, args.images, args.seed, **fields)
             images, shows = [*subject.images, *others.images], {**subject.shows, **others.shows}
             right = np.concatenate([shows["both"], shows["others of the class"]])
+            lost = [*subject.lost, *others.lost]
         with whole(Path(args.measure)) as unfinished:
             Image.fromarray(marked_grid(images, right, columns=16)).save(unfinished, "png")
         for name, passed in shows.items():
             found = share(passed)
             print(f"{name}: {found.value:.0%} ({found.low:.0%} to {found.high:.0%}) of {len(passed)}")
-    return 0
+        if lost:
+            which = examples_named([repr(prompt) for prompt in lost])
+            problem(f"{len(lost)} of {len(images)} images came out as NaN, and count as wrong: {which}")
+    return 1 if lost else 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ def read_captions(path: str | Path) -> list[str]:
     """The different captions of a file, in its order, with single spaces between words.
 
     A `.json` file has COCO's form, {"annotations": [{"caption": "…"}, …]}; any other is UTF-8 text with a
-    prompt on each line, of which empty ones are skipped. FieldError names `captions`.
+    prompt on each line, of which empty ones are skipped. Only \\n and \\r\\n end a line: what else
+    Unicode counts as line ends may be within a prompt. FieldError names `captions`.
     """
     path = Path(path)
     try:
@@ -28,7 +29,7 @@ def read_captions(path: str | Path) -> list[str]:
             text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _refused(path, f"is no UTF-8 text (byte {error.start})") from error
-    found = _coco(path, text) if path.suffix.lower() == ".json" else text.splitlines()
+    found = _coco(path, text) if path.suffix.lower() == ".json" else text.split("\n")
     captions = list(dict.fromkeys(words for line in found if (words := " ".join(line.split()))))
     if not captions:
         raise _refused(path, "has no captions")

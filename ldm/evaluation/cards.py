@@ -17,7 +17,7 @@ from ldm.runs.costs import Costs, duration, energy, factor_of, mass, power_of
 from ldm.scenes.captions import caption
 from ldm.scenes.detector import outline
 from ldm.scenes.scene import BACKGROUNDS, CANONICAL_RELATIONS, COLOURS, SHAPES, SIZES, Scene
-from ldm.scenes.scores import evaluation_scenes
+from ldm.scenes.scores import NOT_FINITE, evaluation_scenes
 from ldm.training.files import whole
 from ldm.weights.loading import ROOT
 
@@ -173,7 +173,9 @@ def _table(found: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _figure(name: str, value: float) -> str:
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return NOT_FINITE
     unit = next((unit for start, unit in UNITS.items() if name.startswith(start)), None)
     return f"{100 * value:.1f} %" if unit is None else f"{value:.2f}{unit}"
 

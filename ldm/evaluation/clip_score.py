@@ -91,8 +91,10 @@ class ClipScore:
         """Images uint8 [h, w, 3] and a prompt for each -> cosine similarities, float64 [n]."""
         import torch
 
+        from ldm.pipeline.device import arithmetic
+
         self._embed([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts])
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(self.device):
             pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
             pooled = self.model.vision_model(pixel_values=pixels).pooler_output
             embedded = _directions(self.model.visual_projection(pooled))
@@ -102,13 +104,15 @@ class ClipScore:
     def _embed(self, prompts: Sequence[str]) -> None:
         import torch
 
+        from ldm.pipeline.device import arithmetic
+
         words = self.model.config.text_config.max_position_embeddings
         for start in range(0, len(prompts), TEXTS):
             part = list(prompts[start : start + TEXTS])
             tokens = self.tokenizer(
                 part, padding=True, truncation=True, max_length=words, return_tensors="pt"
             ).to(self.device)
-            with torch.inference_mode():
+            with torch.inference_mode(), arithmetic(self.device):
                 pooled = self.model.text_model(
                     input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
                 ).pooler_output

@@ -139,7 +139,9 @@ class Inception:
         """Images uint8 [h, w, 3] of one size -> float64 [n, d]."""
         import torch
 
-        with torch.inference_mode():
+        from ldm.pipeline.device import arithmetic
+
+        with torch.inference_mode(), arithmetic(self.device):
             x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device)
             (features,) = self.network(x)
         return features.double().cpu().numpy()
@@ -166,12 +168,26 @@ class DetectorFeatures:
             return self.detector.layers[:-1](x).double().numpy()
 
 
-def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Write mean and covariance as `mu` and `sigma`, as other programs for FID do; whole or not at all."""
+def save_statistics(path: Path, statistics: Statistics, digest: str = "") -> None:
+    """Write mean and covariance as `mu` and `sigma`, as other programs for FID do; whole or not at all.
+
+    `digest` says what they are of, for `kept_statistics`.
+    """
     from ldm.training.files import whole
 
     with whole(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, mu=statistics.mean, sigma=statistics.covariance)
+        np.savez(file, mu=statistics.mean, sigma=statistics.covariance, digest=digest)
+
+
+def kept_statistics(path: Path, digest: str) -> Statistics | None:
+    """The statistics of a file that was saved with this digest; None if there is no such file."""
+    try:
+        with np.load(path) as file:
+            if str(file["digest"]) == digest:
+                return Statistics(file["mu"], file["sigma"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile):
+        pass
+    return None
 
 
 def load_statistics(path: str | Path, dimensions: int) -> Statistics:

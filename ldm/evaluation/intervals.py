@@ -50,4 +50,5 @@ def share(passed: np.ndarray) -> Figure:
     n, p, z = len(passed), float(np.mean(passed)), _NORMAL_QUANTILE
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Figure(p, float(min(p, centre - half)), float(max(p, centre + half)))
+    # rounding puts an end that is 0 or 1 a little beyond it
+    return Figure(p, float(max(0.0, min(p, centre - half))), float(min(1.0, max(p, centre + half))))

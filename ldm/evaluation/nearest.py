@@ -9,7 +9,7 @@ import io
 import json
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ldm.errors import FieldError, InputError
 from ldm.images.pixels import to_float
 from ldm.log import notice
+from ldm.pipeline.device import arithmetic
 from ldm.training.data.example import DamagedExample, Source
 from ldm.training.data.sources import examples_named
 from ldm.training.files import whole
@@ -38,6 +39,7 @@ ROWS = 16_384  # of an index that are compared at once: 8 MB of 128 features in 
 QUERIES = 1024  # images that are compared with them at once
 READERS = 4  # threads that read images
 SIDE = 8  # pixels: the side of the small images of `Pixels`
+TOLERANCE = 1e-6  # of a similarity: what rounding leaves of the 1 of an exact copy
 
 
 class Features(Protocol):
@@ -84,7 +86,7 @@ class Scenes:
             image if image.shape[:2] == (SIZE, SIZE) else np.asarray(_resized(image, SIZE))
             for image in images
         ]
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(self.device):
             return self.detector.layers[:-1](to_float(even).to(self.device)).float()
 
 
@@ -100,7 +102,7 @@ class Clip:
 
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
         clip = self.clip
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(clip.device):
             pixels = clip.processor(images=list(images), return_tensors="pt")["pixel_values"].to(clip.device)
             pooled = clip.model.vision_model(pixel_values=pixels).pooler_output
             return clip.model.visual_projection(pooled).float()
@@ -110,10 +112,20 @@ def _resized(image: np.ndarray, side: int) -> Image.Image:
     return Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
 
 
-def vectors(images: Sequence[np.ndarray], features: Features) -> Tensor:
-    """The features of images, each vector of length 1 (or of zeros): float32 [n, size]."""
-    parts = [features(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+def vectors(images: Iterable[np.ndarray], features: Features) -> Tensor:
+    """The features of images, each vector of length 1 (or of zeros): float32 [n, size].
+
+    No more of the images than a batch are held at a time.
+    """
+    remaining, parts = iter(images), [torch.zeros(0, features.size)]
+    while batch := list(islice(remaining, BATCH)):
+        parts.append(features(batch).cpu())
     return F.normalize(torch.cat(parts), dim=1)
+
+
+def is_copy(similarity: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether similarities, one or an array of them, are those of copies: bool."""
+    return similarity >= threshold - TOLERANCE
 
 
 class Index:
@@ -137,7 +149,7 @@ class Index:
         with safe_open(self.path, "pt") as file:
             rows = file.get_slice("features")
             for start in range(0, self.count, ROWS):
-                yield start, rows[start : start + ROWS].float()
+                yield start, _of_length_one(rows[start : start + ROWS])
 
     @cached_property
     def readable(self) -> np.ndarray:
@@ -149,7 +161,12 @@ class Index:
         """These rows, float32 [n, size]."""
         with safe_open(self.path, "pt") as file:
             rows = file.get_slice("features")
-            return torch.cat([rows[n : n + 1] for n in numbers]).float()
+            return _of_length_one(torch.cat([rows[n : n + 1] for n in numbers]))
+
+
+def _of_length_one(rows: Tensor) -> Tensor:
+    """Rows of an index in float32, again of length 1, which float16 keeps to three digits only."""
+    return F.normalize(rows.float(), dim=1)
 
 
 def facts_of(source: Source, features: Features) -> dict[str, str]:
@@ -216,7 +233,7 @@ def make_index(path: Path, source: Source, features: Features) -> None:
         for images in read_batches(source, damaged):
             there = [image for image in images if image is not None]
             found = iter(vectors(there, features) if there else ())
-            rows = [no_row if image is None else next(found).cpu() for image in images]
+            rows = [no_row if image is None else next(found) for image in images]
             file.write(torch.stack(rows).half().numpy().tobytes())
     if damaged:
         notice(f"{len(damaged):,} training images cannot be read and are left out: {examples_named(damaged)}")
@@ -318,13 +335,7 @@ def calibrate(
         queries, own = queries[whole_ones], [n for n, kept in zip(numbers, whole_ones, strict=True) if kept]
     else:
         numbers = np.sort(rng.choice(len(held_out), min(count, len(held_out)), replace=False)).tolist()
-        images = []
-        for number in numbers:
-            try:
-                images.append(held_out[number].image)
-            except DamagedExample as error:
-                notice(f"left out: {error}")
-        queries = vectors(images, features).cpu() if images else []
+        queries = vectors(_readable(held_out, numbers), features)
         own, of = None, "held-out images"
     if len(queries) < 2 or (own is not None and index.count < 2):
         raise InputError("a threshold takes two images at least: give one with --threshold")
@@ -338,6 +349,15 @@ def calibrate(
         float(np.median(similarity)),
         float(similarity.max()),
     )
+
+
+def _readable(source: Source, numbers: Iterable[int]) -> Iterator[np.ndarray]:
+    """These images of a source, but for damaged ones, which a notice names."""
+    for number in numbers:
+        try:
+            yield source[number].image
+        except DamagedExample as error:
+            notice(f"left out: {error}")
 
 
 # Planted copies
@@ -413,8 +433,8 @@ def found_again(
     right, of = Counter(), Counter(each.alteration for each in planted)
     flagged = 0
     for each, row, near in zip(planted, rows, similarity, strict=True):
-        flagged += near >= threshold
-        right[each.alteration] += near >= threshold and row == each.row
+        flagged += is_copy(near, threshold)
+        right[each.alteration] += is_copy(near, threshold) and row == each.row
     hits = right.total()
     return {
         "recall": {name: right[name] / of[name] for name in of},
@@ -441,7 +461,7 @@ class Report:
     @cached_property
     def flagged(self) -> np.ndarray:
         """Whether each sample is as near to a training image as a copy, bool [n]."""
-        return self.similarity[:, 0] >= self.threshold
+        return is_copy(self.similarity[:, 0], self.threshold)
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """A line for each sample and rank, for a CSV file."""
@@ -456,18 +476,21 @@ class Report:
                         "similarity": round(float(near), 5),
                         "training image": self.source.key(int(row)),
                         "number": int(row),
-                        "flagged": bool(flagged and near >= self.threshold),
+                        "flagged": bool(flagged and is_copy(near, self.threshold)),
                     }
 
-    def sheet(self, images: Sequence[np.ndarray], most: int, side: int = 128) -> np.ndarray:
-        """The samples nearest to a training image, `most` of them, each beside its nearest ones: uint8."""
+    def sheet(self, read: Callable[[int], np.ndarray], most: int, side: int = 128) -> np.ndarray:
+        """The samples nearest to a training image, `most` of them, each beside its nearest ones: uint8.
+
+        `read` gives the image of a sample, uint8 [h, w, 3], by its number.
+        """
         from ldm.images.sheets import contact_sheet
 
         order = np.argsort(-self.similarity[:, 0], kind="stable")[:most]
         rows, notes = [], []
         for i in order:
             found = [int(row) for row in self.rows[i] if row >= 0]
-            cells = [images[i], *(self.source[row].image for row in found)]
+            cells = [read(i), *(self.source[row].image for row in found)]
             blank = self.rows.shape[1] - len(found)
             rows.append(
                 [np.asarray(_fitted(cell, side)) for cell in cells]

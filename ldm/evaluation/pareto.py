@@ -74,23 +74,34 @@ ACCURACY = Axis("images as their prompts say, read by the detector (%)", "accura
 
 
 class Results:
-    """The points in an output folder, as JSON and CSV; a new one is written at once, whole or not at all."""
+    """The points in an output folder, as JSON and CSV; a new one is written at once, whole or not at all.
+
+    Several commands may measure into one folder at a time: each adds its points to those that are there.
+    """
 
     def __init__(self, outdir: Path, settings: Mapping[str, Any], distance: Axis, agreement: Axis):
         """Of a new or an earlier evaluation in an existing folder; FieldError if that had other settings."""
         self.outdir, self.distance, self.agreement = outdir, distance, agreement
         self.settings = json.loads(json.dumps(settings))
         self.points: list[Point] = []
-        self.weights: dict[str, str] = {}  # the hash of each checkpoint's file, by its name
-        path = outdir / JSON
+        # by each checkpoint's name what its points depend on besides the settings: hashes of its file and its
+        # config, and its sampler
+        self.models: dict[str, dict[str, str]] = {}
+        self._take_in()
+
+    def _take_in(self) -> None:
+        """Add what the file has of other commands. FieldError if that has other settings or models."""
+        path = self.outdir / JSON
         if not path.exists():
             return
         try:
             with user_file(path):
                 content = json.loads(path.read_text(encoding="utf-8"))
             before, points = content["settings"], [_point(each) for each in content["points"]]
-            weights = dict(content.get("weights", {}))
-        except (ValueError, KeyError, TypeError) as error:
+            # earlier files have the weights' hashes alone, or nothing
+            weights = {name: {"weights": hash_} for name, hash_ in content.get("weights", {}).items()}
+            models = {name: dict(facts) for name, facts in content.get("models", weights).items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise FieldError(
@@ -101,50 +112,67 @@ class Results:
 
             raise FieldError(
                 "{outdir} {path} has an evaluation of other settings: {what}; give another folder",
-                path=outdir,
+                path=self.outdir,
                 what=differences(before, self.settings),
             )
-        self.points, self.weights = points, weights
+        for name, facts in models.items():
+            now = self.models.get(name, {})
+            self._check(name, facts, now)
+            self.models[name] = facts | now
+        self.points = self._in_order([*points, *self.points])
 
-    def use(self, checkpoint: str, weights: str) -> None:
-        """Keep the hash of a checkpoint, whose name alone is in points and folders of images.
+    def use(self, checkpoint: str, facts: Mapping[str, str]) -> None:
+        """Keep what a checkpoint is, whose name alone is in points and folders of images.
 
-        FieldError if what is there was made by another file of that name.
+        FieldError if what is there was made by another file of that name, or with another config or sampler.
         """
-        before = self.weights.setdefault(checkpoint, weights)
-        if before != weights:
-            raise FieldError(
-                "{outdir} {path} has images and figures of another {name} ({before}, not {now}): "
-                "give another folder",
-                path=self.outdir,
-                name=checkpoint,
-                before=before,
-                now=weights,
-            )
+        before = self.models.get(checkpoint, {})
+        self._check(checkpoint, before, facts)
+        self.models[checkpoint] = before | facts
+
+    def _check(self, checkpoint: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+        for name in before:
+            if name in now and before[name] != now[name]:
+                raise FieldError(
+                    "{outdir} {path} has images and figures of another {checkpoint} ({name} {before}, not "
+                    "{now}): give another folder",
+                    path=self.outdir,
+                    checkpoint=checkpoint,
+                    name=name,
+                    before=before[name],
+                    now=now[name],
+                )
 
     def find(self, checkpoint: str, scale: float | None) -> Point | None:
         return next((point for point in self.points if point.key == (checkpoint, scale)), None)
 
     def add(self, point: Point) -> None:
         """Keep a point, in place of an earlier one of the same checkpoint and scale, and write all."""
-        others = [each for each in self.points if each.key != point.key]
-        # limits come last, checkpoints as they came first, scales rise
-        order = list(dict.fromkeys(each.checkpoint for each in [*self.points, point]))
-        self.points = sorted(
-            [*others, point],
-            key=lambda each: (each.scale is None, order.index(each.checkpoint), each.scale or 0.0),
-        )
+        self.points = self._in_order([*self.points, point])
         self.write()
 
+    @staticmethod
+    def _in_order(points: Sequence[Point]) -> list[Point]:
+        """The last point of each key: limits come last, checkpoints as they came first, scales rise."""
+        order = list(dict.fromkeys(point.checkpoint for point in points))
+        return sorted(
+            {point.key: point for point in points}.values(),
+            key=lambda point: (point.scale is None, order.index(point.checkpoint), point.scale or 0.0),
+        )
+
     def write(self) -> None:
+        """Write the files, with what another command has added to them meanwhile. FieldError as at first."""
+        from ldm.runs.manifest import folder_lock
         from ldm.training.files import whole
 
-        points = [asdict(point) for point in self.points]
-        content = {"settings": self.settings, "weights": self.weights, "points": points}
-        texts = {JSON: json.dumps(content, indent=1, ensure_ascii=False) + "\n", CSV: self.csv()}
-        for name, text in texts.items():
-            with whole(self.outdir / name) as unfinished:
-                unfinished.write_text(text, encoding="utf-8")
+        with folder_lock(self.outdir):
+            self._take_in()
+            points = [asdict(point) for point in self.points]
+            content = {"settings": self.settings, "models": self.models, "points": points}
+            texts = {JSON: json.dumps(content, indent=1, ensure_ascii=False) + "\n", CSV: self.csv()}
+            for name, text in texts.items():
+                with whole(self.outdir / name) as unfinished:
+                    unfinished.write_text(text, encoding="utf-8")
 
     def csv(self) -> str:
         """A row for each point, the ends of intervals in columns of their own, in the figures' own units."""

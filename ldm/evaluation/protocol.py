@@ -7,6 +7,7 @@ DDIM (v2), 10,000 captions of COCO's validation set; FID and CLIP score.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -117,7 +118,7 @@ class Protocol:
     detector: str = DETECTOR
     weights: str | None = None  # "raw" or "ema"
     vae: str | None = None
-    runtime: Mapping[str, Any] = field(default_factory=dict)  # precision, and approximations in use
+    runtime: Mapping[str, Any] = field(default_factory=dict)  # approximations in use
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -172,8 +173,11 @@ class Protocol:
     def _needs_detector(self) -> bool:
         return self.features == "detector" or not self.clip
 
-    def settings(self) -> dict[str, Any]:
-        """Everything in words and numbers that JSON has; files go by their content. InputError."""
+    def settings(self, precision: str) -> dict[str, Any]:
+        """Everything in words and numbers that JSON has; files go by their content. InputError.
+
+        `precision` is the one that the models compute in, which depends on the device, too.
+        """
         from ldm.evaluation.clip_score import folder_hash
         from ldm.weights.hashes import file_hash, quick_hash
         from ldm.weights.vae import vae_file
@@ -195,8 +199,19 @@ class Protocol:
             "detector": quick_hash(find(self.detector)) if self._needs_detector else None,
             "weights": self.weights,
             "vae": self.vae and file_hash(vae_file(self.vae)),
+            "precision": precision,
             **self.runtime,
         }
+
+    def reference_digest(self) -> str:
+        """A digest of all that the reference's statistics depend on."""
+        from ldm.weights.hashes import quick_hash
+
+        network = self.inception if self.features == "inception" else find(self.detector)
+        facts = [self.features, quick_hash(network), self._reference_in_words(), self.height, self.width]
+        if not self.reference:
+            facts.append(self.seed)  # of the renders
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _reference_in_words(self) -> str:
         from ldm.evaluation.measuring import RENDERS, reference_files
@@ -223,9 +238,10 @@ class Protocol:
         )
 
     def measures(self, device: torch.device, kept: Path) -> Measures:
-        """The networks on a device, and the reference's statistics, which the file `kept` has afterwards.
+        """The networks on a device, and the reference's statistics.
 
-        A notice if there are too few images for the features.
+        Those of images are in the file `kept` afterwards; what is there of the same images by the same
+        network is used. A notice if there are too few images for the features.
         """
         from tqdm import tqdm
 
@@ -246,10 +262,13 @@ class Protocol:
                 f"{self.images} images for {features.dimensions} features: the distance comes out far too "
                 "large, and can be compared at this number alone"
             )
-        path = kept if kept.exists() or not self.reference else Path(self.reference)
-        if path.is_file():
-            statistics = fid.load_statistics(path, features.dimensions)
+        if self.reference and Path(self.reference).is_file():
+            statistics = fid.load_statistics(self.reference, features.dimensions)
+        elif found := fid.kept_statistics(kept, self.reference_digest()):
+            statistics = found
         else:
+            if kept.exists():
+                notice(f"{kept} is of another reference than this evaluation's: it is made anew")
             if self.reference:
                 files = of.reference_files(self.reference)
                 images, count = of.cropped(files, self.height, self.width), len(files)
@@ -258,7 +277,7 @@ class Protocol:
                 images, count = of.renders(scenes, self.seed + 1, self.height), of.RENDERS
             with tqdm(total=count, desc="reference", unit="image") as bar:
                 statistics = of.reference_statistics(images, features, bar.update)
-            fid.save_statistics(kept, statistics)
+            fid.save_statistics(kept, statistics, self.reference_digest())
         if self.clip:
             agree = of.clip_agreement(clip_score.ClipScore(self.clip, device), self.prompts)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import FieldError
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest, image_seed
 from ldm.scenes.captions import caption
 from ldm.scenes.detector import Detector
@@ -35,12 +35,12 @@ class SceneEvaluation:
         self.prompts = [caption(scene) for scene in self.scenes]
         self.seen: dict[str, list[Scene | None]] = {}
 
-    def read_renders(self, first_stage: AutoencoderKL) -> None:
+    def read_renders(self, pipeline: Pipeline) -> None:
         """Read renders, and renders after encoding and decoding: no model can reach more than these."""
         rng = np.random.default_rng(self.seed)
         renders = [render(scene, rng, self.size) for scene in self.scenes]
         self.seen["renders"] = self.detector.read(renders)
-        self.seen["renders, encoded and decoded"] = self.detector.read(round_trip(first_stage, renders))
+        self.seen["renders, encoded and decoded"] = self.detector.read(round_trip(pipeline, renders))
 
     def requests(self, like: ImageRequest, scale: float) -> list[ImageRequest]:
         """One image of each prompt, sampled as `like` is, at a guidance scale."""

@@ -1,6 +1,8 @@
 """How well the siblings of the bundled model do what they are for, on held-out scenes.
 
-Each function returns the images of its cases in rows, uint8 [size, size, 3], and what was measured.
+Each function returns the images of its cases in rows, uint8 [size, size, 3], what was measured, and the names
+of those that came out as NaN: they are black in the rows and wrong in what was measured. A figure that is not
+finite, such as the PSNR of equal images, is None.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 
 from ldm.images.edges import canny
-from ldm.images.pixels import to_float
+from ldm.pipeline.device import arithmetic
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest, image_seed
 from ldm.pipeline.settings.control import Control
@@ -22,13 +24,14 @@ from ldm.scenes.masks import SEEN, box
 from ldm.scenes.places import farthest, places
 from ldm.scenes.renderer import render, render_layers
 from ldm.scenes.scene import COLOURS, SHAPES, Scene, Solid, pick
-from ldm.scenes.scores import check, evaluation_scenes, score
+from ldm.scenes.scores import NOT_FINITE, check, evaluation_scenes, score
 from ldm.weights.loading import find
 
 CONTROLNET = "models/scenes-128-canny/model.safetensors"
 NEAR = 1 / 16  # of the image's side that a solid may be away from its place in the depth map or the edges
 NOISE_LEVEL = 20  # the default of the command
 Rows = list[list[np.ndarray]]
+Figures = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def repaintings(seed: int, count: int, size: int) -> Iterator[Repainting]:
 
 def inpainting(
     pipeline: Pipeline, detector: Detector, like: ImageRequest, seed: int, count: int
-) -> tuple[Rows, dict[str, float]]:
+) -> tuple[Rows, Figures, list[str]]:
     """Shares of images with the asked solid in the masked region, and of pixels outside it that are kept."""
     size = pipeline.described.native_size
     cases = list(repaintings(seed, count, size))
@@ -78,25 +81,26 @@ def inpainting(
         )
         for k, case in enumerate(cases)
     ]
-    images = _generated(pipeline, requests, size)
-    seen = detector.read(images)
+    images, lost = _generated(pipeline, requests, size)
+    seen = _seen(detector, images, lost)
     right = [check(case.asked, scene)["all"] for case, scene in zip(cases, seen, strict=True)]
     kept = [
         (image == case.image).all(-1)[~case.mask].mean() for image, case in zip(images, cases, strict=True)
     ]
     holes = [np.where(case.mask[..., None], np.uint8(127), case.image) for case in cases]
     rows = [[case.image, hole, image] for case, hole, image in zip(cases, holes, images, strict=True)]
-    return rows, {
+    figures = {
         "asked solid, of one": float(np.mean(right[:count])),
         "asked solid, of two": float(np.mean(right[count:])),
         "asked solid": float(np.mean(right)),
         "pixels kept": float(np.mean(kept)),
     }
+    return rows, figures, list(lost.values())
 
 
 def depth(
     pipeline: Pipeline, detector: Detector, like: ImageRequest, seed: int, count: int
-) -> tuple[Rows, dict[str, float]]:
+) -> tuple[Rows, Figures, list[str]]:
     """Shares of images with all solids within `NEAR` of the map's, and in the colours of the prompt.
 
     The maps are true ones. Where solids are is read in the same way from the image and from a render.
@@ -118,32 +122,39 @@ def depth(
         )
         for k, (scene, depth_map) in enumerate(zip(scenes, maps, strict=True))
     ]
-    images = _generated(pipeline, requests, size)
-    away = [
-        farthest(places(image, scene), places(render_, scene))
-        for image, (render_, _), scene in zip(images, truth, scenes, strict=True)
-    ]
-    checks = [check(scene, seen) for scene, seen in zip(scenes, detector.read(images), strict=True)]
+    images, lost = _generated(pipeline, requests, size)
+    away = _away(images, lost, [image for image, _ in truth], scenes)
+    seen = _seen(detector, images, lost)
+    checks = [check(*pair) for pair in zip(scenes, seen, strict=True)]
     rows = [
         [np.stack([depth_map] * 3, axis=-1), image] for depth_map, image in zip(maps, images, strict=True)
     ]
-    return rows, {
-        f"places within {near:g} pixels": float(np.mean(np.array(away) <= near)),
+    figures = {
+        f"places within {near:g} pixels": float(np.mean(away <= near)),
         "colours of the prompt": float(np.mean([each["colours"] for each in checks])),
         "shapes of the prompt": float(np.mean([each["shapes"] for each in checks])),
-        "median distance in pixels": float(np.median(away)),
+        "median distance in pixels": finite(np.median(away)),
         "correlation of estimated with true maps": estimates(pipeline, seed, count),
     }
+    return rows, figures, list(lost.values())
 
 
-def estimates(pipeline: Pipeline, seed: int, count: int) -> float:
-    """The mean correlation of the model's own depth estimates with the true inverse depths of renders."""
-    rng = np.random.default_rng([seed, 4])
-    truth = [render_layers(scene, rng, pipeline.described.native_size) for scene in both(seed, count)]
-    with torch.inference_mode():
-        estimated = pipeline.model.estimate_depth(to_float([image for image, _ in truth]))
-    pairs = zip(estimated.numpy(), (layers.disparity for _, layers in truth), strict=True)
-    return float(np.mean([np.corrcoef(mine.ravel(), true.ravel())[0, 1] for mine, true in pairs]))
+def estimates(pipeline: Pipeline, seed: int, count: int) -> float | None:
+    """The mean correlation of the model's own depth estimates with the true inverse depths of renders.
+
+    The maps are estimated as for the pipeline's own images. None where one is flat.
+    """
+    rng, size = np.random.default_rng([seed, 4]), pipeline.described.native_size
+    found = []
+    with torch.inference_mode(), arithmetic(pipeline.device):
+        for scene in both(seed, count):
+            image, layers = render_layers(scene, rng, size)
+            given = Image.fromarray(image)
+            request = ImageRequest(init_img=given, strength=1.0, height=size, width=size)
+            estimated = pipeline.depth_maps.of(pipeline.model, request)
+            with np.errstate(divide="ignore", invalid="ignore"):  # of a flat map
+                found.append(np.corrcoef(estimated.ravel(), layers.disparity.ravel())[0, 1])
+    return finite(np.mean(found))
 
 
 def upscaling(
@@ -153,7 +164,7 @@ def upscaling(
     seed: int,
     count: int,
     noise_level: int = NOISE_LEVEL,
-) -> tuple[Rows, dict[str, float]]:
+) -> tuple[Rows, Figures, list[str]]:
     """The PSNR in dB of enlarged renders, and of bicubic ones, against renders at the full size."""
     size = pipeline.described.native_size
     rng = np.random.default_rng([seed, 5])
@@ -166,19 +177,22 @@ def upscaling(
         )
         for k, (scene, image) in enumerate(zip(scenes, small, strict=True))
     ]
-    images = _generated(pipeline, requests, size)
+    images, lost = _generated(pipeline, requests, size)
     bicubic = [np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)) for image in small]
     rows = [list(row) for row in zip(bicubic, images, truth, strict=True)]
     mine, theirs = (
-        [psnr(image, true) for image, true in zip(made, truth, strict=True)] for made in (images, bicubic)
+        np.array([psnr(image, true) for image, true in zip(made, truth, strict=True)])
+        for made in (images, bicubic)
     )
-    return rows, {
-        "PSNR": float(np.mean(mine)),
-        "PSNR of bicubic": float(np.mean(theirs)),
-        "better by": float(np.mean(mine) - np.mean(theirs)),
-        "better than bicubic": float(np.mean(np.array(mine) > theirs)),
-        "what was asked for": score(scenes, detector.read(images))["all"],
+    own, other = finite(mine.mean()), finite(theirs.mean())
+    figures = {
+        "PSNR": own,
+        "PSNR of bicubic": other,
+        "better by": None if own is None or other is None else own - other,
+        "better than bicubic": float(np.mean(mine > theirs)),
+        "what was asked for": score(scenes, _seen(detector, images, lost))["all"],
     }
+    return rows, figures, list(lost.values())
 
 
 def edges(
@@ -188,7 +202,7 @@ def edges(
     seed: int,
     count: int,
     controlnet: str | Path | None = None,
-) -> tuple[Rows, dict[str, float]]:
+) -> tuple[Rows, Figures, list[str]]:
     """As `depth`, for a ControlNet that follows edges (the bundled one), and the same without it.
 
     The edges are those of renders, by Canny's method. Rows are the render, its edges, the image that follows
@@ -209,37 +223,35 @@ def edges(
         replace(request, control=(Control(file, Image.fromarray(image)),))
         for request, image in zip(free, drawn, strict=True)
     ]
-    images, unled = (_generated(pipeline, requests, size) for requests in (led, free))
-    away, chance = (
-        [
-            farthest(places(image, scene), places(render_, scene))
-            for image, render_, scene in zip(made, truth, scenes, strict=True)
-        ]
-        for made in (images, unled)
-    )
-    checks = [check(scene, seen) for scene, seen in zip(scenes, detector.read(images), strict=True)]
+    images, lost = _generated(pipeline, led, size)
+    unled, lost_unled = _generated(pipeline, free, size)
+    away, chance = _away(images, lost, truth, scenes), _away(unled, lost_unled, truth, scenes)
+    checks = [check(*pair) for pair in zip(scenes, _seen(detector, images, lost), strict=True)]
     rows = [list(row) for row in zip(truth, drawn, images, unled, strict=True)]
-    return rows, {
-        f"places within {near:g} pixels": float(np.mean(np.array(away) <= near)),
-        f"places within {near:g} pixels without the edges": float(np.mean(np.array(chance) <= near)),
+    figures = {
+        f"places within {near:g} pixels": float(np.mean(away <= near)),
+        f"places within {near:g} pixels without the edges": float(np.mean(chance <= near)),
         "colours of the prompt": float(np.mean([each["colours"] for each in checks])),
         "shapes of the prompt": float(np.mean([each["shapes"] for each in checks])),
-        "median distance in pixels": float(np.median(away)),
-        "median distance in pixels without the edges": float(np.median(chance)),
+        "median distance in pixels": finite(np.median(away)),
+        "median distance in pixels without the edges": finite(np.median(chance)),
     }
+    return rows, figures, [*lost.values(), *(f"{name}, without the edges" for name in lost_unled.values())]
 
 
 MEASURES = {"inpainting": inpainting, "depth": depth, "upscaling": upscaling, "edges": edges}
 
 
-def report(title: str, scores: Mapping[str, float]) -> str:
+def report(title: str, scores: Mapping[str, float | None]) -> str:
     """Scores as a Markdown table: shares in percent, everything else with two digits."""
     units = ("PSNR", "better by", "correlation", "median")
     lines = [f"| {title} | |", "|---|---:|"]
     for name, value in scores.items():
-        lines.append(
-            f"| {name} | {value:.2f} |" if name.startswith(units) else f"| {name} | {100 * value:.1f} % |"
-        )
+        if value is None:
+            shown = NOT_FINITE
+        else:
+            shown = f"{value:.2f}" if name.startswith(units) else f"{100 * value:.1f} %"
+        lines.append(f"| {name} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
@@ -247,6 +259,11 @@ def psnr(image: np.ndarray, truth: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of uint8 images; infinity if they are equal."""
     error = np.square(image.astype(np.float64) - truth).mean()
     return float(10 * np.log10(255**2 / error)) if error else np.inf
+
+
+def finite(value: float) -> float | None:
+    """The figure, or None for infinity and NaN, which JSON has no words for."""
+    return float(value) if np.isfinite(value) else None
 
 
 def both(seed: int, count: int) -> list[Scene]:
@@ -265,7 +282,32 @@ def _as_image(disparity: np.ndarray) -> np.ndarray:
     return (255 * (disparity - low) / (high - low) + 0.5).astype(np.uint8)
 
 
-def _generated(pipeline: Pipeline, requests: Sequence[ImageRequest], size: int) -> list[np.ndarray]:
-    """The images of requests; a NaN one is black, and so counts as wrong."""
+def _generated(
+    pipeline: Pipeline, requests: Sequence[ImageRequest], size: int
+) -> tuple[list[np.ndarray], dict[int, str]]:
+    """The images of requests, a NaN one black; and the names of the NaN ones by their numbers."""
     black = np.zeros((size, size, 3), np.uint8)
-    return [black if image.pixels is None else image.pixels for image in pipeline.generate(requests)]
+    made = [image.pixels for image in pipeline.generate(requests)]
+    lost = {k: requests[k].prompt for k, pixels in enumerate(made) if pixels is None}
+    return [black if pixels is None else pixels for pixels in made], lost
+
+
+def _away(
+    images: Sequence[np.ndarray],
+    lost: Mapping[int, str],
+    truth: Sequence[np.ndarray],
+    scenes: Sequence[Scene],
+) -> np.ndarray:
+    """How far in pixels the solids of each image are from their places in the true one; infinity if lost."""
+    cases = enumerate(zip(images, truth, scenes, strict=True))
+    return np.array(
+        [
+            np.inf if k in lost else farthest(places(image, scene), places(true, scene))
+            for k, (image, true, scene) in cases
+        ]
+    )
+
+
+def _seen(detector: Detector, images: Sequence[np.ndarray], lost: Mapping[int, str]) -> list[Scene | None]:
+    """The scene that each image shows; None for one that was lost, whatever is read in a black image."""
+    return [None if k in lost else scene for k, scene in enumerate(detector.read(images))]

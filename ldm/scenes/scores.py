@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ldm.images.pixels import make_grid, to_float, to_uint8
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.images.pixels import make_grid, to_uint8
+from ldm.pipeline.device import arithmetic
+from ldm.pipeline.pipeline import Pipeline
 from ldm.scenes.detector import outline
 from ldm.scenes.scene import Scene, held_out_scenes
 
 HELD_OUT = {False: 50, True: 659}  # how many combinations there are of singles and of pairs
 RIGHT, WRONG = (20, 200, 60), (230, 30, 30)  # RGB of the frames in a grid
+NOT_FINITE = "not finite"  # in a table, of a figure that is infinite or NaN
 
 Scores = Mapping[str, float]  # for each name of `check`, the share of images that pass
 
@@ -55,15 +57,18 @@ def score(asked: Sequence[Scene], seen: Sequence[Scene | None]) -> Scores:
 
 
 @torch.inference_mode()
-def round_trip(
-    first_stage: AutoencoderKL, images: list[np.ndarray], batch_size: int = 64
-) -> list[np.ndarray]:
-    """Images, uint8 [h, w, 3], encoded to the means of their latents and decoded."""
-    device = next(first_stage.parameters()).device
+def round_trip(pipeline: Pipeline, images: Sequence[np.ndarray], batch_size: int = 64) -> list[np.ndarray]:
+    """Images, uint8 [h, w, 3], encoded to the means of their latents and decoded.
+
+    The first stage works as it does for the pipeline's own images, in their precision.
+    """
     decoded: list[np.ndarray] = []
-    for start in range(0, len(images), batch_size):
-        x = to_float(images[start : start + batch_size]).to(device)
-        decoded += list(to_uint8(first_stage.decode(first_stage.encode(x).mode())))
+    autocast = torch.autocast(pipeline.device.type, enabled=pipeline.precision == "autocast")
+    with arithmetic(pipeline.device), autocast:
+        for start in range(0, len(images), batch_size):
+            means = pipeline.first_stage.encode(images[start : start + batch_size]).mode().float()
+            latents = pipeline.model.get_first_stage_encoding(means)
+            decoded += list(to_uint8(pipeline.first_stage.decode(latents)))
     return decoded
 
 

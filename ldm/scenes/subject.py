@@ -153,19 +153,33 @@ def rest_seen(detector: Detector, images: Sequence[np.ndarray], scenes: Sequence
 
 @dataclass(frozen=True)
 class Measured:
-    """Images, uint8 [64, 64, 3], and whether each of them shows what the names say, bool [n]."""
+    """Images, uint8 [h, w, 3], and whether each of them shows what the names say, bool [n].
+
+    An image that came out as NaN is black and shows nothing; `lost` has the prompts of these.
+    """
 
     images: list[np.ndarray]
     shows: dict[str, np.ndarray]
+    lost: list[str]
 
 
-def paint(pipeline: Pipeline, prompts: Sequence[str], seed: int, **fields: Any) -> list[np.ndarray]:
-    """The image of each prompt, uint8 [64, 64, 3]; `fields` are further ones of the requests."""
+def paint(
+    pipeline: Pipeline, prompts: Sequence[str], seed: int, **fields: Any
+) -> tuple[list[np.ndarray], np.ndarray, list[str]]:
+    """The image of each prompt, uint8 [h, w, 3], whether it is there, bool [n], and the others' prompts.
+
+    An image that came out as NaN is not there, and black. `fields` are further ones of the requests.
+    """
     requests = [
         ImageRequest(prompt, seed=seed + k, steps=20, sampler="dpmpp_2m", **fields)
         for k, prompt in enumerate(prompts)
     ]
-    return [made.pixels for made in tqdm(pipeline.generate(requests), "images", len(requests))]
+    made = [image.pixels for image in tqdm(pipeline.generate(requests), "images", len(requests))]
+    size = pipeline.described.native_size
+    black = np.zeros((size, size, 3), np.uint8)
+    there = np.array([pixels is not None for pixels in made])
+    lost = [prompt for prompt, pixels in zip(prompts, made, strict=True) if pixels is None]
+    return [black if pixels is None else pixels for pixels in made], there, lost
 
 
 def measure(pipeline: Pipeline, word: str, count: int, seed: int, **fields: Any) -> Measured:
@@ -174,30 +188,38 @@ def measure(pipeline: Pipeline, word: str, count: int, seed: int, **fields: Any)
     `word` stands for the subject's looks in prompts; `seed` decides scenes and images.
     """
     scenes = new_scenes(count, seed)
-    images = paint(pipeline, [subject_caption(scene, word) for scene in scenes], 1000 * seed, **fields)
-    striped = np.array([stripes_seen(*pair) for pair in zip(images, scenes, strict=True)])
-    rest = np.array(rest_seen(load_detector(find(DETECTOR_WEIGHTS)), images, scenes))
-    return Measured(images, {"two colours": striped, "the rest": rest, "both": striped & rest})
+    prompts = [subject_caption(scene, word) for scene in scenes]
+    images, there, lost = paint(pipeline, prompts, 1000 * seed, **fields)
+    striped = np.array([stripes_seen(*pair) for pair in zip(images, scenes, strict=True)]) & there
+    rest = np.array(rest_seen(load_detector(find(DETECTOR_WEIGHTS)), images, scenes)) & there
+    return Measured(images, {"two colours": striped, "the rest": rest, "both": striped & rest}, lost)
 
 
 def measure_class(pipeline: Pipeline, count: int, seed: int, **fields: Any) -> Measured:
     """Whether images of `count` `other_scenes` show what their prompts say, by the detector."""
     scenes = other_scenes(count, seed)
-    images = paint(pipeline, [caption(scene) for scene in scenes], 1000 * seed + 500, **fields)
+    prompts = [caption(scene) for scene in scenes]
+    images, there, lost = paint(pipeline, prompts, 1000 * seed + 500, **fields)
     seen = load_detector(find(DETECTOR_WEIGHTS)).read(images)
     right = [outline(asked) == found for asked, found in zip(scenes, seen, strict=True)]
-    return Measured(images, {"others of the class": np.array(right)})
+    return Measured(images, {"others of the class": np.array(right) & there}, lost)
 
 
 def measure_alone(pipeline: Pipeline, word: str, count: int, seed: int, **fields: Any) -> Measured:
-    """Whether images of the subject of textual inversion show it: half of them before unseen backgrounds."""
+    """Whether images of the subject of textual inversion show it: half of them before unseen backgrounds.
+
+    So `count` is two at least.
+    """
     scenes = alone_scenes(count // 2, UNSEEN) + alone_scenes(count - count // 2, LEARNED)
-    images = paint(pipeline, [subject_caption(scene, word) for scene in scenes], 1000 * seed, **fields)
+    prompts = [subject_caption(scene, word) for scene in scenes]
+    images, there, lost = paint(pipeline, prompts, 1000 * seed, **fields)
     pairs = list(zip(images, scenes, strict=True))
     right = np.array(
         [cylinder_seen(*pair) and background_of(pair[0]) == pair[1].background for pair in pairs]
     )
-    return Measured(images, {"unseen backgrounds": right[: count // 2], "learned ones": right[count // 2 :]})
+    right &= there
+    shows = {"unseen backgrounds": right[: count // 2], "learned ones": right[count // 2 :]}
+    return Measured(images, shows, lost)
 
 
 def write_images(folder: Path, count: int, seed: int, captions: bool = False, alone: bool = False) -> None:

@@ -24,6 +24,13 @@ def test_coco_and_text(tmp_path: Path) -> None:
     assert read_captions(tmp_path / "prompts.txt") == wanted
 
 
+def test_what_ends_a_line_for_unicode_alone_is_within_a_prompt(tmp_path: Path) -> None:
+    """A prompt with U+2028 or U+0085, as copied from other programs, became two."""
+    content = "a cat\u2028and a dog\r\na red\x85cube\ntwo\x0bbirds"
+    (tmp_path / "prompts.txt").write_bytes(content.encode())
+    assert read_captions(tmp_path / "prompts.txt") == ["a cat and a dog", "a red cube", "two birds"]
+
+
 def test_the_choice_is_stable_and_has_no_repeats() -> None:
     captions = [f"a photo of {k} things" for k in range(1000)]
     chosen = choose(captions, 100, 42)

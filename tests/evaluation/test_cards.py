@@ -57,6 +57,15 @@ def test_a_card_is_what_its_files_say(path: Path) -> None:
         assert "://" in target or (path.parent / target).exists(), target
 
 
+def test_a_figure_that_is_not_finite(tmp_path: Path) -> None:
+    """The median distance where most solids are not seen was infinite."""
+    scores = {"PSNR": None, "better by": 1.5, "better than bicubic": 0.25}
+    settings = {"seed": 42, "prompts": 3}
+    found = [{"evaluation": "upscaling", "settings": settings, "scores": scores}]
+    (tmp_path / cards.EVALUATION).write_text(json.dumps(found))
+    assert "| PSNR | not finite |\n| better by | 1.50 dB |" in cards.evaluation(tmp_path)
+
+
 @pytest.mark.parametrize("path", [*CARDS, LORAS], ids=lambda path: path.parent.name)
 def test_the_commands_of_a_card_are_taken(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

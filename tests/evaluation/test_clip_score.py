@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,25 @@ def test_it_is_transformers_similarity(folder: Path) -> None:
             wanted = output.logits_per_image.item() / model.logit_scale.exp().item()
             assert found == pytest.approx(wanted, abs=1e-5)
     assert mine.std() > 0.01
+
+
+def test_float32_is_not_rounded_on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding of patches, a convolution, had TF32 on CUDA."""
+    events: list[object] = []
+
+    @contextmanager
+    def arithmetic(device: torch.device) -> Iterator[None]:
+        events.append(device)
+        yield
+        events.append("left")
+
+    monkeypatch.setattr("ldm.pipeline.device.arithmetic", arithmetic)
+    score = ClipScore(folder, torch.device("cpu"))
+    score.model.text_model.register_forward_hook(lambda *_: events.append("text"))
+    score.model.vision_model.register_forward_hook(lambda *_: events.append("image"))
+    score(pictures(1, 0), PROMPTS[:1])
+    cpu = torch.device("cpu")
+    assert events == [cpu, "text", "left", cpu, "image", "left"]
 
 
 def test_tokens_are_clips(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Fréchet distances in closed form and against torch-fidelity; files of networks and statistics."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,23 @@ def test_features_are_those_of_the_last_layer(inception: Path) -> None:
     mine = Inception(inception, torch.device("cpu"))(images)
     assert (mine.shape, mine.dtype) == ((2, 2048), np.float64)
     assert np.array_equal(mine.astype(np.float32), theirs.numpy())
+
+
+def test_float32_is_not_rounded_on_a_gpu(inception: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions had TF32 on CUDA, 10 bits: another FID than on a CPU."""
+    events: list[object] = []
+
+    @contextmanager
+    def arithmetic(device: torch.device) -> Iterator[None]:
+        events.append(device)
+        yield
+        events.append("left")
+
+    monkeypatch.setattr("ldm.pipeline.device.arithmetic", arithmetic)
+    network = Inception(inception, torch.device("cpu"), "64")
+    network.network.register_forward_hook(lambda *_: events.append("network"))
+    network(pictures(1, 0))
+    assert events == [torch.device("cpu"), "network", "left"]
 
 
 def test_statistics_are_saved_and_read(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from ldm.errors import InputError
 from ldm.evaluation.intervals import Figure
 from ldm.evaluation.pareto import ACCURACY, CLIP_SCORE, FID, Point, Results, plot
+from ldm.runs.manifest import folder_lock
 
 SETTINGS = {"images": 10, "steps": 50}
 
@@ -35,7 +37,7 @@ def test_points_are_kept_and_found_again(tmp_path: Path) -> None:
     assert [each.key for each in again.points] == [("b", 1.5), ("b", 3.0), ("a", 5.0), ("renders", None)]
     assert again.find("b", 3.0).distance.value == 20.0
     assert again.find("b", 4.0) is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["results.csv", "results.json"]
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [row["scale"] for row in rows] == ["1.5", "3.0", "5.0", ""]
     assert [rows[1][name] for name in ("fid", "fid_low", "fid_high")] == ["20", "19", "22"]
@@ -52,13 +54,27 @@ def test_other_settings(tmp_path: Path) -> None:
 def test_another_checkpoint_of_the_same_name(tmp_path: Path) -> None:
     """Points went by name alone: the figures of an earlier file were reported as those of a new one."""
     results = Results(tmp_path, SETTINGS, FID, CLIP_SCORE)
-    results.use("a", "0123456789")
+    results.use("a", {"weights": "0123456789"})
     results.add(point("a", 3.0))
     again = Results(tmp_path, SETTINGS, FID, CLIP_SCORE)
-    again.use("a", "0123456789")
-    again.use("b", "abcdef0123")
-    with pytest.raises(InputError, match=r"of another a \(0123456789, not abcdef0123\): give another folder"):
-        again.use("a", "abcdef0123")
+    again.use("a", {"weights": "0123456789"})
+    again.use("b", {"weights": "abcdef0123"})
+    why = r"of another a \(weights 0123456789, not abcdef0123\): give another folder"
+    with pytest.raises(InputError, match=why):
+        again.use("a", {"weights": "abcdef0123"})
+
+
+@pytest.mark.parametrize("name", ["config", "sampler"])
+def test_the_same_checkpoint_with_another_config_or_sampler(tmp_path: Path, name: str) -> None:
+    """Points went by the checkpoint alone: those of another config counted as this one's."""
+    facts = {"weights": "0123456789", "config": "4567", "sampler": "plms"}
+    results = Results(tmp_path, SETTINGS, FID, CLIP_SCORE)
+    results.use("a", facts)
+    results.add(point("a", 3.0))
+    again = Results(tmp_path, SETTINGS, FID, CLIP_SCORE)
+    again.use("a", facts)
+    with pytest.raises(InputError, match=rf"of another a \({name} {facts[name]}, not other\)"):
+        again.use("a", facts | {name: "other"})
 
 
 def test_results_without_hashes_are_read(tmp_path: Path) -> None:
@@ -66,11 +82,60 @@ def test_results_without_hashes_are_read(tmp_path: Path) -> None:
     results = Results(tmp_path, SETTINGS, FID, CLIP_SCORE)
     results.add(point("a", 3.0))
     content = json.loads((tmp_path / "results.json").read_text())
-    del content["weights"]
+    del content["models"]
     (tmp_path / "results.json").write_text(json.dumps(content))
     again = Results(tmp_path, SETTINGS, FID, CLIP_SCORE)
-    again.use("a", "0123456789")
+    again.use("a", {"weights": "0123456789"})
     assert again.points == results.points
+
+
+def test_results_with_hashes_of_weights_alone_are_read(tmp_path: Path) -> None:
+    """Files of before configs were compared still refuse other weights."""
+    results = Results(tmp_path, SETTINGS, FID, CLIP_SCORE)
+    results.add(point("a", 3.0))
+    content = json.loads((tmp_path / "results.json").read_text())
+    del content["models"]
+    (tmp_path / "results.json").write_text(json.dumps(content | {"weights": {"a": "0123456789"}}))
+    again = Results(tmp_path, SETTINGS, FID, CLIP_SCORE)
+    with pytest.raises(InputError, match=r"weights 0123456789, not abcdef0123"):
+        again.use("a", {"weights": "abcdef0123", "config": "4567"})
+    again.use("a", {"weights": "0123456789", "config": "4567"})
+    again.write()
+    written = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert written == {"a": {"weights": "0123456789", "config": "4567"}}
+    assert again.points == results.points
+
+
+def test_two_commands_in_one_folder(tmp_path: Path) -> None:
+    """Each overwrote the points that the other had measured since it started."""
+    one, two = (Results(tmp_path, SETTINGS, FID, CLIP_SCORE) for _ in range(2))
+    one.use("a", {"weights": "0123456789"})
+    two.use("b", {"weights": "abcdef0123"})
+    one.add(point("a", 3.0))
+    two.add(point("b", 1.5))
+    one.add(point("a", 5.0))
+    found = Results(tmp_path, SETTINGS, FID, CLIP_SCORE)
+    assert {each.key for each in found.points} == {("a", 3.0), ("a", 5.0), ("b", 1.5)}
+    assert found.models == {"a": {"weights": "0123456789"}, "b": {"weights": "abcdef0123"}}
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 4
+    two.use("c", {"weights": "0"})
+    one.use("c", {"weights": "1"})
+    one.write()
+    with pytest.raises(InputError, match=r"of another c \(weights 1, not 0\)"):
+        two.write()
+
+
+def test_a_command_waits_for_another_that_writes(tmp_path: Path) -> None:
+    """What one had added between the other's reading and writing was lost."""
+    results = Results(tmp_path, SETTINGS, FID, CLIP_SCORE)
+    with ThreadPoolExecutor(1) as pool:
+        with folder_lock(tmp_path):
+            waiting = pool.submit(results.add, point("a", 3.0))
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.1)
+            assert not (tmp_path / "results.json").exists()
+        waiting.result()
+    assert (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"settings": {}}', '{"settings": {}, "points": [{}]}'])

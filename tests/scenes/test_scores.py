@@ -1,8 +1,14 @@
 """What counts as right in an image, and the scenes, grids and tables of an evaluation."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
+from ldm.images.pixels import to_float, to_uint8
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.pipeline import Pipeline, RuntimeOptions
 from ldm.scenes.scene import Scene, Solid, held_out, held_out_scenes
 from ldm.scenes.scores import (
     HELD_OUT,
@@ -12,6 +18,7 @@ from ldm.scenes.scores import (
     evaluation_scenes,
     markdown_table,
     marked_grid,
+    round_trip,
     score,
 )
 
@@ -64,6 +71,36 @@ def test_the_scenes_are_held_out_and_return_only_when_all_were_there(pairs):
     assert len(first) == HELD_OUT[pairs]
     assert len({scene.canonical() for scene in scenes[HELD_OUT[pairs] :]}) == 20
     assert evaluation_scenes(0, len(scenes), pairs) == scenes
+
+
+def images(count: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 256, (count, 16, 24, 3), np.uint8))
+
+
+def test_the_round_trip_is_that_of_the_first_stage(model: tuple[Path, Path]) -> None:
+    pipeline = Pipeline.load(str(model[1]), str(model[0]), RuntimeOptions(device="cpu", eager=True))
+    stage = pipeline.model.first_stage_model
+    with torch.no_grad():
+        wanted = to_uint8(stage.decode(stage.encode(to_float(images(5))).mode())).astype(int)
+    found = np.stack(round_trip(pipeline, images(5), batch_size=2)).astype(int)
+    assert np.abs(found - wanted).max() <= 1
+
+
+def test_the_round_trip_falls_back_to_float32(
+    model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went past the pipeline's first stage: an encoder that overflows in 16 bits made NaN into colours."""
+    plain = AutoencoderKL.encode
+
+    def encode(self, x, *args):
+        return plain(self, x if x.dtype == torch.float32 else x * torch.nan, *args)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", encode)
+    options = RuntimeOptions(device="cpu", eager=True, precision="bf16")
+    pipeline = Pipeline.load(str(model[1]), str(model[0]), options)
+    found = round_trip(pipeline, images(2))
+    assert pipeline.first_stage.in_float32
+    assert all(image.std() > 0 for image in found)
 
 
 def test_frames_of_the_grid():

@@ -3,10 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import script
 from PIL import Image
 
 from ldm.cli import entry
+from ldm.errors import InputError
+from ldm.pipeline import Pipeline, RuntimeOptions
 from ldm.scenes.detector import Detector, load_detector, outline
 from ldm.scenes.places import background_of
 from ldm.scenes.renderer import render
@@ -22,7 +25,7 @@ from ldm.scenes.subject import (
     subject_caption,
     subject_scenes,
 )
-from ldm.weights.loading import find
+from ldm.weights.loading import choose_model, find
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,60 @@ def test_the_command_measures_and_says_how_sure_it_is(
     assert entry.run(script("subject").main, [*argv, "--alone"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out == [f"{which}: 0% (0% to 66%) of 2" for which in ("unseen backgrounds", "learned ones")]
+
+
+def test_too_few_images_for_two_kinds_of_backgrounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a ZeroDivisionError, after the image was sampled."""
+    argv = ["--measure", str(tmp_path / "grid.png"), "--alone", "--images", "1"]
+    assert entry.run(script("subject").main, argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--images 1: --alone takes 2 at least" in line
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_image_that_is_not_a_number_is_named_and_wrong(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: tuple[Path, Path],
+    alone: bool,
+) -> None:
+    """It ended the command with a TypeError after all images were sampled."""
+    load = Pipeline.load
+
+    def broken(*_: object, **choices: object) -> Pipeline:
+        pipeline = load(str(model[1]), str(model[0]), RuntimeOptions(device="cpu", eager=True), **choices)
+        pipeline.model.model.diffusion_model.out[-1].bias.fill_(torch.nan)
+        return pipeline
+
+    monkeypatch.setattr(Pipeline, "load", broken)
+    argv = ["--measure", str(tmp_path / "grid.png"), "--images", "2", *(["--alone"] if alone else [])]
+    assert entry.run(script("subject").main, argv) == 1
+    out, err = capsys.readouterr()
+    assert all(": 0% (0% to " in line for line in out.splitlines())
+    count = 2 if alone else 4
+    assert f"{count} of {count} images came out as NaN, and count as wrong: 'a zqx " in err.splitlines()[-1]
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_a_checkpoint_is_recognised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Any --ckpt was built by the config of scenes-64, a v-model and one of 128x128 pixels, too."""
+    asked: list[tuple] = []
+
+    def load(ckpt: str, config: str | None, *_: object, **choices: object) -> Pipeline:
+        asked.append((ckpt, choose_model(config, ckpt, None).config.name))
+        raise InputError("enough")
+
+    monkeypatch.setattr(Pipeline, "load", load)
+    measure = ["--measure", str(tmp_path / "grid.png")]
+    for name in ("scenes-64", "scenes-64-v", "scenes-128"):
+        ckpt = str(find(f"models/{name}/model.safetensors"))
+        assert entry.run(script("subject").main, [*measure, "--ckpt", ckpt]) == 2
+        assert asked[-1] == (ckpt, f"{name}.yaml")
+    assert entry.run(script("subject").main, measure) == 2
+    assert asked[-1] == (str(find("models/scenes-64/model.safetensors")), "scenes-64.yaml")
 
 
 def test_the_command_writes_the_same_images_each_time(tmp_path: Path) -> None:

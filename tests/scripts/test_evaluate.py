@@ -173,8 +173,37 @@ def test_another_autoencoder_of_the_same_name(files: Path, tmp_path: Path) -> No
     for name in ("one", "detector"):
         shutil.copy(files / f"{name}.safetensors", vae)
         detector = str(files / "detector.safetensors")
-        settings.append(protocol.Protocol(4, 64, 64, detector=detector, vae=str(vae)).settings())
+        settings.append(protocol.Protocol(4, 64, 64, detector=detector, vae=str(vae)).settings("full"))
     assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"vae"}
+
+
+def test_the_same_checkpoint_with_another_config(evaluate: Command, files: Path, tmp_path: Path) -> None:
+    """The figures of the earlier config were reported as those of the one that was given."""
+    first = evaluate("--scales", 2)
+    assert first.code == 0, first.err
+    other = tiny.write_config(tmp_path / "other.yaml", {"image_size": 8, "linear_end": 0.02})
+    again = evaluate("--scales", 2, "--config", other)
+    assert again.code == 2
+    assert len(again.err) == 1
+    assert "has images and figures of another one (config " in again.err[0]
+
+
+def test_the_precision_in_use_is_recorded(evaluate: Command) -> None:
+    """Results had "the device's": figures of a GPU and of a CPU were taken for those of one precision."""
+    result = evaluate("--scales", 2)
+    assert json.loads((result.folder / "results.json").read_text())["settings"]["precision"] == "full"
+    again = evaluate("--scales", 2, "--precision", "full")
+    assert again.out == result.out
+    other = evaluate("--scales", 2, "--precision", "bf16")
+    assert other.code == 2
+    assert 'other settings: precision "full", now "bf16"' in other.err[0]
+
+
+def test_weights_of_16_bits(evaluate: Command) -> None:
+    """Encoding renders raised a RuntimeError after all points were sampled, always where CUDA computes."""
+    result = evaluate("--scales", 2, "--precision", "bf16")
+    assert result.code == 0, result.err
+    assert [row["checkpoint"] for row in rows(result)] == ["one", "renders, encoded and decoded", "renders"]
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +276,38 @@ def test_statistics_as_reference(cards: Command, evaluate: Command) -> None:
     assert other.code == 0, other.err
     assert rows(other)[0]["fid"] == rows(first)[0]["fid"]
     assert not (other.folder / "reference.npz").exists()
+
+
+def test_a_reference_of_other_settings_is_not_taken(
+    files: Path,
+    statistics: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A reference.npz that was left in the folder replaced --reference, and renders of another seed."""
+    monkeypatch.setattr(measuring, "RENDERS", 10)
+    kept, plain = tmp_path / "reference.npz", fid.save_statistics
+
+    def means(**settings: object) -> np.ndarray:
+        detector = str(files / "detector.safetensors")
+        asked = protocol.Protocol(4, 64, 64, features="detector", detector=detector, **settings)
+        measures = asked.measures(torch.device("cpu"), kept)
+        return measures.distance.reference.mean
+
+    first = means()
+    assert not np.array_equal(means(seed=7), first)
+    line = f"{kept} is of another reference than this evaluation's: it is made anew"
+    assert caplog.messages.count(line) == 1
+    assert np.array_equal(means(), first)
+    monkeypatch.setattr(fid, "save_statistics", lambda *_: pytest.fail("it is there"))
+    assert np.array_equal(means(), first)
+    assert np.array_equal(means(reference=str(statistics)), np.zeros(128))
+    monkeypatch.setattr(fid, "save_statistics", plain)
+    assert not np.array_equal(means(reference=str(files / "real")), first)
+    for content in (b"", b"text", statistics.read_bytes()):  # also of an earlier version, without a digest
+        kept.write_bytes(content)
+        assert np.array_equal(means(), first)
 
 
 def test_nan_images_are_counted(evaluate: Command, monkeypatch: pytest.MonkeyPatch) -> None:

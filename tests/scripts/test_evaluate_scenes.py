@@ -61,6 +61,14 @@ def test_evaluation(script, arguments, tmp_path, capsys):
         assert Image.open(outdirs[0] / name).size == (6 * 70 + 2, 72)
 
 
+def test_weights_of_16_bits(script, arguments, tmp_path):
+    """Encoding renders raised a RuntimeError before any image was sampled, always where CUDA computes."""
+    flags = ["--precision", "bf16", "--scales", "1", "--prompts", "1", "--outdir", str(tmp_path)]
+    assert script.main([*arguments, *flags]) == 0
+    seen = json.loads((tmp_path / "scores.json").read_text())["seen"]
+    assert len(seen["renders, encoded and decoded"]) == 2
+
+
 def test_an_image_that_is_not_a_number_is_wrong(script, arguments, tmp_path, caplog):
     """And the exit code is 1, with a line that says how many there are: it was 0, without a word."""
     state = tiny.state_dict()

@@ -1,6 +1,7 @@
 """scripts/evaluate_siblings.py on the bundled models: report, files, and mistakes on the command line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from commands import script
 from PIL import Image
 
 from ldm.cli import entry
+from ldm.pipeline import Pipeline
 
 
 def run(*arguments: str) -> int:
@@ -31,11 +33,30 @@ def test_scores_and_grids_are_written(tmp_path: Path, capsys: pytest.CaptureFixt
         assert grid.size == (8 * 130 + 2, 130 + 2), "render, edges, and images with and without them"
 
 
+def test_an_image_that_is_not_a_number_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a black image among the others, without a word, and the exit code was 0."""
+    plain = Pipeline.generate
+
+    def generate(self, requests, *args):
+        for k, image in enumerate(plain(self, requests, *args)):
+            yield image if k else replace(image, pixels=None)
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    assert run("inpainting", "--prompts", "1", "--ddim_steps", "1", "--outdir", str(tmp_path)) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("inpainting: 1 images came out as NaN, and count as wrong: 'a ")
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert scores["inpainting"]["asked solid, of one"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
         (["dept"], "MODEL 'dept' is not one of inpainting, depth, upscaling, edges"),
         (["depth", "--controlnet", "x.pth"], "--controlnet is for edges"),
+        (["inpainting", "--noise_level", "500"], "--noise_level is for upscaling"),
         (["--ckpt", "x.ckpt"], "--ckpt: name the one model that it is"),
         (["depth", "--detector", "absent.st"], "no detector at"),
     ],

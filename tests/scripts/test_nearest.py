@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from commands import Result
+from commands import Result, script
 from PIL import Image
+
+from ldm.images import init_image
 
 
 @pytest.fixture
@@ -110,6 +112,42 @@ def test_held_out_images_calibrate(command, folders, tmp_path: Path) -> None:
     assert record["calibration"]["images"] == 4
 
 
+def test_an_exact_copy_is_one_at_the_highest_threshold(command, folders) -> None:
+    """Half of them were not found, because the index keeps features in 16 bits."""
+    _, training = folders
+    result = command("nearest", training, "--training", training, "--threshold", 1)
+    assert result.out[0] == "30 of 30 samples are as near to a training image as a copy"
+
+
+def test_the_sheet_reads_its_own_samples_again(command, folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All samples stayed in memory in their full size for the few that it shows."""
+    samples, training = folders
+    monkeypatch.setattr(script("nearest"), "SHOWN", 1)
+    plain, read = init_image.open_init_image, []
+
+    def opened(source, *args):
+        read.append(Path(source).name)
+        return plain(source, *args)
+
+    monkeypatch.setattr(init_image, "open_init_image", opened)
+    assert command("nearest", samples, "--training", training).code == 0
+    assert read[-5:] == ["00.png", "01.png", "02.png", "copy.png", "copy.png"]
+
+
+def test_no_folder_for_the_index(command, folders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a home folder it was a RuntimeError."""
+    samples, training = folders
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    argv = (samples, "--training", training)
+    refused(command("nearest", *argv), "Could not determine home directory", "--index", "XDG_CACHE_HOME")
+    assert command("nearest", *argv, "--index", tmp_path / "index").code == 0
+
+
 @pytest.mark.parametrize("name", ["empty", "absent", "file.txt"])
 def test_a_training_set_that_is_none(command, folders, tmp_path: Path, name: str) -> None:
     samples, _ = folders
@@ -145,6 +183,12 @@ def test_an_index_of_another_kind(command, folders, tmp_path: Path) -> None:
         (["--features", "colours"], "invalid choice"),
         (["--count", "0"], "--count"),
         (["--threshold", "2"], "--threshold"),
+        (["--threshold", "0.9", "--held_out", "x"], "nothing is calibrated: leave out --held_out"),
+        (["--threshold", "0.9", "--false_positives", "0"], "leave out --false_positives"),
+        (
+            ["--threshold", "0.9", "--false_positives", "0.3", "--calibrate_on", "5"],
+            "leave out --false_positives, --calibrate_on",
+        ),
         (["--device", "tpu"], "tpu"),
     ],
 )
