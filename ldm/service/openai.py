@@ -12,9 +12,10 @@ import io
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -44,6 +45,7 @@ MOST_PARTIAL = 3
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 # How messages about an image's size begin: "height 63 is …", "width: 0 is …", "9992x9992 are …".
 ABOUT_SIZE = re.compile(r"(height|width):? (?=[0-9])|(?=[0-9]+x[0-9]+ are )")
+Names = Callable[[], AbstractContextManager[None]]  # inside, errors name the fields of OpenAI's
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -83,9 +85,10 @@ def routes(service: Service) -> APIRouter:
         for name in ("image", "mask"):
             if values.get(name) is not None and values.get("init_img") is None:
                 raise BadRequest(f"{name}: images are given to /v1/images/edits")
-        with _their_names(values):
+        names = partial(_their_names, values)
+        with names():
             order = await run_in_threadpool(read_order, values, service)
-            return await _answer(service, order, http, "image_generation")
+            return await _answer(service, order, http, "image_generation", names)
 
     form = {"multipart/form-data": {"schema": edit_schema(service)}}
 
@@ -93,9 +96,10 @@ def routes(service: Service) -> APIRouter:
     async def edit_image(http: Request) -> Any:
         """Images that start from an image; with a mask, only where that is transparent."""
         values = await run_in_threadpool(with_images, await form_values(http), service.options.max_pixels)
-        with _their_names(values, init_img="image"):
+        names = partial(_their_names, values, init_img="image")
+        with names():
             order = await run_in_threadpool(read_order, values, service)
-            return await _answer(service, order, http, "image_edit")
+            return await _answer(service, order, http, "image_edit", names)
 
     return router
 
@@ -271,12 +275,15 @@ def _switch(value: Any, field: str) -> bool:
 # Answering
 
 
-async def _answer(service: Service, order: Order, http: Request, what: str) -> Any:
-    """The images of an order, or with `stream` a stream of events that are named after `what`."""
+async def _answer(service: Service, order: Order, http: Request, what: str, names: Names) -> Any:
+    """The images of an order, or with `stream` a stream of events that are named after `what`.
+
+    The stream goes on after this has returned, with the `names` that errors have in this contract.
+    """
     preview = order.partial > 0
     job = await service.submit(order.requests, http, model=order.model, preview=preview)
     if order.stream:
-        stream = _events(service, order, job, http, what)
+        stream = _events(service, order, job, http, what, names)
         return StreamingResponse(stream, media_type="text/event-stream", headers=NOT_KEPT)
     await service.finish(job, http)
     files = await service.files(job, FORMATS[order.format])
@@ -311,7 +318,9 @@ def _facts(order: Order, files: tuple[OutputFile, ...]) -> dict[str, str]:
     return {"size": f"{width}x{height}", "output_format": order.format, "background": "opaque"}
 
 
-async def _events(service: Service, order: Order, job: Job, http: Request, what: str) -> AsyncIterator[str]:
+async def _events(
+    service: Service, order: Order, job: Job, http: Request, what: str, names: Names
+) -> AsyncIterator[str]:
     """Previews as they come, at most `order.partial` of them and evenly, then the finished images."""
     loop = asyncio.get_running_loop()
     previews: asyncio.Queue[tuple[float, bytes] | None] = asyncio.Queue()
@@ -335,11 +344,12 @@ async def _events(service: Service, order: Order, job: Job, http: Request, what:
                 facts = {"size": "auto", "output_format": "png", "background": "opaque"}
                 yield _event(f"{what}.partial_image", png, {"partial_image_index": shown, **facts})
                 shown += 1
-        await finishing
-        files = await service.files(job, FORMATS[order.format])
-        for file in files:  # one that is refused fails the whole request, as it does without a stream
-            if file.error:
-                raise file.error
+        with names():
+            await finishing
+            files = await service.files(job, FORMATS[order.format])
+            for file in files:  # one that is refused fails the whole request, as it does without a stream
+                if file.error:
+                    raise file.error
         for file in files:
             facts = _facts(order, files) | {"usage": USAGE, "seed": file.image.seed}
             yield await run_in_threadpool(_event, f"{what}.completed", file.data, facts)

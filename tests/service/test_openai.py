@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from live_service import decoded, live, pixels
 from PIL import Image
 
+from ldm.errors import FieldError
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.service.app import Service, create_app
@@ -230,6 +231,25 @@ def test_a_stream_that_fails_says_so(client: openai.OpenAI, monkeypatch: pytest.
     with pytest.raises(openai.APIError, match="sampling failed") as error:
         list(client.images.generate(prompt="a cat", stream=True, extra_body=STEPS))
     assert "secret" not in str(error.value)
+
+
+def test_an_error_within_a_stream_names_the_contracts_fields(
+    client: openai.OpenAI, start: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It named the toolkit's own, where the same request without a stream named OpenAI's."""
+
+    def failing(*_: Any) -> Any:
+        raise FieldError("{init_img}: it cannot be read")
+
+    monkeypatch.setattr("ldm.service.engine.Engine._images_of", failing)
+    body, found = {"prompt": "a cat", "extra_body": STEPS}, []
+    with pytest.raises(openai.APIError) as error:
+        client.images.edit(image=file_of(start, "PNG"), **body)
+    found.append(error.value.message)
+    with pytest.raises(openai.APIError) as error:
+        list(client.images.edit(image=file_of(start, "PNG"), stream=True, **body))
+    found.append(error.value.message)
+    assert all("image: it cannot be read" in message and "init_img" not in message for message in found)
 
 
 @pytest.mark.parametrize(
