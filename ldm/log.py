@@ -16,6 +16,11 @@ def one_line(message: object) -> str:
     return " ".join(str(message).splitlines())
 
 
+def printable(text: str) -> str:
+    """The text with escapes in place of what a terminal would obey, or cannot show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
 def notice(message: str) -> None:
     """One line for the user that is no result: on stderr unless --quiet, and in the log."""
     LOG.warning(one_line(message))

@@ -32,7 +32,7 @@ NOT_FOR_CELLS = (
     *(*ONE, "batch_size", "from_file", "repeat", "expand", "wildcards", "save_control"),
     *("resume", "fixed_code", "devices", "num_nodes"),
 )
-NOT_COMPARED = ("fixed_code", "start_seed", "watermark")
+NOT_COMPARED = ("fixed_code", "start_seed", "watermark", *arguments.TEMPLATES)
 OF_MODEL = ("ckpt", "weights", "vae")
 NOTHING = "none"  # as a value: the setting is left out
 WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
@@ -70,7 +70,7 @@ class Axis:
             return {name: (self.weight(given[name][0], value),)}
         if each is None or each.choices:
             return {name: value}
-        if value == NOTHING and each.kind is not str:
+        if value == NOTHING and each.kind not in (str, list):  # a list knows the word itself
             return {name: each.default}
         if each.kind is bool:
             if value not in WORDS:
@@ -112,8 +112,12 @@ def parse(argv: list[str]) -> Table:
     given = vars(options.parse_args(argv))
     for name in NOT_FOR_CELLS:
         if name in given and given[name] != ONE.get(name):
-            raise InputError(f"--{name} is not for compare.py: each cell of its sheet holds one image")
+            raise InputError(
+                f"{parser.flag_of(name)} is not for compare.py: each cell of its sheet holds one image"
+            )
     command = arguments.gather(options, given)
+    if command.sources:
+        raise InputError(f"--init-img {command.sources[0]}: a folder is not for compare.py; give one image")
     arguments.warn_of_ignored_eta(command.values)
     axes = {
         flag: _axis(flag, given[flag[2:]], options, command)

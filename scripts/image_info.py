@@ -13,7 +13,7 @@ from typing import Any
 from ldm.cli import entry
 from ldm.cli import parser as cli
 from ldm.errors import InputError
-from ldm.log import notice, one_line
+from ldm.log import notice, one_line, printable
 
 STATED = ("generator", "source_type", "model", "model_hash", "prompt")  # in a C2PA manifest
 SHOWN_FIRST = {"seed", "model_hash", "nsfw_content_detected"}  # not once more among the settings
@@ -124,8 +124,7 @@ def as_text(facts: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+    return printable(value if isinstance(value, str) else json.dumps(value))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ldm.cli import arguments, entry, parser
@@ -69,6 +70,9 @@ def parse(argv: list[str]) -> tuple[arguments.Arguments, list[ImageRequest], int
     if given["frames"] < len(places):
         raise InputError(f"--frames {given['frames']}: give at least one for each of {len(places)} places")
     command = arguments.gather(options, given)
+    # what the image of --like, itself a frame perhaps, has of them is not for these frames, either
+    values = {name: value for name, value in command.values.items() if name not in NOT_FOR_FRAMES}
+    command = replace(command, values=values)
     _check_prompts(given["prompts"], command.values.get("prompt_syntax"))
     arguments.warn_of_ignored_eta(command.values)
     if command.values.get("rng") == "compvis":

@@ -39,6 +39,14 @@ FLAGS_OF_THE_ORIGINAL = ("plms", "dpm_solver", "ddim_eta")
 LAION_OUTDIR = {"outdir": "outputs/txt2img-samples-laion400m"}  # the original's
 TEMPLATES = ("prompt_template", "negative_template")  # which are recorded, not given
 WHOLE_RUN = ("rng", "fixed_code", "start_seed")  # settings that no single line can have of its own
+# where a line, or a cell of a sheet, has the first, the command's second, other words for it, have no say
+REPLACED = {"sampler": ("plms", "dpm_solver"), "eta": ("ddim_eta",), "ddim_eta": ("eta",)}
+# Options whose empty value, as an unset shell variable leaves it, would be this folder, or no option at all.
+# An empty --from-file is none, as in the original, and so is an empty --sampler.
+NOT_EMPTY = (
+    *("like", "wildcards", "model", "vae", "ckpt", "config", "lora_folder", "outdir"),
+    *("init_img", "mask", "depth", "schedule"),
+)
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,14 @@ class Arguments:
 
     def variant(self, own: Mapping[str, Any]) -> ImageRequest:
         """The request with other values for some settings, as users write them. FieldError."""
-        values = {"prompt": PROMPT, **self.values, **own}
+        left = {name for option in own for name in REPLACED.get(option, ())}
+        if self.like:
+            from ldm.cli.like import OVERRIDES
+
+            replaced = {name for option in own for name in OVERRIDES.get(option, ())}
+            left |= replaced.difference(self.given, WHOLE_RUN)
+        values = {name: value for name, value in self.values.items() if name not in left}
+        values = {"prompt": PROMPT, **values, **own}
         if self.expansion is not None:  # which gives each line its plain texts
             values |= {"prompt": "", "negative_prompt": ""}
         elif "negative_prompt" in own:
@@ -217,9 +232,10 @@ class Arguments:
                 request = variant.twin(prompt=line.prompt, seed=seed)
                 if self.expansion is not None:
                     request = self._expanded(request, line, iteration, iteration * len(self.lines) + i)
-                try:
+                try:  # what depends on the prompt, which the checks of the variant did not see
                     request.check_text()
                     request.check_walk()
+                    request.check_further_guidance()
                 except InputError as error:
                     from ldm.cli.expansion import placed
 
@@ -282,11 +298,14 @@ class Arguments:
             return self.request
         known = self._line_options
         own: dict[str, Any] = {}
+        spelled: dict[str, str] = {}
         for name, value in line.options:
             if name not in known and name != "ddim_eta":
                 names = ", ".join(["prompt", *known, "ddim_eta"])
                 raise InputError(f"no option {name!r} for a line; there are {names}")
             each = known.get(name, DDIM_ETA)
+            if (first := spelled.setdefault(each.name, name)) != name:
+                raise InputError(f"{first} and {name} are one option; give one of them")
             own[each.name] = str(value) if each.kind is str and isinstance(value, int | float) else value
         if self.request.rng == "compvis":
             raise InputError("options of its own with --rng compvis: that is one stream for all images")
@@ -356,10 +375,12 @@ def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
         if "config" in given:
             raise InputError(f"--laion400m and --config {given['config']} name different models; give one")
         given = LAION_OUTDIR | given | {"config": LAION_CONFIG}
+    for name in NOT_EMPTY:
+        value = given.get(name)
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise InputError(f"{flag_of(name)} is missing, or has no value")
     sources: tuple[str, ...] = ()
     if isinstance(given.get("init_img"), list):
-        if "" in given["init_img"]:  # as an empty shell variable leaves it; as a path it is this folder
-            raise InputError("--init-img is missing, or has no value")
         sources = tuple(given["init_img"])
         given = {**given, "init_img": sources[0]}
     else:
@@ -372,13 +393,16 @@ def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
     like: dict[str, Any] = {}
     found: dict[str, Any] = {}
     if given.get("like"):
-        from ldm.cli.like import read_image, settings_like
+        from ldm.cli.like import not_taken_over, read_image, settings_like
 
         like = read_image(given["like"], parser.owner)
         try:
             found = settings_like(like, given, parser.groups, parser.owner)
         except InputError as error:
             raise InputError(f"--like {given['like']}: {error}") from error
+        if not given.get("quiet") and not is_follower():
+            for line in not_taken_over(like, given):
+                notice(f"--like: {line}")
     needed = [name for name in parser.needed if not given.get("from_file")]  # whose lines may bring it
     for name in ("prompt", "outdir", *parser.needed):
         if given.get(name, None if name in needed else "") is None:

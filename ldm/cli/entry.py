@@ -36,6 +36,9 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     gc.set_threshold(OBJECTS, *threshold[1:])
     if argv is None:  # a process of its own, not a call in one of somebody else's
         atexit.register(_leave_objects)
+        if hasattr(sys.stdout, "reconfigure"):
+            # prompts may have what the encoding of a terminal or a pipe lacks
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(arguments)
     except InputError as error:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
 from ldm.fields import settings_of
-from ldm.pipeline.infotext import read_settings
+from ldm.log import printable
+from ldm.pipeline.infotext import HIRES_RESIZE, read_settings
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import DEPTH, IMAGE_SETTINGS, INIT, MASK, SAMPLER_OPTIONS, UPSCALE, ImageRequest
 from ldm.pipeline.settings.passes import LANCZOS, LATENT, PASSES
 from ldm.pipeline.settings.text import EmbeddingFile
 
 LEVELS = ("schedule", "rho", "timesteps", "sigmas")
+WAY = ("prompt_to", "prompt_mix")  # of a walk's frame, from its prompt to another one
 # where the user gives the first, the image's second have no say
 OVERRIDES = {
     **dict.fromkeys(("sampler", "plms", "dpm_solver"), ("sampler", *SAMPLER_OPTIONS, *LEVELS)),
@@ -22,12 +25,17 @@ OVERRIDES = {
     **dict.fromkeys(("timesteps", "sigmas"), ("steps", *LEVELS)),
     "steps": ("steps", "timesteps", "sigmas"),
     "ddim_eta": ("eta",),
-    "prompt": ("prompt_template",),
+    "prompt": ("prompt_template", *WAY),
     "negative_prompt": ("negative_template",),
-    "from_file": ("prompt", "prompt_template"),
+    "from_file": ("prompt", "prompt_template", *WAY),
     "seed": ("seed", "start_seed"),
     "rng": ("rng", "variation_seed", "variation_strength", "start_seed"),
 }
+# of an A1111 text, what says nothing about how the image is made
+FACTS = (
+    *("Init image hash", "Batch size", "Batch pos", "User", "Hashes", "Created Date"),
+    *("Civitai resources", "Civitai metadata"),
+)
 RUNTIME = ("precision", "vae_tiling", "deepcache", "tome")  # of RuntimeOptions, what an image records
 
 
@@ -74,6 +82,10 @@ def settings_like(
             f"its second pass was over an enlargement by {upscaler}; give that file, {LATENT} or {LANCZOS} "
             "as --hires_upscaler"
         )
+    resize = _others(recorded).get(HIRES_RESIZE)
+    if resize and "hires" not in given and UPSCALE not in groups:
+        why = f"its second pass was at {resize}, which no factor makes of its first one's size"
+        raise InputError(f"{why}; give --hires FACTOR")
     if recorded.get("vae") and "vae" not in given:
         raise InputError(f"its autoencoder was {recorded['vae']}; give that as --vae")
     alone = recorded.get("image", 0) == 0 and recorded.get("batch_size", recorded.get("n_samples", 1)) == 1
@@ -95,6 +107,29 @@ def settings_like(
         for name, value in found.items()
         if value is not None and (value is not False or name in switches)
     }
+
+
+def not_taken_over(recorded: dict[str, Any], given: Collection[str] = ()) -> list[str]:
+    """What of an A1111 text is no setting here, or another one, a line each.
+
+    `given` are the options that the user chose.
+    """
+    lines = []
+    if names := [name for name in _others(recorded) if name not in FACTS]:
+        lines.append(f"not taken over: {printable(', '.join(names))}")
+    asked = {"schedule", "sampler"}.intersection(given)
+    if recorded.get("schedule") == "beta" and re.match("v[0-9]", str(recorded.get("version"))) and not asked:
+        lines.append(
+            "AUTOMATIC1111's schedule Beta spreads sigmas, and beta here timesteps, as Forge and ComfyUI do: "
+            "it will differ"
+        )
+    return lines
+
+
+def _others(recorded: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an A1111 text that are no settings here."""
+    other = recorded.get("other")
+    return other if isinstance(other, dict) else {}  # a file may have anything in its place
 
 
 def texts_of(value: Any) -> list[str]:

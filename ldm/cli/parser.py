@@ -30,7 +30,7 @@ def spellings_of(name: str) -> tuple[str, ...]:
     for owner in (ImageRequest, RuntimeOptions, RunOptions):
         if each := settings_of(owner).get(name):
             return each.spellings
-    return (f"--{name}",)
+    return ("--from-file",) if name == "from_file" else (f"--{name}",)
 
 
 def flag_of(name: str) -> str:
@@ -139,7 +139,8 @@ def help_text(each: Setting, defaults: dict[str, Any] | None = None) -> str:
     ranged = each.kind in (int, float) and each.high is not None and each.high <= 10_000
     if ranged and "0 to 1" not in text:
         text += f", {each.low:,g} to {each.high:,g}"
-    return (f"{text} ({default})" if default else text).replace("%", "%%")
+    text = f"{text} ({default})" if default else text
+    return text.replace("…", "to").replace("%", "%%")
 
 
 class ListSamplers(argparse.Action):

@@ -18,11 +18,12 @@ from typing import Any
 
 from ldm.errors import InputError
 from ldm.fields import Setting, settings_of
-from ldm.pipeline.request import IMAGE_SETTINGS, ImageRequest
+from ldm.pipeline.options import RuntimeOptions
+from ldm.pipeline.request import IMAGE_SETTINGS, SAMPLER_OPTIONS, ImageRequest
 from ldm.pipeline.settings.adapters import a1111_loras, from_a1111_loras
 from ldm.pipeline.settings.control import a1111_controls, parse_control
 from ldm.pipeline.settings.passes import a1111_second_pass, second_pass
-from ldm.pipeline.settings.text import A1111
+from ldm.pipeline.settings.text import A1111, EmbeddingFile
 from ldm.sampling import catalogue
 
 # by name: folders are private
@@ -44,6 +45,9 @@ NOT_REQUESTED = {
 OWN_VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
 SIZE = "Size"  # stands for width and height
 ETA_DDIM, DDIM_FAMILY = "Eta DDIM", ("ddim", "plms")  # the samplers whose eta has a name of its own
+TILING, TILINGS = "Tiling", {"true": "both", "false": "none"}  # the web UI has no single axis
+MERGING = "Token merging ratio"  # which is a runtime option here
+HIRES_STEPS, HIRES_RESIZE = "Hires steps", "Hires resize"
 NEGATIVE_PROMPT = "Negative prompt:"
 AUTOMATIC = "Automatic"  # a schedule type: the sampler's own
 NEAREST = "Uniform"  # stands for schedules that the web UI lacks
@@ -67,7 +71,8 @@ def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("control"):
         bare["control"] = [str(parse_control(one).without_folders()) for one in settings["control"]]
     if settings.get("embedding"):
-        bare["embedding"] = [PurePath(one).name for one in settings["embedding"]]
+        named = map(EmbeddingFile.parse, settings["embedding"])  # whose names may have a slash, too
+        bare["embedding"] = [str(one._replace(path=PurePath(one.path).name)) for one in named]
     if settings.get("lora"):
         bare["lora"] = [PurePath(one).name for one in settings["lora"]]
     return {**settings, **bare}
@@ -146,6 +151,8 @@ def a1111_parameters(settings: Mapping[str, Any], request: type[ImageRequest] = 
     sampler = settings.get("sampler")
     known = catalogue.SAMPLERS.get(sampler)
     values = {name: settings.get(each.name) for name, each in _names(request).items()}
+    values.setdefault(TILING, True if settings.get("tiling") == TILINGS["true"] else None)
+    values.setdefault(MERGING, settings.get("tome") or None)
     values |= {name: settings.get(key) for name, key in NOT_REQUESTED.items()}
     if settings.get("hires"):
         values |= a1111_second_pass(settings)
@@ -199,7 +206,8 @@ def parse_a1111(text: str, request: type[ImageRequest] = ImageRequest) -> dict[s
     sampler's name becomes ours, and gives the schedule that it implies ("DPM++ 2M Karras"); a sampler or
     schedule that we do not have keeps its name. Where the text names no schedule, or "Automatic", it is the
     one that the web UI takes for the sampler, if that is not our default. Fields of which we know nothing
-    come as text under `other`. InputError if the value of a known one is malformed.
+    come as text under `other`, as do options that do nothing in its sampler. InputError if the value of a
+    known one is malformed.
     """
     names = _names(request)
     begins = {*names, *NOT_REQUESTED, SIZE, ETA_DDIM}
@@ -207,6 +215,7 @@ def parse_a1111(text: str, request: type[ImageRequest] = ImageRequest) -> dict[s
     at = next((i for i in reversed(range(len(lines))) if _first_name(lines[i]) in begins), None)
     words, fields = (lines, {}) if at is None else (lines[:at], _fields(lines[at]))
     negative = next((i for i, line in enumerate(words) if line.startswith(NEGATIVE_PROMPT)), len(words))
+    other: dict[str, str] = {}
     settings: dict[str, Any] = from_a1111_loras("\n".join(words[:negative]))
     if negative < len(words):
         first = words[negative].removeprefix(NEGATIVE_PROMPT).removeprefix(" ")
@@ -217,6 +226,8 @@ def parse_a1111(text: str, request: type[ImageRequest] = ImageRequest) -> dict[s
         fields["Eta"] = fields.pop(ETA_DDIM)
     if _is_unlimited(fields.get("Sigma tmax")):
         del fields["Sigma tmax"]
+    if fields.get(HIRES_STEPS) == "0":  # as many as in the first pass
+        del fields[HIRES_STEPS]
     for name, value in fields.items():
         if name in names:
             settings[names[name].name] = _value(name, value, names[name])
@@ -224,12 +235,40 @@ def parse_a1111(text: str, request: type[ImageRequest] = ImageRequest) -> dict[s
             settings |= _size(value)
         elif name in NOT_REQUESTED:
             settings[NOT_REQUESTED[name]] = value
+        elif name == TILING and value.lower() in TILINGS:
+            settings["tiling"] = TILINGS[value.lower()]
+        elif name == MERGING and (share := _merged(value)) is not None:
+            settings["tome"] = share
         else:
-            settings.setdefault("other", {})[name] = value
+            other[name] = value
     if any(name.startswith("Hires ") for name in fields):  # the strength is the second pass's
         strength = settings.pop("strength", None)
-        settings |= second_pass(settings, strength, fields.get("Hires resize", ""))
-    return settings | sampling
+        settings |= second_pass(settings, strength, fields.get(HIRES_RESIZE, ""))
+        if "hires" in settings:
+            other.pop(HIRES_RESIZE, None)
+    for name in _ineffective(sampling.get("sampler"), settings):
+        del settings[name]
+        written = _eta_name(sampling["sampler"]) if name == "eta" else settings_of(request)[name].a1111
+        other[written] = fields["Eta" if name == "eta" else written]
+    return settings | sampling | ({"other": other} if other else {})
+
+
+def _merged(text: str) -> float | None:
+    """The share of tokens that are merged; None for one that is too large here: the web UI's go to 0.9."""
+    with suppress(ValueError):
+        return settings_of(RuntimeOptions)["tome"].parse(text)
+    return None
+
+
+def _ineffective(sampler: str | None, settings: Mapping[str, Any]) -> list[str]:
+    """The sampler's options that it lacks, or that do nothing without churn: the web UI writes them, too."""
+    facts = catalogue.SAMPLERS.get(sampler)
+    if facts is None:
+        return []
+    with_effect = set(facts.options)
+    if "s_churn" in with_effect and not settings.get("s_churn"):
+        with_effect = {"s_churn"}
+    return [name for name in SAMPLER_OPTIONS if name in settings and name not in with_effect]
 
 
 def _first_name(line: str) -> str | None:

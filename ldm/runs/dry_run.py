@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from ldm.log import one_line
+from ldm.log import one_line, printable
 from ldm.runs.plan import Plan
 
 if TYPE_CHECKING:
@@ -19,5 +19,7 @@ def print_plan(pipeline: Pipeline, plan: Plan, as_json: bool) -> None:
         if as_json:
             print(json.dumps({"image": k} | request.settings() | {"height": height, "width": width}))
             continue
-        negative = f"  negative: {one_line(request.negative_prompt)}" if request.negative_prompt else ""
-        print(f"{k}  seed {request.seed}  {width}x{height}  {one_line(request.prompt)}{negative}")
+        texts = one_line(request.prompt)
+        if request.negative_prompt:
+            texts += f"  negative: {one_line(request.negative_prompt)}"
+        print(f"{k}  seed {request.seed}  {width}x{height}  {printable(texts)}")

@@ -15,9 +15,9 @@ from json_lines import json_lines
 from PIL import Image
 
 from ldm.cli import tables
-from ldm.cli.arguments import Arguments, gather, parse
+from ldm.cli.arguments import NOT_EMPTY, Arguments, gather, parse
 from ldm.cli.like import read_image, settings_like
-from ldm.cli.parser import Parser, add_options, img2img_parser, txt2img_parser
+from ldm.cli.parser import Parser, add_options, flag_of, img2img_parser, txt2img_parser
 from ldm.cli.prompts import Line, read_prompts
 from ldm.errors import InputError
 from ldm.fields import changed, listed_by_name, setting, settings_of
@@ -334,3 +334,70 @@ def test_options_without_effect_are_named(command, model, argv: str, line: str) 
     result = command("txt2img", *base, "--ddim_steps", 1, *argv.split())
     assert result.code == 0
     assert any(said.startswith(line) for said in result.err)
+
+
+@pytest.mark.parametrize("name", NOT_EMPTY)
+def test_an_option_without_a_value_is_named(name: str) -> None:
+    """As an unset shell variable leaves it, it was no option at all, or this folder."""
+    flag = flag_of(name)
+    with pytest.raises(InputError, match=f"^{flag} is missing, or has no value$"):
+        gather(img2img_parser(), {"init_img": "a.png", name: ""})
+
+
+def test_a_prompt_may_be_empty() -> None:
+    assert arguments("--prompt", "", "--sampler", "").request.prompt == ""
+
+
+def test_two_spellings_of_an_option_in_a_line() -> None:
+    """The last one counted, without a word."""
+    command = replace_lines(arguments(), Line("a", (("steps", 5), ("ddim_steps", 9)), "p.jsonl, line 3"))
+    with pytest.raises(
+        InputError, match=r"^--from-file p.jsonl, line 3: steps and ddim_steps are one option"
+    ):
+        list(command.requests(Unresolved()))
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "expected"),
+    [
+        ("--plms", {"sampler": "euler"}, {"sampler": "euler", "eta": None}),
+        ("--dpm_solver", {"sampler": "heun"}, {"sampler": "heun"}),
+        ("--eta 0.5", {"ddim_eta": 0.25}, {"eta": 0.25}),
+        ("--ddim_eta 0.5", {"eta": 0.25}, {"eta": 0.25}),
+    ],
+)
+def test_options_of_a_line_go_over_the_commands_other_words(words: str, own: dict, expected: dict) -> None:
+    """--sampler euler and --plms named different samplers, though only the line was to have another one."""
+    request = arguments(*words.split())._with_options(Line("a", tuple(own.items())))
+    assert {name: getattr(request, name) for name in expected} == expected
+
+
+PARTS = "a red cube AND a blue sphere :0.6"
+
+
+@pytest.mark.parametrize(
+    ("words", "prompt"),
+    [
+        (["--cfg_pp"], PARTS),
+        (["--mimic_scale", "7"], PARTS),
+        (["--cfg_pp", "--expand", "all"], "{a AND b|c}"),
+        (["--cfg_pp", "--expand", "random"], "{a AND b|a AND c}"),
+    ],
+)
+def test_what_does_not_go_with_a_prompt_is_found_in_files(words: list[str], prompt: str) -> None:
+    """Such images were made, and could never be made again: --like refused what --prompt refuses."""
+    command = arguments("--prompt_syntax", "a1111", "--ddim_eta", "0", *words)
+    command = replace_lines(command, Line("a cube"), Line(prompt, place="and.txt, line 2"))
+    if command.expansion is not None:
+        command = replace_lines(command, *command.expansion.lines(command.lines))
+    why = rf"^--from-file and.txt, line 2: {words[0]} with a prompt of several parts \(AND\)"
+    with pytest.raises(InputError, match=why):
+        list(command.requests(Unresolved()))
+
+
+def test_no_controlnet_leaves_out_all_that_concerns_some() -> None:
+    """--control none was no word, where --lora none and --embedding none are."""
+    request = ImageRequest(
+        control="none", control_preprocess=("canny",), control_resize="crop", canny_thresholds=(1, 2)
+    )
+    assert request == ImageRequest()

@@ -1,6 +1,7 @@
 """Exit codes, and who reports what."""
 
 import gc
+import io
 import logging
 import subprocess
 import sys
@@ -157,3 +158,18 @@ def test_triton_is_not_told_of_leaks() -> None:
     code = "import triton; from ldm.cli import entry; entry.run(lambda words: 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", r"caf\xe9 \u591c \udce9"), ("utf-8", r"café 夜 \udce9")]
+)
+def test_what_stdout_cannot_encode_is_escaped(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: str
+) -> None:
+    """A prompt that the terminal's encoding lacks ended a command with a UnicodeEncodeError."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["image_info.py"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    monkeypatch.setattr(entry.atexit, "register", lambda function: None)
+    assert entry.run(lambda words: print("café 夜 \udce9", flush=True) or 0) == 0
+    assert written.getvalue().decode(encoding).splitlines() == [shown]

@@ -254,3 +254,11 @@ def test_lines_that_do_not_go_with_another_prompt(
     path.write_text(f"a {{cat|hen}}\n{prompt}\n")
     walk = ["--prompt_to", "a {dog|cow}" if "--expand" in argv else "a dog", "--prompt_mix", 0.5]
     refused(txt2img("--from-file", path, *walk, *argv, "--dry_run"), f"--from-file {path}, {words}")
+
+
+def test_a_dry_run_shows_no_terminals_orders(txt2img: Command, tmp_path: Path) -> None:
+    """Escape sequences of a prompt reached the terminal, and a lone surrogate ended the command."""
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "a \x1b[31mcat \udce9", "negative_prompt": "\x07dog"}))
+    result = txt2img("--from-file", path, "--n_iter", 1, "--dry_run")
+    assert result.out == [r"0  seed 42  16x16  a \x1b[31mcat \udce9  negative: \x07dog"]

@@ -286,3 +286,93 @@ def test_an_image_of_the_web_ui_is_read_by_its_rules(txt2img: Command, tmp_path:
     argv = ["--like", tmp_path / "theirs.png", "--prompt_syntax", "plain"]
     (plain,) = txt2img(*argv, folder="plain").settings
     assert "prompt_syntax" not in plain
+
+
+def theirs(path: Path, fields: str) -> Path:
+    """An image with a text of the web UI."""
+    info = PngInfo()
+    info.add_text("parameters", f"a cat\nSteps: 1, Seed: 3, Size: 16x16, {fields}")
+    Image.new("RGB", (16, 16)).save(path, pnginfo=info)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            'Sampler: Euler, Sigma noise: 1.1, ControlNet 0: "Module: canny", TI hashes: "x: 1", User: me',
+            "not taken over: ControlNet 0, TI hashes, Sigma noise",
+        ),
+        (
+            "Sampler: Euler, Schedule type: Beta, Version: v1.10.1",
+            "AUTOMATIC1111's schedule Beta spreads sigmas",
+        ),
+        ("Sampler: Euler, Schedule type: Beta, Version: f2.0.1v1.10.1-previous-669", ""),
+        ("Sampler: Euler, Tiling: True, Init image hash: 12, Version: v1.6.0", ""),
+    ],
+)
+def test_what_is_not_taken_over_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fields: str, line: str
+) -> None:
+    """Settings of the web UI that are none here were dropped without a word."""
+    image = str(theirs(tmp_path / "a.png", fields))
+    gather(txt2img_parser(), {"like": image})
+    assert len(caplog.messages) == bool(line)
+    assert all(said.startswith(f"--like: {line}") for said in caplog.messages)
+    caplog.clear()
+    gather(txt2img_parser(), {"like": image, "quiet": True})
+    assert caplog.messages == []
+
+
+def test_what_the_web_ui_has_under_other_names_is_taken_over(tmp_path: Path) -> None:
+    image = str(theirs(tmp_path / "a.png", "Sampler: Euler, Tiling: True, Token merging ratio: 0.3"))
+    found = gather(txt2img_parser(), {"like": image})
+    assert (found.request.tiling, found.runtime.tome) == ("both", 0.3)
+
+
+def test_a_second_pass_that_no_factor_gives_is_refused(txt2img: Command, tmp_path: Path) -> None:
+    """It was made at another size, by the factor of the width."""
+    fields = "Sampler: Euler, Denoising strength: 0.5, Hires resize: 32x24, Hires upscaler: Latent"
+    image = theirs(tmp_path / "a.png", fields)
+    why = "its second pass was at 32x24, which no factor makes of its first one's size; give --hires"
+    refused(txt2img("--like", image), f"--like {image}: {why}")
+    found = gather(txt2img_parser(), {"like": str(image), "hires": 2.0, "quiet": True}).request
+    assert (found.hires, found.hires_strength) == (2.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "own", "expected"),
+    [
+        ({"sampler": "ddim", "eta": 0.0}, {"sampler": "euler"}, {"sampler": "euler", "eta": None}),
+        ({"sampler": "plms", "schedule": "karras"}, {"sampler": "euler"}, {"schedule": None}),
+        ({"timesteps": [900, 400], "steps": 2}, {"steps": 5}, {"steps": 5, "timesteps": None}),
+        ({"schedule": "karras", "steps": 3}, {"sigmas": (9.0, 1.0, 0.0)}, {"steps": 2, "schedule": None}),
+        ({"schedule": "karras"}, {"steps": 5}, {"steps": 5, "schedule": "karras"}),
+        ({"prompt_to": "b", "prompt_mix": 0.5}, {"prompt": "c"}, {"prompt": "c", "prompt_to": ""}),
+        ({"fixed_code": True, "start_seed": 9}, {"seed": 4}, {"seed": 4, "start_seed": 9}),
+    ],
+)
+def test_options_of_a_line_go_over_the_images(recorded: dict, own: dict, expected: dict) -> None:
+    """--eta 0: euler has no such option, it said of an eta that nobody had given."""
+    with patch.object(like, "read_image", return_value={"prompt": "a"} | recorded):
+        command = gather(txt2img_parser(), {"like": "a.png"})
+    request = command.variant(own)
+    assert {name: getattr(request, name) for name in expected} == expected
+
+
+def test_what_the_user_gives_stays_beside_a_lines_options() -> None:
+    with patch.object(like, "read_image", return_value={"prompt": "a", "sampler": "heun", "s_churn": 2.0}):
+        command = gather(txt2img_parser(), {"like": "a.png", "eta": 0.5})
+    assert command.variant({"sampler": "euler_ancestral"}).options == {"eta": 0.5}
+    with pytest.raises(InputError, match="euler has no such option"):
+        command.variant({"sampler": "euler"})
+
+
+def test_the_controlnet_of_an_image_is_left_out() -> None:
+    """Its image had to be there, or one of another ControlNet."""
+    recorded = {"prompt": "a", "control": ["c.pth:edges.png"], "control_preprocess": ["canny"]}
+    with patch.object(like, "read_image", return_value=recorded):
+        with pytest.raises(InputError, match="give that as --control"):
+            gather(txt2img_parser(), {"like": "a.png"})
+        command = gather(txt2img_parser(), {"like": "a.png", "control": ["none"]})
+    assert (command.request.control, command.request.control_preprocess) == ((), ())

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+from commands import script
 
 from ldm.cli import tables
 from ldm.cli.parser import (
@@ -13,6 +14,7 @@ from ldm.cli.parser import (
     in_flags,
     number,
     option_type,
+    serve_parser,
     txt2img_parser,
 )
 from ldm.errors import FieldError, InputError, ValueFieldError
@@ -107,3 +109,10 @@ def test_every_option_of_a_request_has_a_row_in_the_documentation() -> None:
             "negative_template",
         ):  # the run's, and what is only recorded
             assert f"`{each.spellings[0]}" in page
+
+
+@pytest.mark.parametrize("command", ["serve", "webui"])
+def test_so_are_those_of_the_services(command: str) -> None:
+    """Their ranges had a dot-dot-dot that an ASCII terminal lacks: --help ended in a UnicodeEncodeError."""
+    parser = serve_parser() if command == "serve" else script("webui").page_parser()
+    assert parser.format_help().isascii()

@@ -116,6 +116,12 @@ def test_settings_come_back_without_the_users_folders(tmp_path):
     assert b"home" not in path.read_bytes()
 
 
+def test_the_word_of_a_textual_inversion_may_have_a_slash():
+    """What stood before the slash, the file with it, was left out as a folder."""
+    found = without_folders(MINIMAL | {"embedding": ("a/x.pt:by/mucha", "b/y.bin")})
+    assert found["embedding"] == ["x.pt:by/mucha", "y.bin"]
+
+
 def test_texts_of_before_are_read_through_our_json(tmp_path):
     """They had no "Schedule type", which the web UI's text alone now says is Karras."""
     own = MINIMAL | {"sampler": "dpmpp_2m", "steps": 3}
@@ -208,6 +214,7 @@ def test_other_tools_can_parse_the_parameters():
         ("euler", "trailing", "Simple"),
         ("euler", "sgm_uniform", "SGM Uniform"),
         ("euler", "polyexponential", "Polyexponential"),
+        ("euler", "beta", "Beta"),
         ("ddim", "lcm", "Uniform"),
         ("euler", "Beta", "Beta"),
         ("a_new_one", "karras", "Karras"),
@@ -354,7 +361,7 @@ def test_an_automatic_schedule_is_the_web_uis(name, schedule, type_):
         ("Eta DDIM: 0.5, Sampler: DDIM", {"sampler": "ddim", "eta": 0.5}),
         ("Sampler: DDIM, Eta: 1, Eta DDIM: 0.5", {"sampler": "ddim", "eta": 0.5}),
         ("Sampler: DDIM, Eta: 0.5", {"sampler": "ddim", "eta": 0.5}),
-        ("Sampler: PLMS, Eta DDIM: 0.5", {"sampler": "plms", "eta": 0.5}),
+        ("Sampler: PLMS, Eta DDIM: 0.5", {"sampler": "plms", "other": {"Eta DDIM": "0.5"}}),
         ("Sampler: Euler a, Eta: 0.5", {"sampler": "euler_ancestral", "eta": 0.5}),
         ("Sampler: Euler a, Eta DDIM: 0.5", {"sampler": "euler_ancestral", "other": {"Eta DDIM": "0.5"}}),
         (
@@ -365,12 +372,17 @@ def test_an_automatic_schedule_is_the_web_uis(name, schedule, type_):
         ("Sampler: Euler, Sigma churn: 3, Sigma tmax: inf", {"sampler": "euler", "s_churn": 3}),
         (
             "Sampler: Euler, Sigma tmax: 9, Sigma noise: 1.1",
-            {"sampler": "euler", "s_tmax": 9, "s_noise": 1.1},
+            {"sampler": "euler", "other": {"Sigma tmax": "9", "Sigma noise": "1.1"}},
+        ),
+        ("Sampler: Euler, Eta: 0.5", {"sampler": "euler", "other": {"Eta": "0.5"}}),
+        (
+            "Sampler: DPM++ SDE Karras, Sigma noise: 1.1",
+            {"sampler": "dpmpp_sde", "schedule": "karras", "s_noise": 1.1},
         ),
     ],
 )
 def test_the_samplers_options_are_read(line, expected):
-    """Those of churn and DDIM's eta were lost."""
+    """Those of churn and DDIM's eta were lost; those that do nothing in the sampler were refused."""
     assert parse_a1111(f"a cat\n{line}") == {"prompt": "a cat"} | expected
 
 
@@ -493,3 +505,52 @@ def test_importing_it_is_fast():
     code = "import sys, ldm.pipeline.infotext; print({'torch', 'numpy', 'PIL'} & {*sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
+
+
+# settings of another form here
+
+
+def test_seamless_images_and_merged_tokens_have_the_web_uis_names():
+    """Both were left out of its text, and were read as nothing."""
+    line = last_line({"tiling": "both", "tome": 0.5})
+    assert line == "Size: 8x8, Tiling: True, Token merging ratio: 0.5"
+    assert parse_a1111(line) == MINIMAL | {"prompt": "", "tiling": "both", "tome": 0.5}
+    assert last_line({"tiling": "x", "tome": 0.0}) == "Size: 8x8"  # the web UI has no single axis
+    assert parse_a1111("a cat\nSteps: 3, Tiling: False")["tiling"] == "none"
+    beyond = parse_a1111("a cat\nSteps: 3, Tiling: perhaps, Token merging ratio: 0.9")
+    assert beyond["other"] == {"Tiling": "perhaps", "Token merging ratio": "0.9"}
+
+
+SECOND = "a cat\nSteps: 20, Size: 512x512, Denoising strength: 0.7, Hires upscaler: Latent, "
+
+
+@pytest.mark.parametrize(
+    ("resize", "hires"),
+    [
+        ("768x768", 1.5),
+        ("1024x0", 2.0),
+        ("0x1024", 2.0),
+        ("772x768", 772 / 512),
+        ("1024x768", None),
+        ("0x0", None),
+    ],
+)
+def test_a_second_passes_size_is_a_factor_or_no_setting(resize, hires):
+    """The width alone counted: 1024x768 of 512x512 became 1024x1024."""
+    found = parse_a1111(SECOND + f"Hires resize: {resize}")
+    assert (found.get("hires"), found["hires_strength"]) == (hires, 0.7)
+    assert found.get("other") == (None if hires else {"Hires resize": resize})
+
+
+def test_a_second_pass_of_as_many_steps():
+    """The web UI's 0 was refused as a number of steps."""
+    found = parse_a1111(SECOND + "Hires upscale: 2, Hires steps: 0")
+    assert (found["hires"], "hires_steps" in found) == (2.0, False)
+    assert parse_a1111(SECOND + "Hires upscale: 2, Hires steps: 9")["hires_steps"] == 9
+
+
+def test_weights_of_loras_keep_their_digits():
+    """They were cut to six."""
+    text = a1111_parameters(MINIMAL | {"lora": ["x:0.123456789:0.75"]})
+    assert text.startswith("a cat <lora:x:0.75:0.123456789>\n")
+    assert parse_a1111(text)["lora"] == ("x:0.123456789:0.75",)

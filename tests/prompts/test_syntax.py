@@ -266,3 +266,17 @@ def test_when_texts_switch() -> None:
     assert switching(("[a|a|b]",), 4) == ((2, 0), (3, 1), (4, 0))
     assert switching(("[a:b:0.5]",), 4, second=True) == ()
     assert switching(("[a:b:1.5]",), 4, second=True) == ((2, 0), (4, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "second", "last"),
+    [
+        ("[a:b:0.58]", 50, False, 29),
+        ("[a:b:0.29]", 100, False, 29),
+        ("[a:b:1.4]", 10, True, 4),
+        ("[a:b:0.59]", 49, False, 28),
+    ],
+)
+def test_floats_make_no_step_earlier(text: str, steps: int, second: bool, last: int) -> None:
+    """0.58 x 50 was 28.999999 and so 28, where --strength 0.58 of 50 steps runs 29."""
+    assert schedule(text, steps, second) == ((last, "a"), (steps, "b"))

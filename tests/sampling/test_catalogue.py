@@ -270,6 +270,7 @@ def test_a1111s_names_of_schedules():
         "sgm_uniform": "SGM Uniform",
         "ays": "Align Your Steps",
         "kl_optimal": "KL Optimal",
+        "beta": "Beta",
     }
 
 

@@ -176,6 +176,7 @@ def test_lists_switches_and_weights(tmp_path: Path) -> None:
         (["--x", "scale", "1", "--y", "steps", "1", "--z", "scale", "2"], "--x and --z both vary scale"),
         (["--x", "outdir", "a", "--y", "steps", "1"], "--x outdir: no option to compare; choose from prompt"),
         (["--x", "strength", "0.5", "--y", "steps", "1"], "--x strength: no option to compare"),
+        (["--x", "prompt_template", "a", "--y", "steps", "1"], "--x prompt_template: no option to compare"),
         (["--x", "sampler", "ddim", "eulr", "--y", "steps", "1"], "--sampler eulr is not known"),
         (["--x", "sampler", "ddim", "plms", "--y", "eta", "0.5"], "plms has no such option"),
         (["--x", "scale", "1", "--y", "steps", "1", "--H", "20"], "--H 20 is not a multiple of 8"),
@@ -217,3 +218,18 @@ def test_help_shows_the_commands_own_defaults(
     assert "repeat all of it N times (1)" in text
     assert "sampled together (1)" in text
     assert ("do not save a grid (on)" in text) == (name == "walk")
+
+
+def test_the_cells_options_go_over_the_commands_and_the_images(compare: Command, tmp_path: Path) -> None:
+    """--plms beside an axis of samplers was refused, as was an image's eta where a cell has none."""
+    argv = ["--x", "sampler", "ddim", "euler", "--y", "steps", 1]
+    plain = compare("--plms", *argv)
+    assert (plain.code, [s["sampler"] for s in plain.settings]) == (0, ["ddim", "euler"])
+    like = compare("--like", plain.paths[0], *argv, "--skip_save", folder="like")
+    assert like.code == 0
+
+
+def test_a_folder_is_no_image_of_a_cell(compare: Command, tmp_path: Path) -> None:
+    """ "cannot read the image: Is a directory", it said, and its help that a folder would do."""
+    argv = ["--x", "scale", 1, 2, "--y", "steps", 1, "--init-img", tmp_path]
+    refused(compare(*argv), f"--init-img {tmp_path}: a folder is not for compare.py; give one image")

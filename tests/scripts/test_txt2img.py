@@ -203,7 +203,8 @@ def test_help_and_argument_errors_do_not_wait_for_torch(tmp_path, argv, code):
         ("--sampler eulerr", "the nearest are euler, euler_ancestral"),
         ("--prompt", "--prompt is missing, or has no value"),
         ("--outdir", "--outdir is missing, or has no value"),
-        ("--schedule=", "--schedule  is not known"),
+        ("--schedule=", "--schedule is missing, or has no value"),
+        ("--like=", "--like is missing, or has no value"),
         ("--laion400m", "name different models; give one"),
         ("--no_such_flag", "--no_such_flag"),
         ("--seed 1\n2", "1 2"),
@@ -568,9 +569,9 @@ def test_an_empty_watermark(txt2img):
     refused(txt2img("--watermark="), "the watermark's message is empty; give one, or use --watermark none")
 
 
-def test_empty_options_are_as_none(txt2img):
-    """As `--sampler="$SAMPLER"` leaves them where the variable is empty."""
-    result = txt2img("--sampler=", "--from-file=", "--like=")
+def test_an_empty_sampler_or_file_is_as_none(txt2img):
+    """As `--sampler="$SAMPLER"` leaves it where the variable is empty; as the original did."""
+    result = txt2img("--sampler=", "--from-file=")
     assert (result.code, result.settings[0]["sampler"], result.settings[0]["prompt"]) == (0, "ddim", "a cat")
 
 

@@ -176,3 +176,14 @@ def test_a_plan_makes_no_video(walk: Command, monkeypatch: pytest.MonkeyPatch) -
     planned = walk(*WALK, "--plan")
     assert planned.code == 0
     assert planned.files == []
+
+
+def test_a_frame_as_the_model_of_a_walk(walk: Command) -> None:
+    """The frame's own way between prompts and seeds was in every frame of the new walk, or refused it."""
+    first = walk(*WALK)
+    argv = ["--like", first.paths[1], "--prompts", "a cow", "--seeds", 5, 6, "--frames", 2]
+    again = walk(*argv, folder="again")
+    assert again.code == 0
+    ways = ("prompt_to", "prompt_mix", "variation_seed", "variation_strength")
+    assert [s["seed"] for s in again.settings] == [5, 6]
+    assert not any(name in settings for settings in again.settings for name in ways)

@@ -44,7 +44,7 @@ def parse_lora(text: str) -> NamedLora:
 def a1111_loras(texts: Iterable[str]) -> str:
     """LoRAs as tags to be put behind a prompt, as the web UI has them."""
     named = map(parse_lora, texts)
-    return "".join(f" <lora:{_stem(one.file)}:{one.text_weight:g}:{one.weight:g}>" for one in named)
+    return "".join(f" <lora:{_stem(one.file)}:{one.text_weight:.12g}:{one.weight:.12g}>" for one in named)
 
 
 def _stem(file: str) -> str:
@@ -58,7 +58,7 @@ def from_a1111_loras(prompt: str) -> dict[str, Any]:
         text, tags = split_lora_tags(prompt)
     except InputError:
         return {"prompt": prompt}
-    loras = tuple(f"{name}:{weight:g}:{text_weight:g}" for name, weight, text_weight in tags)
+    loras = tuple(f"{name}:{weight:.12g}:{text_weight:.12g}" for name, weight, text_weight in tags)
     return {"prompt": text, "lora": loras} if loras else {"prompt": prompt}
 
 

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ldm.errors import FieldError
-from ldm.fields import setting
+from ldm.fields import setting, settings_of
 
 CONTROL = "control"  # the group of the settings
 PREPROCESSORS = ("none", "canny", "depth", "invert")
@@ -137,7 +137,7 @@ class ControlSettings:
     control: tuple[str, ...] = setting(  # or Control objects, whose image may be a PIL image
         (),
         "a ControlNet and the image that it follows, its weight and the shares of the steps when it acts; "
-        "several may be given",
+        "several may be given; none: not those of --like",
         metavar=FORM,
         group=CONTROL,
         per_image=True,
@@ -191,6 +191,10 @@ class ControlSettings:
 
     def check_control(self) -> None:
         """FieldError for values that do not go together."""
+        if self.control == ("none",):
+            for name, each in settings_of(type(self)).items():
+                if each.group == CONTROL:  # what is left of --like would be for nothing
+                    object.__setattr__(self, name, each.default)
         for one in self.control:
             if not isinstance(one, str | Control):
                 raise FieldError(

@@ -31,12 +31,27 @@ def second_pass(settings: Mapping[str, Any], strength: float | None, resize: str
     size that it has in place of a factor, "1024x768" or "".
     """
     ours, upscaler = {name: value for value, name in A1111_NAMES.items()}, settings.get("hires_upscaler")
-    size = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", resize)
     hires = settings.get("hires")
-    if hires is None and size and settings.get("width"):
-        hires = int(size[1]) / settings["width"]
+    if hires is None:
+        hires = _factor((settings.get("width"), settings.get("height")), resize)
     found = {"hires": hires, "hires_strength": strength, "hires_upscaler": ours.get(upscaler, upscaler)}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _factor(size: tuple[int | None, int | None], resize: str) -> float | None:
+    """By what a size is to be multiplied to become "1024x768", where a side of 0 follows the other one.
+
+    None if no factor does that, or nothing is known of a size.
+    """
+    found = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", resize)
+    if found is None:
+        return None
+    sides = [(int(wanted), side) for wanted, side in zip(found.groups(), size, strict=True) if int(wanted)]
+    if not sides or not all(side for _, side in sides):
+        return None
+    factor = sides[0][0] / sides[0][1]
+    # sizes are rounded to multiples of 8, so that less is no difference
+    return factor if all(abs(factor * side - wanted) < 8 for wanted, side in sides) else None
 
 
 @dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)

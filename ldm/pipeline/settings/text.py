@@ -49,6 +49,9 @@ class EmbeddingFile(NamedTuple):
             raise FieldError("{embedding} {text!r}: its name has no letter or digit", text=text)
         return cls(path, (name or "").strip())
 
+    def __str__(self) -> str:
+        return f"{self.path}:{self.name}" if self.name else self.path
+
 
 @dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class TextSettings:
