@@ -49,6 +49,7 @@ def new_parser() -> cli.Parser:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     others = [name for name in settings_of(TrainingConfig) if name not in FLAGS]
     by_method = dict.fromkeys(("steps", "learning_rate", "batch_size"), "by method")
+    by_method["precision"] = "bf16 on a GPU, full elsewhere and for distillation"
     cli.add_options(parser, TrainingConfig, leave_out=others, defaults=by_method)
     added: set[str] = set()
     by_method = {"rank": "8; distillation 64", "layers": "attention; distillation all"}

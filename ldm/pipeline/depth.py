@@ -57,7 +57,8 @@ class DepthMaps:
         """
         source = self.images.grey(request.depth)
         size = request.height, request.width
-        key = (id(source), *size, request.resize, request.init_img is None)
+        whole = None if request.init_img is None else self.images.whole(request).shape[:2]
+        key = (id(source), *size, request.resize, whole)
         return self._keep(key, source, lambda: self._fitted(request, source, size) * WHITE)
 
     def of(self, model: LatentDepth2ImageDiffusion, request: ImageRequest) -> np.ndarray:

@@ -159,6 +159,8 @@ def check_resumed(
     how = f"choose another {option}, or move it away to start anew"
     earlier = found["identity"]
     for name in {**earlier, **identity}:
+        if name in FIXED and name not in earlier:
+            continue  # an option, which `check_options` has compared
         if earlier.get(name) != identity.get(name):
             was, now = (one.get(name, "none") for one in (earlier, identity))
             if name == "data":  # two hashes say nothing

@@ -35,9 +35,10 @@ class TrainingConfig:
     strategy: str = setting(
         "ddp", "ddp: each device has the whole model; fsdp: a part of it", choices=STRATEGIES, group="batch"
     )
-    precision: str = setting(
-        "bf16", "of the computation; weights and their sums stay float32", choices=PRECISIONS, group="batch"
-    )
+    precision: str | None = setting(
+        None, "of the computation; weights and their sums stay float32", choices=PRECISIONS, group="batch",
+        default_text="bf16 on a GPU, full elsewhere",
+    )  # fmt: skip
     checkpointing: bool = setting(
         False, "compute the UNet's activations again for the gradients: less memory, a third more time",
         group="batch",
@@ -190,6 +191,13 @@ class TrainingConfig:
         """The number of those examples: the first rows of each batch."""
         return round(self.drill_share * self.batch_size) if self.drills else 0
 
+    def precision_on(self, device: str) -> str:
+        """The precision that is asked for, or what is best on a type of device.
+
+        A CPU computes in full precision by itself: those without instructions for bf16 are slow in it.
+        """
+        return self.precision or ("bf16" if device == "cuda" else "full")
+
     def examples_at_a_time(self, world: int) -> int:
         """Examples of one backward pass of one of `world` processes."""
         return self.device_batch or max(1, self.batch_size // world)
@@ -230,7 +238,7 @@ def table(owner: type) -> Iterable[str]:
     yield "| key | default | what it is |"
     yield "|---|---|---|"
     for name, each in settings_of(owner).items():
-        default = "" if each.default is MISSING else _shown(each.default)
+        default = "" if each.default is MISSING else each.default_text or _shown(each.default)
         choices = f" ({', '.join(each.choices)})" if each.choices else ""
         yield f"| `{name}` | {default} | {each.help}{choices} |"
 

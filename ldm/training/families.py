@@ -14,6 +14,11 @@ from ldm.models.diffusion.ddpm import (
 )
 from ldm.sampling.denoiser import Conditioning
 
+NEEDS_MASKS = (
+    "an inpainting model is trained with masks: set `masks: true` in data, which draws them, or use a source "
+    "that has some"
+)
+
 
 def has_channels(model: LatentDiffusion) -> bool:
     """Whether the model's UNet has further input channels, which `concat_channels` makes."""
@@ -38,10 +43,7 @@ def concat_channels(
     match model:
         case LatentInpaintDiffusion():
             if "mask" not in maps:
-                raise InputError(
-                    "an inpainting model is trained with masks: set `masks: true` in data, which draws them, "
-                    "or use a source that has some"
-                )
+                raise InputError(NEEDS_MASKS)
             noise = normal(model.channels, *size).to(x.device)
             return model.concat_channels(maps["mask"].to(x), x, noise)
         case LatentDepth2ImageDiffusion():

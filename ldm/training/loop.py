@@ -81,6 +81,7 @@ class Run:
     def __init__(self, task: Task, folder: Path, fabric: Fabric):
         self.task, self.folder, self.fabric, self.config = task, folder, fabric, task.config
         self.leads = fabric.is_global_zero
+        self.precision = task.config.precision_on(fabric.device.type)
         folder.mkdir(parents=True, exist_ok=True)
         cache = Path(task.data.cache) if task.data.cache else folder
         source, validation = task.sources(cache)
@@ -184,7 +185,8 @@ class Run:
             batch = self._on_device(next(batches))
             waited += time.perf_counter() - start
             with fabric.no_backward_sync(self.module, enabled=k < passes - 1):
-                loss = self.module.training_step(batch)
+                with fabric.autocast():  # with one process Fabric's own wrapper does not turn it on
+                    loss = self.module.training_step(batch)
                 fabric.backward(loss / passes)
             total = total + loss.detach() / passes
         if self.config.gradient_clip:
@@ -202,7 +204,7 @@ class Run:
     def _watch(self, step: int, loss: Tensor) -> None:
         """Keep the first step whose loss or gradient is no number, on the device, so that nothing waits."""
         finite = loss.isfinite()
-        if self.config.precision != "fp16":  # whose loss scaling leaves out steps with such a gradient
+        if self.precision != "fp16":  # whose loss scaling leaves out steps with such a gradient
             if self.config.gradient_clip:
                 norm = self.gradient_norm
             else:
@@ -254,7 +256,8 @@ class Run:
             with weights:
                 total = torch.zeros(2, device=self.fabric.device)
                 for batch in map(self._on_device, self.validation):
-                    losses, weight = self.module.validation_losses(batch), batch["weight"]
+                    with self.fabric.autocast():
+                        losses, weight = self.module.validation_losses(batch), batch["weight"]
                     total += torch.stack([(losses * weight).sum(), weight.sum()])
             loss, count = self.fabric.all_reduce(total, reduce_op="sum").tolist()
             figures[name] = loss / count
@@ -266,7 +269,7 @@ class Run:
         for name, weights in self._both(
             f"step-{step:06}{'-raw' if self.averages else ''}", f"step-{step:06}"
         ):
-            with weights:
+            with weights, self.fabric.autocast():
                 grid = self.module.sample_grid(batch)
             with led(self.fabric):
                 if self.leads:
@@ -342,7 +345,7 @@ class Run:
         """What decides the curve besides `identity`, in plain values."""
         model = dict(_leaves("model", self.task.section))
         data = {f"data.{name}": str(value) for name, value in vars(self.task.data).items()}
-        values = dataclasses.asdict(self.config)
+        values = dataclasses.asdict(self.config) | {"precision": self.precision}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return model | data | plain
 
@@ -384,7 +387,8 @@ class Run:
             self.averages.take(found["updates"])
         self.checkpoints.load_weights(state)
         self.checkpoints.load_optimizer_state(found["optimizer_states"][0])
-        self.fabric._precision.load_state_dict(found["precision"])
+        if found["precision"]:  # the loss scaling of fp16, of which other precisions have none
+            self.fabric._precision.load_state_dict(found["precision"])
 
     def _export(self) -> list[Path]:
         """The files that the task leaves, from averaged weights where there are any."""

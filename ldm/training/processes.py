@@ -2,9 +2,9 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,9 +18,6 @@ from ldm.log import LOG
 from ldm.runs.processes import find_place, has_own_device, in_srun, in_torchrun, set_srun_variables
 from ldm.training.config import TrainingConfig
 
-# How long the others wait for the first one, which makes DreamBooth's class images, samples and checkpoints.
-# By itself torch waits half an hour or less. A process that ends is noticed by its launcher.
-PATIENCE = timedelta(hours=12)
 PRECISIONS = {"full": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -34,6 +31,10 @@ class Autocast(MixedPrecision):
         dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16
         return torch.autocast(self.device, dtype, cache_enabled=False)
 
+    def convert_input(self, data: Any) -> Any:
+        """A batch stays as it is: several processes would round its images and latents to 16 bits."""
+        return data
+
 
 def start_processes(config: TrainingConfig) -> Fabric:
     """All processes of a training, connected. Each goes on from here with its own device.
@@ -45,8 +46,9 @@ def start_processes(config: TrainingConfig) -> Fabric:
     config.accumulation(place.devices, place.nodes)
     for name in ("lightning_fabric", "lightning.fabric", "pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if on_cpu and config.precision == "fp16":
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    on_cpu, wanted = device == "cpu", config.precision_on(device)
+    if on_cpu and wanted == "fp16":
         raise InputError("training: precision: fp16 needs a GPU; choose bf16 or full")
     if on_cpu and config.strategy == "fsdp":
         raise InputError("training: strategy: fsdp needs GPUs; choose ddp")
@@ -57,11 +59,10 @@ def start_processes(config: TrainingConfig) -> Fabric:
         set_srun_variables()
         if has_own_device("cuda" if torch.cuda.is_available() else "cpu", devices):
             devices, os.environ["LOCAL_RANK"] = 1, "0"
-    precision = PRECISIONS[config.precision]
+    precision = PRECISIONS[wanted]
     # It is given, not detected: Lightning would warn whoever has an `srun` command, and does not use it.
     plugins: list[Any] = [LightningEnvironment()]
-    if config.precision != "full" and config.strategy != "fsdp":  # which has a precision of its own
-        device = "cpu" if on_cpu else "cuda" if torch.cuda.is_available() else "mps"
+    if wanted != "full" and config.strategy != "fsdp":  # which has a precision of its own
         plugins.append(Autocast(precision, device))
         precision = None
     fabric = Fabric(
@@ -106,10 +107,31 @@ def led(fabric: Fabric) -> Iterator[None]:
     try:
         yield
     except Exception:
+        _wait_for_leader(fabric)
         fabric.broadcast(False)
         raise
+    _wait_for_leader(fabric)
     if not fabric.broadcast(True):
         raise SystemExit(1)
+
+
+def _wait_for_leader(fabric: Fabric) -> None:
+    """Return once the leader has called this as often as this process, and so has done its work.
+
+    In a collective torch lets the others wait half an hour or less, and class images may take longer. Here
+    they ask the store by which the processes found each other. It lives in the leader or in its launcher, so
+    that the waiting ends with an error where these end.
+    """
+    if fabric.world_size == 1:
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()
+    turn = store.add(f"led by {fabric.global_rank}", 1)
+    if fabric.global_rank == 0:
+        store.set(f"led {turn}", "")
+    pause = 0.001
+    while not store.check([f"led {turn}"]):
+        time.sleep(pause)  # a call that waits would keep the process's other threads from the store
+        pause = min(2 * pause, 1.0)
 
 
 def strategy_of(name: str, fsdp: type[FSDPStrategy] = FSDPStrategy) -> Strategy:
@@ -120,7 +142,7 @@ def strategy_of(name: str, fsdp: type[FSDPStrategy] = FSDPStrategy) -> Strategy:
     which they are used, and the noise schedule is not rounded.
     """
     if name == "ddp":
-        return DDPStrategy(gradient_as_bucket_view=True, timeout=PATIENCE)
+        return DDPStrategy(gradient_as_bucket_view=True)
     from torch.distributed.fsdp import MixedPrecision
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -133,5 +155,4 @@ def strategy_of(name: str, fsdp: type[FSDPStrategy] = FSDPStrategy) -> Strategy:
         mixed_precision=MixedPrecision(),
         use_orig_params=True,
         state_dict_type="full",
-        timeout=PATIENCE,
     )

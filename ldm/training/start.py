@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import InputError
+from ldm.fields import settings_of
 from ldm.log import notice
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import (
@@ -25,8 +26,11 @@ from ldm.training.tasks import DepthTask, FirstStageTask, LatentDiffusionTask, T
 from ldm.util import get_obj_from_str, instantiate_from_config
 from ldm.weights.checkpoint import load_weights, pick_weights, read_state_dict
 from ldm.weights.files import exists
-from ldm.weights.loading import find, model_without_values, set_prediction
+from ldm.weights.loading import default_weights, find, model_without_values, set_prediction
 
+# Keys that say how a diffusion model is trained, and no autoencoder or depth estimator.
+OF_DIFFUSION = ("compile", "checkpointing", "prompt_dropout", "min_snr_gamma", "noise_offset")
+OF_DIFFUSION += ("zero_terminal_snr",)
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 State = Mapping[str, Tensor]
 
@@ -49,6 +53,8 @@ def new_task(
         return task
     if config.linear_start and owner is not AutoencoderKL:
         raise InputError(f"training: linear_start: a {owner.__name__} has no linear start")
+    if owner in (AutoencoderKL, MiDaSInference):
+        _notice_unused(config, owner)
     if owner is AutoencoderKL:
         model = instantiate_from_config(section, allow_target)
         if config.linear_start:
@@ -62,6 +68,14 @@ def new_task(
             _fill(model, read_weights(config, "init", "depth_model."), config.init)
         return DepthTask(model, config, data)
     raise InputError(f"the model is {owner.__name__}, which is not trained here")
+
+
+def _notice_unused(config: TrainingConfig, owner: type) -> None:
+    """A notice of the keys that are set and that only a diffusion model's training reads."""
+    settings = settings_of(TrainingConfig)
+    given = [name for name in OF_DIFFUSION if getattr(config, name) != settings[name].default]
+    if given:
+        notice(f"training: {', '.join(given)} without effect: a {owner.__name__} is no diffusion model")
 
 
 def start_latent_diffusion(
@@ -101,7 +115,7 @@ def _from_checkpoint(
     state = read_state_dict(path)
     averaged = any(name.startswith("model_ema.diffusion_model") for name in state)
     params = section.get("params") or {}
-    which = config.init_weights or ("ema" if params.get("use_ema", averaged) and averaged else "raw")
+    which = config.init_weights or (default_weights(section, state) if averaged else "raw")
     parts = [*state, *(["depth_model."] if config.depth_model else [])]
     model = model_without_values(dict(section), parts, allow_target)
     if config.depth_model and isinstance(model, LatentDepth2ImageDiffusion):

@@ -32,7 +32,7 @@ from ldm.training.families import concat_channels, conditions, has_channels
 from ldm.training.linear import keep_blind, start_from_small_image
 from ldm.training.objective import draw_timesteps, min_snr_weights
 from ldm.training.random import normal, uniform
-from ldm.weights.checkpoint import unused_weights
+from ldm.weights.checkpoint import PARTS, unused_weights
 from ldm.weights.header import let_go
 from ldm.weights.prediction import markers
 
@@ -67,6 +67,7 @@ class Task(pl.LightningModule):
         super().__init__()
         self.model, self.config, self.data = model, config, data
         self.figures: dict[str, Tensor] = {}
+        self._check_dropout()
         model.eval().requires_grad_(False)
         for weight in self.trained().values():
             mapped = weight.data  # perhaps from a file, whose pages need not be held beside the copy
@@ -77,6 +78,22 @@ class Task(pl.LightningModule):
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimiser is given, by its name in a checkpoint."""
         return dict(self.model.named_parameters())
+
+    def _check_dropout(self) -> None:
+        """InputError for a part that is trained and whose config asks for dropout, which is not applied here.
+
+        Its random numbers would be none of an example's own, so that a resumed run had another curve.
+        """
+        trained = {id(weight) for weight in self.trained().values()}
+        for name, part in self.model.named_children():
+            if trained.isdisjoint(map(id, part.parameters())):
+                continue
+            for layer in part.modules():
+                if isinstance(layer, nn.Dropout) and layer.p:
+                    raise InputError(
+                        f"model: the {PARTS.get(name, name)} has a dropout of {layer.p:g}, and is trained "
+                        "without any here: set it to 0"
+                    )
 
     def names(self) -> dict[str, str]:
         """The checkpoint's name of each weight that it has, by the weight's name in this module."""
@@ -147,9 +164,15 @@ class LatentDiffusionTask(Task):
     sampler = "dpmpp_2m"
 
     def __init__(self, model: LatentDiffusion, config: TrainingConfig, data: DataConfig | None = None):
-        last = max(*config.validation_timesteps, config.drill_timesteps[1] - 1 if config.drills else 0)
-        if last >= model.num_timesteps:
-            raise InputError(f"training: timestep {last} is not below {model.num_timesteps}")
+        last = {
+            "drill_timesteps": config.drill_timesteps[1] - 1 if config.drills else 0,
+            "validation_timesteps": max(config.validation_timesteps) if config.validation_every else 0,
+        }
+        for name, t in last.items():
+            if t >= model.num_timesteps:
+                raise InputError(
+                    f"training: {name}: {t} is none of the model's timesteps, 0 … {model.num_timesteps - 1}"
+                )
         if config.zero_terminal_snr:
             rescale_schedule(model)
         if data is not None:
@@ -188,10 +211,14 @@ class LatentDiffusionTask(Task):
 
     @torch.no_grad()
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, float32 [b, c, h/f, w/f], unscaled."""
+        """Mean and standard deviation of the latents, float32 [b, c, h/f, w/f], unscaled.
+
+        Computed in float32, as those that are kept in files: bf16 would be off by more than the deviation.
+        """
         if "mean" in batch:
             return batch["mean"].float(), batch["std"].float()
-        posterior = self.model.encode_first_stage(batch["image"])
+        with torch.autocast(self.device.type, enabled=False):
+            posterior = self.model.encode_first_stage(batch["image"])
         return posterior.mean.float(), posterior.std.float()
 
     def latents(self, batch: Batch) -> Tensor:
@@ -206,10 +233,15 @@ class LatentDiffusionTask(Task):
             noise = noise + self.config.noise_offset * self.normal(batch, (shape[0], 1, 1), "offset")
         return noise
 
+    def whole_captions(self, batch: Batch) -> list[str]:
+        """The examples' captions, none of them dropped, as validation and samples have them."""
+        return list(batch["caption"])
+
     def captions(self, batch: Batch) -> list[str]:
         """The examples' captions, some of them replaced by the empty one."""
         dropped = (self.uniform(batch, "caption") < self.config.prompt_dropout).tolist()
-        return ["" if drop else text for drop, text in zip(dropped, batch["caption"], strict=True)]
+        texts = self.whole_captions(batch)
+        return ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
 
     def embed(self, captions: list[str]) -> Tensor:
         """Text embeddings [b, n, d], with gradients where the text encoder is trained."""
@@ -219,15 +251,19 @@ class LatentDiffusionTask(Task):
 
     @torch.no_grad()
     def concat(self, batch: Batch) -> Tensor | None:
-        """The UNet's further input channels [b, c, h/f, w/f], without noise; None if it has none."""
+        """The UNet's further input channels [b, c, h/f, w/f], without noise; None if it has none.
+
+        Computed in float32, as those that are kept in files.
+        """
         if "concat" in batch:
             return batch["concat"].float()
         if not has_channels(self.model):
             return None
         size = self.latent_shape(batch)[1:]
-        return concat_channels(
-            self.model, batch["image"], batch, size, lambda *shape: self.normal(batch, shape, "concat")
-        )
+        with torch.autocast(self.device.type, enabled=False):
+            return concat_channels(
+                self.model, batch["image"], batch, size, lambda *shape: self.normal(batch, shape, "concat")
+            )
 
     def latent_shape(self, batch: Batch) -> tuple[int, int, int]:
         if "mean" in batch:
@@ -267,7 +303,7 @@ class LatentDiffusionTask(Task):
         x0 = self.model.scale_factor * self.posterior(batch)[0]
         noise = self.normal(batch, x0.shape[1:], "noise")
         with self.attention(x0):
-            cond = self.conditioning(batch, self.embed(batch["caption"]))
+            cond = self.conditioning(batch, self.embed(self.whole_captions(batch)))
             times = (torch.full((len(x0),), t, device=x0.device) for t in self.config.validation_timesteps)
             return torch.stack([self.model.p_losses(x0, cond, t, noise) for t in times]).mean(dim=0)
 
@@ -280,7 +316,7 @@ class LatentDiffusionTask(Task):
     @torch.no_grad()
     def sample_grid(self, batch: Batch) -> np.ndarray:
         """Samples of the prompts, 8 in a row; masks and the like are those of the batch's examples."""
-        prompts = list(self.config.sample_prompts or batch["caption"])
+        prompts = list(self.config.sample_prompts or self.whole_captions(batch))
         further = self.concat(batch)
         if further is not None:
             batch = first(batch, len(prompts))

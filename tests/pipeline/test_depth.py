@@ -268,3 +268,15 @@ def test_ten_steps_are_diffusers(
         output_type="pt",
     ).images
     torch.testing.assert_close(((decoded[0] + 1) / 2).clamp(0, 1), expected, atol=1e-3, rtol=0)
+
+
+def test_a_map_is_fitted_for_each_init_image(caplog: pytest.LogCaptureFixture) -> None:
+    """The one that had been fitted for an image of the map's own size was taken for the others, too."""
+    common = {"depth": ramp(60, 120), "height": 64, "width": 64, "resize": "crop"}
+    own, other = (one(init_img=photo(*size), **common) for size in ((60, 120), (80, 80)))
+    kept = maps()
+    cropped = kept.given(own)
+    assert not caplog.records
+    assert np.array_equal(kept.given(other), maps().given(other))
+    assert not np.array_equal(kept.given(other), cropped)
+    assert np.array_equal(kept.given(own), cropped)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import tiny_siblings
 import torch
 from commands import lines, script
@@ -17,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from tiny import write_config
 
 from ldm.cli import entry
+from ldm.errors import InputError
 from ldm.modules.encoders import modules as encoders
 from ldm.training.finetune.methods import METHODS, Control
-from ldm.training.finetune.setup import prepare
+from ldm.training.finetune.setup import new_task, prepare
 from ldm.weights.checkpoint import read_state_dict
 
 Finetune = Callable[..., SimpleNamespace]
@@ -250,6 +252,8 @@ def test_images_without_captions_need_a_prompt(finetune: Finetune, folder: Path)
         ((*LORA, "--alpha", "-1"), ("--alpha", "-1")),
         ((*LORA, "--layers", "atn2.to_k"), ("atn2.to_k", "matches none", "to_k")),
         ((*LORA, "--layers", "("), ("--layers", "regular expression")),
+        ((*LORA, "--text_encoder", "--layers", "attn2.to_k"), ("--text_encoder", "attn2.to_k", "such as")),
+        ((*LORA, "training.zero_terminal_snr=true"), ("zero_terminal_snr", "--method lora", "--method full")),
         ((*LORA, "--layout", "peft"), ("--layout", "kohya", "diffusers")),
         ((*LORA, "model.x=3"), ("model.x=3", "training.")),
         ((*LORA, "training.warmpu=3"), ("warmpu", "warmup")),
@@ -319,7 +323,11 @@ def test_mistakes_about_a_new_word(finetune: Finetune, folder: Path) -> None:
     refused(finetune(*inversion), "--init_word is missing")
     refused(finetune(*inversion, "--init_word", "photorealistically"), "is 3 tokens ('photo', ")
     refused(finetune(*inversion, "--init_word", "cube"), "'a zqx cube on the left' does not name <dice>")
+    dropped = finetune(*inversion, "--init_word", "cube", "training.prompt_dropout=0.5")
+    refused(dropped, "prompt_dropout 0.5")
     (folder / "0.txt").unlink()
+    many = finetune(*inversion, "--init_word", "cube", "--vectors", 75)
+    refused(many, "'a photo of a <dice>' has no room for <dice>", "--vectors 75")
     known = ("--token", "dog", "--init_word", "cube")
     refused(finetune("--method", "textual_inversion", *known), "--token dog")
 
@@ -432,3 +440,58 @@ def test_a_condition_on_the_command_line_is_text(
     output, options = str(tmp_path / "net.safetensors"), Control(preprocess="canny")
     data = prepare(METHODS["controlnet"], options, str(folder), output, **words).data
     assert (data.filters, data.flip) == ({"width": ">= 5"}, 0.5)
+
+
+def test_zero_terminal_snr_of_a_model_that_has_it(
+    model: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    """A LoRA of any other v-model was trained on a schedule that neither it nor its model knew."""
+    config = write_config(tmp_path / "v.yaml", {"parameterization": "v"})
+    given, state = {"steps": 1, "zero_terminal_snr": True}, read_state_dict(model[1])
+    markers = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    for name, marked in (("plain", {}), ("marked", markers)):
+        weights = tmp_path / f"{name}.safetensors"
+        save_file({**state, **marked}, weights)
+        words = {"config": str(config), "ckpt": str(weights), "prompt": "a zqx", "given": given}
+        for method in ("lora", "dreambooth"):
+            options = METHODS[method].options()
+            output = str(tmp_path / f"{name}-{method}" / "zqx.safetensors")
+            if name == "marked" or method == "dreambooth":
+                assert prepare(
+                    METHODS[method], options, str(folder), output, **words
+                ).config.zero_terminal_snr
+                continue
+            with pytest.raises(InputError, match="is not marked as trained with it, and --method lora"):
+                prepare(METHODS[method], options, str(folder), output, **words)
+
+
+def test_an_inpainting_model_needs_masks_before_it_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was refused after gigabytes had been read."""
+    changes = {"conditioning_key": "hybrid", "unet_config.params.in_channels": 9}
+    target = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
+    section = tiny.model_section(changes) | {"target": target}
+    config, weights = map(str, tiny_siblings.write_model(tmp_path, "inpainting", section))
+    monkeypatch.setattr("ldm.weights.loading.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    output = tmp_path / "out" / "zqx.safetensors"
+    result = run((Path(config), Path(weights)), folder, output, *LORA)
+    refused(result, "an inpainting model is trained with masks: set `masks: true` in data")
+    words = {"config": config, "ckpt": weights, "prompt": "a zqx", "given": {"steps": 1}}
+    method = METHODS["lora"]
+    prepare(method, method.options(), str(folder), str(output), **words, overrides=["data.masks=true"])
+
+
+def test_defaults_of_a_distillation(model: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
+    """For depth and x4 models it learned the scale of text to image; its loss was rounded to bf16's eps."""
+    method = METHODS["distillation"]
+    depth = tiny_siblings.write_model(tmp_path, "depth", tiny_siblings.depth_section(estimator=False))
+    for (config, weights), scale in ((model, 7.5), (depth, 9.0)):
+        words = {"config": str(config), "ckpt": str(weights), "prompt": "a", "given": {"steps": 1}}
+        output, options = str(tmp_path / f"{scale}.safetensors"), method.options(rank=1)
+        setup = prepare(method, options, str(folder), output, **words)
+        assert new_task(method, setup, options).scale == scale
+        assert setup.config.precision_on("cuda") == "full"
+        words["given"]["precision"] = "bf16"
+        setup = prepare(method, options, str(folder), output, **words)
+        assert setup.config.precision_on("cuda") == "bf16"

@@ -179,3 +179,13 @@ def test_a_resumed_optimiser_has_the_options_of_now() -> None:
     assert (group["weight_decay"], tuple(group["betas"]), group["fused"]) == (0.5, (0.5, 0.9), None)
     for weight in module.parameters():
         assert torch.equal(now.state[weight]["exp_avg"], before.state[weight]["exp_avg"])
+
+
+def test_an_option_is_compared_by_those_that_wrote_it_into_the_identity() -> None:
+    """A LoRA for few steps could not go on: it "has another sampler: tcd, not none"."""
+    now = FACTS["identity"] | {"sampler": "tcd"}
+    for earlier in (now, FACTS["identity"]):  # some versions kept it among the options alone
+        check_resumed(Path("a"), FACTS | {"state_dict": STATE, "identity": earlier}, now, SHAPES, {"seed": 0})
+    other = FACTS | {"state_dict": STATE, "identity": now | {"sampler": "lcm"}}
+    with pytest.raises(InputError, match="has another sampler: lcm, not tcd"):
+        check_resumed(Path("a"), other, now, SHAPES, {})

@@ -1,5 +1,6 @@
 """The `training:` section: the values that it accepts, and the error for every other one."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,11 @@ def test_a_drill_of_no_example() -> None:
         training_config(TRAINING | drill)
     assert training_config(TRAINING | drill | {"drill_share": 0.0}).drilled == 0
     assert training_config(TRAINING | drill | {"drill_share": 0.5}).drilled == 1
+
+
+def test_the_default_of_the_precision_depends_on_the_device() -> None:
+    """It was bf16 everywhere, in which a CPU without instructions for it is slow."""
+    plain = training_config({"steps": 1, "batch_size": 2, "learning_rate": 1e-3})
+    assert [plain.precision_on(device) for device in ("cuda", "cpu")] == ["bf16", "full"]
+    given = dataclasses.replace(plain, precision="fp16")
+    assert [given.precision_on(device) for device in ("cuda", "cpu")] == ["fp16", "fp16"]

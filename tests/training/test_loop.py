@@ -1,6 +1,7 @@
 """Runs: what they leave, and that neither a stop nor the number of devices changes the curve."""
 
 import csv
+import dataclasses
 import functools
 import os
 import signal
@@ -8,19 +9,39 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commands import SCRIPTS, script
 from diffusers_pipelines import tiny_config, tiny_pipeline
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.plugins.precision import Precision
 from safetensors.torch import load_file
-from tiny_training import DEPTH, ESTIMATOR, INPAINTING, TRAINING, run_train, scenes, second_stage, write_yaml
+from tiny_training import (
+    DEPTH,
+    ESTIMATOR,
+    FIRST_STAGE,
+    INPAINTING,
+    TRAINING,
+    run_train,
+    scenes,
+    second_stage,
+    write_yaml,
+)
 
 from ldm.cli import entry
 from ldm.modules.encoders import modules as encoders
 from ldm.training.averages import Averages
+from ldm.training.config import training_config
+from ldm.training.data.config import data_config
+from ldm.training.loop import train
 from ldm.training.objective import learning_rate
+from ldm.training.processes import Autocast
 from ldm.training.sections import read_sections
+from ldm.training.start import new_task
+from ldm.training.tasks import FirstStageTask
 from ldm.weights.loading import load_model, read_config
 
 DATA = scenes(16) | {"latents": True}
@@ -284,3 +305,48 @@ def test_precision_compile_and_checkpointing_run(first_stage: Path, tmp_path: Pa
     assert run_train(*arguments, "--name", "half", "training.precision=bf16") == 0
     assert column(tmp_path / "half") == pytest.approx(column(whole), rel=0.05)
     assert TRAINING["precision"] == "full"
+
+
+@pytest.mark.parametrize("precision", ["bf16", None])
+def test_the_precision_is_that_of_the_computation(
+    precision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a single device everything was computed in float32, whatever `precision` said."""
+    seen: dict[str, set[bool]] = {}
+    for name in ("training_step", "validation_losses", "sample_grid"):
+        plain = getattr(FirstStageTask, name)
+
+        def observed(self: FirstStageTask, *given: Any, name: str = name, plain: Any = plain) -> Any:
+            seen.setdefault(name, set()).add(torch.is_autocast_enabled(self.device.type))
+            assert not (torch.is_autocast_enabled(self.device.type) and torch.is_autocast_cache_enabled())
+            return plain(self, *given)
+
+        monkeypatch.setattr(FirstStageTask, name, observed)
+    settings = {"steps": 1, "validation_every": 1, "validation_count": 2, "sample_every": 1}
+    data = scenes(8) | {"validation_share": 0.3}
+    arguments = write_yaml(tmp_path / "a.yaml", FIRST_STAGE, data, precision=precision, **settings)
+    assert run_train(*arguments) == 0
+    is_lower = precision == "bf16" or torch.cuda.is_available()
+    assert seen == {name: {is_lower} for name in ("training_step", "validation_losses", "sample_grid")}
+    settings = torch.load(tmp_path / "a" / "last.ckpt", weights_only=True)["settings"]
+    assert settings["precision"] == ("bf16" if is_lower else "full")
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Earlier versions recorded bf16 on a CPU, where the same command now computes in full precision."""
+    settings = {"steps": 2, "precision": "bf16"}
+    arguments = write_yaml(tmp_path / "a.yaml", FIRST_STAGE, scenes(8), **settings)
+    assert run_train(*arguments, "--stop_at", "1") == 0
+    assert run_train(*arguments, "training.precision=full") == 0
+    assert "the run goes on with precision bf16 -> full" in capsys.readouterr().err
+
+
+def test_a_run_in_another_precision_goes_on_in_fp16(tmp_path: Path) -> None:
+    """It ended in a RuntimeError: the state of the loss scaling was empty."""
+    config = training_config(TRAINING | {"steps": 1})
+    for precision, plugin in (("full", Precision()), ("fp16", Autocast("16-mixed", "cpu"))):
+        fabric = Fabric(accelerator="cpu", devices=1, plugins=[LightningEnvironment(), plugin])
+        config = dataclasses.replace(config, precision=precision)
+        task = new_task(FIRST_STAGE, config, data_config(scenes(8)))
+        (path,) = train(task, tmp_path, fabric=fabric)
+    assert path.exists()

@@ -258,8 +258,11 @@ def test_a_subclass_that_trains_other_weights() -> None:
         ({"linear_start": True}, "training: linear_start: a LatentDiffusion is given no small image"),
         ({"depth_model": "x"}, "training: depth_model: a LatentDiffusion has no depth estimator"),
         ({"text_encoder": "absent.st"}, "training: text_encoder: there is no file "),
-        ({"drill_timesteps": [0, 1001]}, "training: timestep 1000 is not below 1000"),
-        ({"validation_timesteps": [5, 1000]}, "training: timestep 1000 is not below 1000"),
+        ({"drill_timesteps": [0, 1001]}, "training: drill_timesteps: 1000 is none of the model's timesteps"),
+        (
+            {"validation_timesteps": [5, 1000], "validation_every": 1},
+            "training: validation_timesteps: 1000 is none of the model's timesteps, 0 … 999",
+        ),
     ],
 )
 def test_a_second_stage_that_cannot_start(changes: dict, why: str, text_model: Path) -> None:
@@ -517,3 +520,51 @@ def test_the_file_of_a_model_is_not_held_beside_what_is_trained(tmp_path: Path) 
     assert before > 8_000
     assert resident() < 1_000
     assert (layer.weight == 1).all()
+
+
+@pytest.mark.parametrize("config", [INPAINTING, DEPTH], ids=["inpainting", "depth"])
+@torch.no_grad()
+def test_images_are_encoded_in_single_precision(config: dict) -> None:
+    """In bf16 they were off by more than the posterior's standard deviation, unlike cached latents."""
+    task, batch = task_of(config), images(mask=(torch.rand(2, 1, 32, 32) > 0.5).float())
+    mean, std = task.posterior(batch)
+    concat = task.concat(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = task.model.encode_first_stage(batch["image"]).mean
+        again, further = task.posterior(batch), task.concat(batch)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(again[0], mean)
+    assert torch.equal(again[1], std)
+    assert torch.equal(further, concat)
+
+
+def test_a_model_of_fewer_timesteps_is_trained() -> None:
+    """Without validation it was refused for the default of validation_timesteps, which were not named."""
+    few = {**SECOND_STAGE, "params": {**SECOND_STAGE["params"], "timesteps": 100}}
+    assert task_of(few).losses(batch_of()).isfinite().all()
+    with pytest.raises(InputError, match=r"training: validation_timesteps: 900 is none of the .* 0 … 99"):
+        task_of(few, validation_every=1)
+
+
+def test_dropout_of_a_part_that_is_trained_is_refused() -> None:
+    """It was accepted, and never applied."""
+    params = SECOND_STAGE["params"]
+    unet = {**params["unet_config"], "params": {**params["unet_config"]["params"], "dropout": 0.1}}
+    with pytest.raises(InputError, match=r"model: the UNet has a dropout of 0\.1, and is trained without"):
+        task_of({**SECOND_STAGE, "params": {**params, "unet_config": unet}})
+    ddconfig = {**FIRST_STAGE["params"]["ddconfig"], "dropout": 0.25}
+    first = {**FIRST_STAGE, "params": {**FIRST_STAGE["params"], "ddconfig": ddconfig}}
+    with pytest.raises(InputError, match=r"model: the encoder has a dropout of 0\.25"):
+        FirstStageTask(instantiate_from_config(first), training_config(TRAINING))
+    task_of({**SECOND_STAGE, "params": {**params, "first_stage_config": first}})  # which is not trained
+
+
+@pytest.mark.parametrize("config", [FIRST_STAGE, ESTIMATOR], ids=["first stage", "depth estimator"])
+def test_keys_that_other_models_have_are_named(config: dict, caplog: pytest.LogCaptureFixture) -> None:
+    """They were ignored without a word."""
+    new_task(config, training_config(TRAINING), None)
+    assert not caplog.records
+    new_task(config, training_config(TRAINING | {"compile": True, "min_snr_gamma": 5.0}), None)
+    (line,) = [record.message for record in caplog.records]
+    name = config["target"].rpartition(".")[2]
+    assert line == f"training: compile, min_snr_gamma without effect: a {name} is no diffusion model"

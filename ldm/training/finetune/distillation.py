@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.pipeline.pipeline import SCALE
+from ldm.pipeline.pipeline import SCALE, TASK_SCALE
 from ldm.sampling.denoiser import Conditioning
 from ldm.sampling.schedule import LCM_LEVELS, lcm_timesteps
 from ldm.training.finetune import lora
@@ -23,6 +23,7 @@ from ldm.training.finetune.lora import LoraTask
 from ldm.training.finetune.methods import Distillation, Sampling, Setup
 from ldm.training.objective import draw_timesteps
 from ldm.training.tasks import Batch
+from ldm.weights.description import describe
 from ldm.weights.loading import advised_scale
 
 HUBER = 1e-3  # c of the loss sqrt(d^2 + c^2) - c of a difference d (pseudo-Huber)
@@ -63,7 +64,7 @@ class DistillationTask(LoraTask):
         self.register_buffer("spread", (1 - alphas).sqrt().float(), persistent=False)
 
     def identity(self) -> dict[str, str]:
-        return super().identity() | {"scale": f"{self.scale:g}"}
+        return super().identity() | {"sampler": self.sampler, "scale": f"{self.scale:g}"}
 
     def losses(self, batch: Batch) -> Tensor:
         t = draw_timesteps(self.config, batch["step"], batch["row"].cpu(), self.model.num_timesteps)
@@ -72,9 +73,9 @@ class DistillationTask(LoraTask):
     @torch.no_grad()
     def validation_losses(self, batch: Batch) -> Tensor:
         """The mean over fixed timesteps, with captions; "tcd" goes half of the way down to the image."""
-        half = torch.full((len(batch["row"]),), 0.5)
+        half, captions = torch.full((len(batch["row"]),), 0.5), self.whole_captions(batch)
         times = (torch.full((len(half),), t) for t in self.config.validation_timesteps)
-        return torch.stack([self.losses_at(batch, t, half, batch["caption"]) for t in times]).mean(dim=0)
+        return torch.stack([self.losses_at(batch, t, half, captions) for t in times]).mean(dim=0)
 
     def losses_at(self, batch: Batch, t: Tensor, share: Tensor, captions: list[str]) -> Tensor:
         """The loss of each example, [b], at the levels near timesteps t [b]; see `levels` for `share` [b]."""
@@ -85,12 +86,8 @@ class DistillationTask(LoraTask):
         x = self.model.q_sample(x0, level, self.noise(batch, x0.shape[1:]))
         with self.attention(x0):
             cond = self.conditioning(batch, self.embed(captions))
-            uncond = self.conditioning(batch, self.embed([""]).expand(len(x), -1, -1))
             with torch.no_grad():
-                with self.model.lora.left_out():
-                    plain = self.predict(x, level, uncond)
-                    guided = plain + self.scale * (self.predict(x, level, cond) - plain)
-                x_below = self.move(x, guided, level, below)
+                x_below = self.move(x, self.teach(x, level, cond, batch), level, below)
                 asked = below.clamp(min=0)
                 target = self.move(x_below, self.predict(x_below, asked, cond), asked, end)
                 # Below the lowest level are images, which are their own end. LCM's weights c_skip and c_out
@@ -98,6 +95,16 @@ class DistillationTask(LoraTask):
                 target = torch.where((below > NO_NOISE)[:, None, None, None], target, x_below)
             found = self.move(x, self.predict(x, level, cond), level, end)
         return (((found - target).square() + HUBER**2).sqrt() - HUBER).mean((1, 2, 3))
+
+    def teach(self, x: Tensor, t: Tensor, cond: Conditioning, batch: Batch) -> Tensor:
+        """The guided images x0 [b, c, h, w] that the model sees without the LoRA."""
+        with self.model.lora.left_out():
+            if self.scale == 1:
+                return self.predict(x, t, cond)
+            # Copies, as torch.compile would compile the UNet once more for the strides of a view of one row.
+            empty = self.embed([""]).repeat(len(x), 1, 1)
+            plain = self.predict(x, t, self.conditioning(batch, empty))
+            return plain if self.scale == 0 else plain + self.scale * (self.predict(x, t, cond) - plain)
 
     def levels(self, t: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Timesteps int64 [b]: the level that is taught next to t [b], the one below it, and the end.
@@ -135,7 +142,9 @@ def check(setup: Setup, options: Distillation) -> None:
 
 
 def new_task(model: LatentDiffusion, setup: Setup, options: Distillation) -> DistillationTask:
-    scale = advised_scale(setup.files.config, SCALE) if options.scale is None else options.scale
+    scale = options.scale
+    if scale is None:  # that of the command that the model is for
+        scale = advised_scale(setup.files.config, TASK_SCALE.get(describe(setup.section).task, SCALE))
     return DistillationTask(
         model, setup.config, setup.data, sampler=options.sampler, scale=scale, **lora.lora_options(options)
     )

@@ -114,17 +114,39 @@ def check_captions(word: str, captions: Iterable[str]) -> None:
             )
 
 
+def check_room(encoder: nn.Module, word: str, count: int, captions: Iterable[str]) -> None:
+    """InputError for a caption with no room for the word's `count` vectors, to which it teaches nothing."""
+    with torch.device("meta"):
+        new = NewWord(word, torch.zeros(count, 1))
+    reader = WordReader(encoder, new)
+    for caption in captions:
+        if caption.strip() and not reader.layout(caption, Reading()).vectors:
+            room = encoder.max_length - 2
+            raise InputError(
+                f"the caption {caption!r} has no room for {word} among the {room} tokens that the model "
+                f"reads, {count} of them with --vectors {count}: name it earlier, or give fewer vectors"
+            )
+
+
 def check(setup: Setup, options: Inversion) -> None:
-    """InputError for words that cannot be, and captions without the new one."""
+    """InputError for words that cannot be, and captions without the new one, or with it behind the end."""
     for name in ("token", "init_word"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing: give {EXAMPLE}")
     if setup.config.strategy == "fsdp":
         raise InputError("training: strategy fsdp: a word's vectors are too small to be shared; take ddp")
+    if share := setup.config.prompt_dropout:
+        raise InputError(
+            f"training: prompt_dropout {share:g}: an empty caption teaches a new word nothing; leave it out"
+        )
     with torch.device("meta"):
         encoder = instantiate_from_config(setup.section["params"]["cond_stage_config"])
     check_words(encoder, options.token, options.init_word)
-    check_captions(options.token, readable_captions(setup))
+    captions = list(readable_captions(setup))
+    check_captions(options.token, captions)
+    if not all(caption.strip() for caption in captions):
+        captions += [template.format(options.token) for template in TEMPLATES]
+    check_room(encoder, options.token, options.vectors, captions)
 
 
 def train_source(
@@ -158,7 +180,11 @@ class InversionTask(LatentDiffusionTask):
         return {VECTORS: self.model.new_word.vectors}
 
     def captions(self, batch: Batch) -> list[str]:
-        """All of them, and templates in the place of empty ones, which would teach the word nothing."""
+        """All of them: the empty caption would teach the word nothing."""
+        return self.whole_captions(batch)
+
+    def whole_captions(self, batch: Batch) -> list[str]:
+        """The captions, and templates that name the word in the place of empty ones."""
         drawn = (self.uniform(batch, "template") * len(TEMPLATES)).long().tolist()
         word = self.model.new_word.word
         return [

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,14 @@ def layers_of_model(shapes: Mapping[str, Shape]) -> dict[str, Target]:
     return found
 
 
-def chosen_layers(shapes: Mapping[str, Shape], layers: str, text_encoder: bool) -> dict[str, Target]:
+def chosen_layers(
+    shapes: Mapping[str, Shape], layers: str, text_encoder: bool, unused: Collection[str] = ()
+) -> dict[str, Target]:
     """Those layers that `layers`, a name of LAYERS or a regular expression, is found in.
 
-    The text encoder's are among them only if asked for. InputError for an expression that is none, and for
-    one that is found in no layer.
+    The text encoder's are among them only if asked for, and those of the `unused` weights, which the model
+    never reads, never. InputError for an expression that is none, for one that is found in no layer, and for
+    one that is found in none of the text encoder's though they are asked for.
     """
     try:
         pattern = re.compile(LAYERS.get(layers, layers))
@@ -83,7 +86,7 @@ def chosen_layers(shapes: Mapping[str, Shape], layers: str, text_encoder: bool) 
     known = {
         name: target
         for name, target in layers_of_model(shapes).items()
-        if text_encoder or name.startswith("unet.")
+        if (text_encoder or name.startswith("unet.")) and target.name not in unused
     }
     found = {name: target for name, target in known.items() if pattern.search(name)}
     if not found:
@@ -92,6 +95,13 @@ def chosen_layers(shapes: Mapping[str, Shape], layers: str, text_encoder: bool) 
         raise InputError(
             f"--layers {layers!r} matches none of the model's {len(known)} layers; the nearest names are "
             f"{', '.join(near)}"
+        )
+    if text_encoder and all(name.startswith("unet.") for name in found):
+        own = [name for name in known if not name.startswith("unet.")]
+        what = f"such as {own[0]}" if own else "which has none for a LoRA"
+        raise InputError(
+            f"--text_encoder: --layers {layers!r} matches no layer of the text encoder, {what}: leave "
+            "--text_encoder out, or choose other layers"
         )
     return found
 
@@ -267,9 +277,8 @@ class LoraTask(LatentDiffusionTask):
         if config.strategy == "fsdp":
             raise InputError("training: strategy: a LoRA is not sharded: leave fsdp out")
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-        chosen = chosen_layers(shapes, layers, text_encoder)
-        spare = unused_weights(model)  # their gradient would be missing
-        chosen = {name: target for name, target in chosen.items() if target.name not in spare}
+        unused = unused_weights(model)  # their gradient would be missing
+        chosen = chosen_layers(shapes, layers, text_encoder, unused)
         model.lora = Lora(model, chosen, rank, rank if alpha is None else alpha, config.seed)
         self.layout, self.trains_text = layout, text_encoder
         super().__init__(model, config, data)

@@ -26,7 +26,7 @@ from ldm.training.finetune.methods import (
     train_source,
 )
 from ldm.training.sections import read_overrides
-from ldm.weights.description import describe
+from ldm.weights.description import describe, prediction_of
 from ldm.weights.loading import choose_model, default_weights, read_config, read_section
 
 GRID = "before-after.png"
@@ -90,6 +90,8 @@ def prepare(
         setup = Setup(files, section, weights, training, data, path.with_suffix(""), path, prompt)
         if train is not None and data.train == train:
             _check_images(folder, prompt if method.prompt else prompt or "")
+        _check_masks(setup)
+        _check_schedule(method, setup, options)
         functions.check(setup, options)
         _check_resumed(method, setup, options)
     return setup
@@ -136,6 +138,39 @@ def _output(output: str) -> Iterator[Path]:
         raise
 
 
+def _check_masks(setup: Setup) -> None:
+    """InputError for images without masks where an inpainting model is trained."""
+    if describe(setup.section).task != "inpaint" or setup.data.masks:
+        return
+    import numpy as np
+
+    from ldm.training.data.sources import open_sources
+    from ldm.training.families import NEEDS_MASKS
+
+    source, _ = open_sources(setup.data, cache=setup.folder)
+    if np.any(getattr(source, "has_maps", {}).get("mask", False)):
+        return
+    example = next(readable_examples(setup), None)  # of a source that does not say which maps it has
+    if example is not None and "mask" not in example.maps:
+        raise InputError(NEEDS_MASKS)
+
+
+def _check_schedule(method: Method, setup: Setup, options: Any) -> None:
+    """InputError for another noise schedule than the model's where its weights stay as they are.
+
+    Teacher and student would run on one that neither knows, and no small file says on which it was trained.
+    """
+    name = _name(method)
+    whole = name == "full" or (name == "dreambooth" and not options.lora)
+    if not setup.config.zero_terminal_snr or whole:
+        return
+    if not prediction_of(setup.section, setup.files.weights, setup.files.undecided).zero_snr:
+        raise InputError(
+            f"training: zero_terminal_snr: {setup.files.weights} is not marked as trained with it, and "
+            f"--method {name} leaves its weights as they are: leave it out, or take --method full"
+        )
+
+
 def _check_resumed(method: Method, setup: Setup, options: Any) -> None:
     """InputError if the run that is to go on was another one."""
     from ldm.training.checkpoints import check_options, read_checkpoint
@@ -151,10 +186,14 @@ def recorded(method: Method, setup: Setup, options: Any) -> dict[str, Any]:
     from ldm.weights.hashes import file_hash
     from ldm.weights.header import read_header
 
-    (name,) = (name for name, each in METHODS.items() if each is method)
     weights = setup.weights or default_weights(setup.section, read_header(setup.files.weights).tensors)
     ckpt = file_hash(setup.files.weights)
-    return {"method": name, "ckpt": ckpt, "weights": weights, **dataclasses.asdict(options)}
+    return {"method": _name(method), "ckpt": ckpt, "weights": weights, **dataclasses.asdict(options)}
+
+
+def _name(method: Method) -> str:
+    (name,) = (name for name, each in METHODS.items() if each is method)
+    return name
 
 
 def _check_images(folder: str, prompt: str | None) -> None:

@@ -151,3 +151,30 @@ def test_a_model_of_too_few_timesteps_is_refused() -> None:
     model.betas = torch.zeros(40)
     with pytest.raises(InputError, match="this one has 40"):
         DistillationTask(model, config(), DATA)
+
+
+@pytest.mark.parametrize(("scale", "asked"), [(1.0, ["text"]), (0.0, ["empty"]), (4.0, ["empty", "text"])])
+def test_the_teacher_is_asked_only_what_is_used(scale: float, asked: list[str]) -> None:
+    """At the scales 1 and 0 it was asked with and without the text, and one of them was left out again."""
+    task, _ = task_of("v1", "tcd")
+    task.scale = scale
+    x, found, contexts = batch(), [], []
+    text, predict = task.embed(x["caption"]), task.predict
+
+    def observed(sample: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        contexts.append(cond)
+        part = next(iter(task.model.lora.parts.values()))
+        if not part.on:
+            found.append("text" if torch.allclose(cond, text, atol=1e-4) else "empty")
+        return predict(sample, t, cond)
+
+    task.predict = observed
+    task.losses(x)
+    assert found == asked
+    assert {cond.stride() for cond in contexts} == {text.stride()}, "torch.compile has one UNet for all"
+
+
+def test_the_sampler_is_part_of_what_has_to_agree_in_a_resumed_run() -> None:
+    """It was left out for a while, and checkpoints that have it could not go on."""
+    task, _ = task_of("v1", "lcm")
+    assert (task.identity()["sampler"], task.identity()["scale"]) == ("lcm", "4")

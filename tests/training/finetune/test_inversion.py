@@ -19,6 +19,7 @@ from ldm.training.finetune.inversion import (
     TEMPLATES,
     InversionTask,
     check_captions,
+    check_room,
     new_word,
     token_embedding,
     write_embedding,
@@ -206,3 +207,33 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         write_embedding(WORD, torch.zeros(1, 8), tmp_path / "file")
+
+
+def test_the_word_has_room_in_every_caption(models: dict[str, LatentDiffusion]) -> None:
+    """Behind the last token it taught nothing, or the step ended in a RuntimeError without a gradient."""
+    encoder = models["v1"].cond_stage_model
+    early, late = f"{WORD} " + "cube " * 80, "cube " * 73 + WORD
+    check_room(encoder, WORD, 1, [early, late, "", f"{WORD} {late} {WORD}"])
+    check_room(encoder, WORD, 2, [late])
+    with pytest.raises(InputError, match=r"no room for <dice> among the 75 tokens .* 3 of them with --vec"):
+        check_room(encoder, WORD, 3, [early, late])
+
+
+def test_validation_and_samples_name_the_word(
+    models: dict[str, LatentDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of images without captions they were those of the empty prompt, which the word changes nothing of."""
+    ours = copy.deepcopy(models["v1"])
+    task = InversionTask(
+        ours, settings(sample_steps=1, sample_scale=1.0), new=new_word(ours.cond_stage_model, WORD, INIT)
+    )
+    asked: list[list[str]] = []
+    embed = task.embed
+    monkeypatch.setattr(task, "embed", lambda captions: asked.append(captions) or embed(captions))
+    given = batch() | {"step": -1, "caption": ["", "the <dice>"]}
+    task.validation_losses(given)
+    task.sample_grid(given)
+    for captions in asked[:2]:
+        assert captions[0] in {template.format(WORD) for template in TEMPLATES}
+        assert captions[1] == "the <dice>"
+    assert asked[0] == asked[1]

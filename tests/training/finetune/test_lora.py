@@ -207,3 +207,21 @@ def test_ranks_that_cannot_be(rank: int, alpha: float, word: str) -> None:
     model, _ = model_and_pipeline("v1")
     with pytest.raises(InputError, match=word):
         LoraTask(model, config(), DATA, rank=rank, alpha=alpha)
+
+
+def test_a_text_encoder_that_would_have_no_layer_is_refused() -> None:
+    """Only the UNet was trained, in spite of --text_encoder."""
+    shapes = shapes_of(instantiate_from_config(tiny_config("v1")))
+    with pytest.raises(
+        InputError, match=r"--text_encoder: --layers .* no layer of the text encoder, such as"
+    ):
+        chosen_layers(shapes, r"attn2\.to_[kv]$", True)
+    assert chosen_layers(shapes, r"attn2\.to_[kv]$|k_proj$", True)
+
+
+def test_a_layer_that_is_never_run_is_none_to_choose() -> None:
+    """Of v2's last layer of the text encoder no weight was left to train: a ValueError of the optimiser."""
+    model, _ = model_and_pipeline("v2")
+    last = len(model.cond_stage_model.model.transformer.resblocks) - 1
+    with pytest.raises(InputError, match="matches none of the model's"):
+        LoraTask(model, config(), DATA, layers=rf"encoder\.layers\.{last}\.", text_encoder=True)
