@@ -89,7 +89,7 @@ def test_a_remembered_kernel_that_is_gone_is_measured_again(monkeypatch: pytest.
 def test_a_folder_without_locks_waits_for_no_other_machine(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    """A lock that is a file stood in for the system's, and a machine that was switched off held it for ever."""
+    """A file stood in for the lock, and a machine that was switched off held it for ever."""
 
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

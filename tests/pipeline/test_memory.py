@@ -38,7 +38,7 @@ def test_readings_of_this_machine() -> None:
 
 
 def test_the_peak_of_this_process() -> None:
-    """In a process of its own. Its peak began with that of the process that had started it: gigabytes here."""
+    """In a process of its own. Its peak began with that of the one that had started it: gigabytes here."""
     code = """
 import torch
 from ldm.pipeline import memory
