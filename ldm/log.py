@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import unicodedata
 from contextlib import suppress
 
 from ldm.errors import InputError
 
 LOG = logging.getLogger("ldm")
+JOINERS = "\u200c\u200d"  # of letters and emoji
 
 
 def one_line(message: object) -> str:
@@ -17,8 +19,15 @@ def one_line(message: object) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with escapes in place of what a terminal would obey, or cannot show."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+    """The text with escapes in place of what a terminal would obey, or cannot show.
+
+    Spaces of any script stay, and what joins emoji.
+    """
+
+    def is_plain(c: str) -> bool:
+        return c.isprintable() or c in JOINERS or unicodedata.category(c) == "Zs"
+
+    return "".join(c if is_plain(c) else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
 def notice(message: str) -> None:

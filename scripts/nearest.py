@@ -47,7 +47,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     calibrating = ("held_out", "false_positives", "calibrate_on")
     given = [f"--{name}" for name in calibrating if getattr(args, name) is not None]
     if args.threshold is not None and given:
-        parser.error(f"--threshold is given, so nothing is calibrated: leave out {', '.join(given)}")
+        parser.error(
+            f"--threshold {args.threshold:g} leaves nothing to calibrate: leave out {', '.join(given)}"
+        )
     args.false_positives = FALSE_POSITIVES if args.false_positives is None else args.false_positives
     args.calibrate_on = args.calibrate_on or CALIBRATE_ON
     return args

@@ -55,16 +55,18 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.scenes.subject import measure, measure_alone, measure_class, write_images
     from ldm.training.data.sources import examples_named
     from ldm.training.files import whole, writing
-    from ldm.weights.loading import SMALL_CONFIG, SMALL_WEIGHTS, find
+    from ldm.weights.loading import SMALL_CONFIG, SMALL_WEIGHTS, bundled_family, find
+    from ldm.weights.prediction import file_hints
 
     if args.outdir:
         with writing(f"--outdir {args.outdir}"):
             write_images(Path(args.outdir), args.count, args.seed, args.captions, args.alone)
     lost: list[str] = []
     if args.measure:
-        # a file of the user's is recognised
-        small = str(find(SMALL_WEIGHTS)), str(find(SMALL_CONFIG))
-        ckpt, config = (args.ckpt, None) if args.ckpt else small
+        # A model that states its size is recognised; others are taken for kin of the small one.
+        ckpt = args.ckpt or str(find(SMALL_WEIGHTS))
+        states_size = args.ckpt and (bundled_family(Path(ckpt)) or file_hints(ckpt).size)
+        config = None if states_size else str(find(SMALL_CONFIG))
         pipeline = Pipeline.load(ckpt, config, RuntimeOptions(batch_size=16), safety="off")
         fields = {"lora": tuple(args.lora), "embedding": tuple(args.embedding)}
         if args.alone:

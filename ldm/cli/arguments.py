@@ -39,13 +39,13 @@ FLAGS_OF_THE_ORIGINAL = ("plms", "dpm_solver", "ddim_eta")
 LAION_OUTDIR = {"outdir": "outputs/txt2img-samples-laion400m"}  # the original's
 TEMPLATES = ("prompt_template", "negative_template")  # which are recorded, not given
 WHOLE_RUN = ("rng", "fixed_code", "start_seed")  # settings that no single line can have of its own
-# where a line, or a cell of a sheet, has the first, the command's second, other words for it, have no say
+# Where a line or a cell sets the key, the command's options in the value, other words for it, are ignored.
 REPLACED = {"sampler": ("plms", "dpm_solver"), "eta": ("ddim_eta",), "ddim_eta": ("eta",)}
 # Options whose empty value, as an unset shell variable leaves it, would be this folder, or no option at all.
 # An empty --from-file is none, as in the original, and so is an empty --sampler.
 NOT_EMPTY = (
     *("like", "wildcards", "model", "vae", "ckpt", "config", "lora_folder", "outdir"),
-    *("init_img", "mask", "depth", "schedule"),
+    *("init_img", "mask", "depth", "schedule", "hires_upscaler", "device"),
 )
 
 
@@ -171,6 +171,8 @@ class Arguments:
 
             replaced = {name for option in own for name in OVERRIDES.get(option, ())}
             left |= replaced.difference(self.given, WHOLE_RUN)
+            if self.values.get("zero_snr") is False and "zero_snr" not in self.given and not self._is_by_this:
+                left.add("zero_snr")  # another model just had none
         values = {name: value for name, value in self.values.items() if name not in left}
         values = {"prompt": PROMPT, **values, **own}
         if self.expansion is not None:  # which gives each line its plain texts
@@ -306,6 +308,8 @@ class Arguments:
             each = known.get(name, DDIM_ETA)
             if (first := spelled.setdefault(each.name, name)) != name:
                 raise InputError(f"{first} and {name} are one option; give one of them")
+            if value == "" and each.name in NOT_EMPTY:
+                raise InputError(f"{name} is missing, or has no value")
             own[each.name] = str(value) if each.kind is str and isinstance(value, int | float) else value
         if self.request.rng == "compvis":
             raise InputError("options of its own with --rng compvis: that is one stream for all images")
@@ -314,6 +318,14 @@ class Arguments:
         if "ddim_eta" in own:
             warn_of_ignored_eta({**self.values, **own})
         return self.variant(own)
+
+    @cached_property
+    def _is_by_this(self) -> bool:
+        """Whether the image of --like is known to be by the chosen model, without reading all of its file."""
+        from ldm.weights.hashes import known_hash
+
+        recorded, known = str(self.like.get("model_hash") or "").lower(), known_hash(self.files.weights)
+        return bool(recorded) and known is not None and known.startswith(recorded)
 
     def warn_of_another_model(self, pipeline: Pipeline) -> None:
         """A notice if the image of --like is by another model, as soon as the file's hash is known."""

@@ -120,8 +120,8 @@ def not_taken_over(recorded: dict[str, Any], given: Collection[str] = ()) -> lis
     asked = {"schedule", "sampler"}.intersection(given)
     if recorded.get("schedule") == "beta" and re.match("v[0-9]", str(recorded.get("version"))) and not asked:
         lines.append(
-            "AUTOMATIC1111's schedule Beta spreads sigmas, and beta here timesteps, as Forge and ComfyUI do: "
-            "it will differ"
+            "AUTOMATIC1111's schedule Beta places sigmas by a beta distribution, and beta here timesteps, as "
+            "Forge and ComfyUI do: it will differ"
         )
     return lines
 

@@ -107,6 +107,8 @@ class Results:
             raise FieldError(
                 "{outdir} {path} has no results of an evaluation; move it away", path=path
             ) from error
+        if isinstance(before, dict) and before.get("precision") == "the device's":
+            before = before | {"precision": self.settings.get("precision")}  # all that earlier files say
         if before != self.settings:
             from ldm.runs.manifest import differences
 

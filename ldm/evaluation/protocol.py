@@ -268,7 +268,7 @@ class Protocol:
             statistics = found
         else:
             if kept.exists():
-                notice(f"{kept} is of another reference than this evaluation's: it is made anew")
+                notice(f"{kept} is not known to be of this evaluation's reference: it is made anew")
             if self.reference:
                 files = of.reference_files(self.reference)
                 images, count = of.cropped(files, self.height, self.width), len(files)

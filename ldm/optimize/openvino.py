@@ -135,7 +135,7 @@ def converted(name: str, module: nn.Module, example: Sequence[Tensor | None], re
     path = found / "model.xml"
     with locked(folder / "lock", name, report):
         if path.exists():
-            with suppress(OSError):  # another user's: it only counts as older than it is
+            with suppress(OSError):  # another user's: then its time of use stays the old one
                 os.utime(found)
             report(f"--compile: the {name} is read from {folder}, as converted for OpenVINO before")
             return path

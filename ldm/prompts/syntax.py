@@ -212,8 +212,8 @@ def changes(text: str) -> bool:
 def _last_step(when: str, steps: int, second: bool) -> int:
     """The last step of what comes before `when`: a share of the steps if that has a point.
 
-    Shares beyond 1 are those of a second pass; the steps of the first are over then. What floats lack of a
-    whole step is no reason to switch one earlier: 0.58 of 50 steps are 29, which they take for 28.999999.
+    Shares beyond 1 are those of a second pass; the steps of the first are over then. A rounding
+    error of floats must not move the switch one step earlier: 0.58 of 50 steps is 28.999999 in floats.
     """
     if second:
         number = (float(when) - 1.0) * steps if "." in when else 0.0

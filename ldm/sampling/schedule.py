@@ -155,7 +155,7 @@ def beta_quantile(q: np.ndarray, a: float = 0.6) -> np.ndarray:
 
 @schedule(
     "timesteps of a beta distribution: more steps at both ends than in the middle",
-    a1111="Beta",  # Forge's and ComfyUI's, which round timesteps; the web UI's own 1.10 spreads sigmas so
+    a1111="Beta",  # of Forge and ComfyUI; the web UI's own, 1.10, places sigmas by the same quantiles
 )
 def beta(d: Discretization, steps: int) -> np.ndarray:
     """Quantiles of Beta(0.6, 0.6) as timesteps (Lee et al. 2024, https://arxiv.org/abs/2407.12173).

@@ -119,19 +119,24 @@ def _wait_for_leader(fabric: Fabric) -> None:
     """Return once the leader has called this as often as this process, and so has done its work.
 
     In a collective torch lets the others wait half an hour or less, and class images may take longer. Here
-    they ask the store by which the processes found each other. It lives in the leader or in its launcher, so
-    that the waiting ends with an error where these end.
+    they ask the store by which the processes found each other. It lives in the leader or in its launcher:
+    where these have ended SystemExit ends the others, too.
     """
     if fabric.world_size == 1:
         return
     store = torch.distributed.distributed_c10d._get_default_store()
-    turn = store.add(f"led by {fabric.global_rank}", 1)
-    if fabric.global_rank == 0:
-        store.set(f"led {turn}", "")
-    pause = 0.001
-    while not store.check([f"led {turn}"]):
-        time.sleep(pause)  # a call that waits would keep the process's other threads from the store
-        pause = min(2 * pause, 1.0)
+    try:
+        turn = store.add(f"led by {fabric.global_rank}", 1)
+        if fabric.global_rank == 0:
+            store.set(f"led {turn}", "")
+        pause = 0.001
+        while not store.check([f"led {turn}"]):
+            time.sleep(pause)  # a call that waits would keep the process's other threads from the store
+            pause = min(2 * pause, 1.0)
+    except torch.distributed.DistError as error:  # the store has gone
+        if fabric.global_rank == 0:
+            raise
+        raise SystemExit(1) from error
 
 
 def strategy_of(name: str, fsdp: type[FSDPStrategy] = FSDPStrategy) -> Strategy:

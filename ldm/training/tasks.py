@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.errors import InputError
 from ldm.images.pixels import make_grid, to_uint8
+from ldm.log import notice
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling import Denoiser, ImageNoise, ImageSeeds, default_trajectory, sample
@@ -80,7 +81,7 @@ class Task(pl.LightningModule):
         return dict(self.model.named_parameters())
 
     def _check_dropout(self) -> None:
-        """InputError for a part that is trained and whose config asks for dropout, which is not applied here.
+        """A notice for a part that is trained and whose config asks for dropout, which is not applied here.
 
         Its random numbers would be none of an example's own, so that a resumed run had another curve.
         """
@@ -90,10 +91,11 @@ class Task(pl.LightningModule):
                 continue
             for layer in part.modules():
                 if isinstance(layer, nn.Dropout) and layer.p:
-                    raise InputError(
-                        f"model: the {PARTS.get(name, name)} has a dropout of {layer.p:g}, and is trained "
-                        "without any here: set it to 0"
+                    notice(
+                        f"model: the {PARTS.get(name, name)} has dropout {layer.p:g} in its config; training "
+                        "here applies none"
                     )
+                    break
 
     def names(self) -> dict[str, str]:
         """The checkpoint's name of each weight that it has, by the weight's name in this module."""

@@ -87,6 +87,9 @@ def test_what_was_turned_off_stays_off(command: Command, base, tmp_path: Path) -
     on = command("txt2img", *model, *argv, folder="on")
     assert on.settings[0]["zero_snr"] is True
     assert not np.array_equal(on.images[0], off.images[0])
+    other = command("txt2img", *base, *argv, folder="other")  # whose model has no zero SNR
+    assert other.settings[0]["zero_snr"] is False
+    assert command("txt2img", *model, "--like", other.paths[0], folder="by").settings[0]["zero_snr"] is True
 
 
 @pytest.mark.parametrize("format", ["jpg", "webp"])
@@ -305,7 +308,7 @@ def theirs(path: Path, fields: str) -> Path:
         ),
         (
             "Sampler: Euler, Schedule type: Beta, Version: v1.10.1",
-            "AUTOMATIC1111's schedule Beta spreads sigmas",
+            "AUTOMATIC1111's schedule Beta places sigmas",
         ),
         ("Sampler: Euler, Schedule type: Beta, Version: f2.0.1v1.10.1-previous-669", ""),
         ("Sampler: Euler, Tiling: True, Init image hash: 12, Version: v1.6.0", ""),

@@ -3,7 +3,11 @@
 import csv
 import json
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,16 +129,27 @@ def test_two_commands_in_one_folder(tmp_path: Path) -> None:
         two.write()
 
 
-def test_a_command_waits_for_another_that_writes(tmp_path: Path) -> None:
+def test_a_command_waits_for_another_that_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one had added between the other's reading and writing was lost."""
-    results = Results(tmp_path, SETTINGS, FID, CLIP_SCORE)
+    results, order = Results(tmp_path, SETTINGS, FID, CLIP_SCORE), []
+    asked, plain_read, plain_lock = threading.Event(), results._take_in, folder_lock
+
+    @contextmanager
+    def watched(folder: Path) -> Iterator[None]:
+        asked.set()
+        with plain_lock(folder):
+            yield
+
+    monkeypatch.setattr("ldm.runs.manifest.folder_lock", watched)
+    monkeypatch.setattr(results, "_take_in", lambda: (order.append("read"), plain_read()))
     with ThreadPoolExecutor(1) as pool:
-        with folder_lock(tmp_path):
+        with plain_lock(tmp_path):
             waiting = pool.submit(results.add, point("a", 3.0))
-            with pytest.raises(TimeoutError):
-                waiting.result(timeout=0.1)
-            assert not (tmp_path / "results.json").exists()
+            assert asked.wait(60)
+            time.sleep(0.05)  # in which one that does not wait would read
+            order.append("the other has written")
         waiting.result()
+    assert order == ["the other has written", "read"]
     assert (tmp_path / "results.json").exists()
 
 

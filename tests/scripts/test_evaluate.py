@@ -297,7 +297,7 @@ def test_a_reference_of_other_settings_is_not_taken(
 
     first = means()
     assert not np.array_equal(means(seed=7), first)
-    line = f"{kept} is of another reference than this evaluation's: it is made anew"
+    line = f"{kept} is not known to be of this evaluation's reference: it is made anew"
     assert caplog.messages.count(line) == 1
     assert np.array_equal(means(), first)
     monkeypatch.setattr(fid, "save_statistics", lambda *_: pytest.fail("it is there"))

@@ -327,7 +327,7 @@ def test_mistakes_about_a_new_word(finetune: Finetune, folder: Path) -> None:
     refused(dropped, "prompt_dropout 0.5")
     (folder / "0.txt").unlink()
     many = finetune(*inversion, "--init_word", "cube", "--vectors", 75)
-    refused(many, "'a photo of a <dice>' has no room for <dice>", "--vectors 75")
+    refused(many, "'a photo of a <dice>' names <dice> too late", "--vectors 75")
     known = ("--token", "dog", "--init_word", "cube")
     refused(finetune("--method", "textual_inversion", *known), "--token dog")
 

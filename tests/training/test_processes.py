@@ -61,7 +61,14 @@ def test_others_enter_no_collective_before_the_leader_has_done_its_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They waited in one, whose limit of 12 hours was also that for noticing a process that was killed."""
-    store, log = torch.distributed.HashStore(), []
+    asked, log = threading.Event(), []
+
+    class Watched(torch.distributed.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            asked.set()
+            return super().check(keys)
+
+    store = Watched()
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
 
     def follow() -> None:
@@ -71,7 +78,7 @@ def test_others_enter_no_collective_before_the_leader_has_done_its_work(
 
     other = threading.Thread(target=follow, daemon=True)
     other.start()
-    other.join(0.1)  # time to run ahead in, if it does
+    assert asked.wait(60)  # it asks for the leader, and goes no further
     for turn in ("first", "second"):
         with led(Connected(0, log)):
             log.append(f"the {turn} work")

@@ -111,8 +111,8 @@ def test_a_resume_with_another_model_or_other_data(
         assert why in line
         assert "choose another --logdir" in line
     assert (tmp_path / "a" / "last.ckpt").read_bytes() == before
-    assert run_train(*arguments, "model.params.monitor=val") == 0, "a finished run"
-    assert "model.params.monitor" in capsys.readouterr().err
+    assert run_train(*arguments, "model.params.ddconfig.dropout=0.25") == 0, "a finished run"
+    assert "model.params.ddconfig.dropout" in capsys.readouterr().err
     assert run_train(*arguments, "training.steps=2", "training.weight_decay=0.5") == 0
     assert "the run goes on with steps 1 -> 2, weight_decay 0.01 -> 0.5" in capsys.readouterr().err
 

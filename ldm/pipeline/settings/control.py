@@ -137,7 +137,7 @@ class ControlSettings:
     control: tuple[str, ...] = setting(  # or Control objects, whose image may be a PIL image
         (),
         "a ControlNet and the image that it follows, its weight and the shares of the steps when it acts; "
-        "several may be given; none: not those of --like",
+        "several may be given; none: without those of the image of --like",
         metavar=FORM,
         group=CONTROL,
         per_image=True,
@@ -190,7 +190,9 @@ class ControlSettings:
         return tuple((one.file, one.weight, one.start, one.end) for one in self.controls)
 
     def check_control(self) -> None:
-        """FieldError for values that do not go together."""
+        """FieldError for values that do not go together. `none` alone resets all settings of this group."""
+        if "none" in self.control and len(self.control) > 1:
+            raise FieldError("{control} none stands alone: leave it, or the others, out")
         if self.control == ("none",):
             for name, each in settings_of(type(self)).items():
                 if each.group == CONTROL:  # what is left of --like would be for nothing

@@ -123,8 +123,8 @@ def check_room(encoder: nn.Module, word: str, count: int, captions: Iterable[str
         if caption.strip() and not reader.layout(caption, Reading()).vectors:
             room = encoder.max_length - 2
             raise InputError(
-                f"the caption {caption!r} has no room for {word} among the {room} tokens that the model "
-                f"reads, {count} of them with --vectors {count}: name it earlier, or give fewer vectors"
+                f"the caption {caption!r} names {word} too late: its {count} tokens (--vectors {count}) do "
+                f"not fit into the {room} that the model reads; name it earlier, or give fewer vectors"
             )
 
 
@@ -137,7 +137,8 @@ def check(setup: Setup, options: Inversion) -> None:
         raise InputError("training: strategy fsdp: a word's vectors are too small to be shared; take ddp")
     if share := setup.config.prompt_dropout:
         raise InputError(
-            f"training: prompt_dropout {share:g}: an empty caption teaches a new word nothing; leave it out"
+            f"training: prompt_dropout {share:g}: an empty caption teaches a new word nothing; leave the key "
+            "out"
         )
     with torch.device("meta"):
         encoder = instantiate_from_config(setup.section["params"]["cond_stage_config"])

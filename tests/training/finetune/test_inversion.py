@@ -215,7 +215,7 @@ def test_the_word_has_room_in_every_caption(models: dict[str, LatentDiffusion]) 
     early, late = f"{WORD} " + "cube " * 80, "cube " * 73 + WORD
     check_room(encoder, WORD, 1, [early, late, "", f"{WORD} {late} {WORD}"])
     check_room(encoder, WORD, 2, [late])
-    with pytest.raises(InputError, match=r"no room for <dice> among the 75 tokens .* 3 of them with --vec"):
+    with pytest.raises(InputError, match=r"names <dice> too late: its 3 tokens .* fit into the 75 that"):
         check_room(encoder, WORD, 3, [early, late])
 
 
