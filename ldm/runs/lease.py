@@ -36,6 +36,7 @@ except ImportError:  # Windows: heartbeats decide
 
 BEAT = 5.0  # seconds between two heartbeats
 LEASE = 45.0  # seconds without a heartbeat after which a run is dead
+STALE = 60.0  # seconds for which a network drive may list a file that has gone (man 5 nfs, acdirmax)
 CLOCK_ERROR = 600.0  # seconds by which the clocks that date a file may differ
 
 State = Literal["free", "held", "unknown"]
@@ -167,6 +168,11 @@ class Lease:
             path.touch(exist_ok=False)
         except FileExistsError as error:
             raise LeaseHeld("that run has just been taken up by another process") from error
+        # A listing may miss a heartbeat that was created while another was removed. If it is there now, this
+        # process has begun from a wrong one.
+        if any(number > generation for number, _ in beat_paths(self.folder, self.run)):
+            path.unlink(missing_ok=True)
+            raise LeaseHeld("that run has just been taken up by another process")
         self._path = path
         self._write()
         with suppress(OSError):
@@ -270,10 +276,13 @@ def beat_paths(folder: Path, run: str) -> list[tuple[int, Path]]:
 
 def newest_beat(folder: Path, run: str) -> Beat | None:
     """The heartbeat that counts; None if the run has ended properly or never started."""
-    for generation, path in beat_paths(folder, run):
-        with suppress(FileNotFoundError), open(path, "rb") as file:  # removed since it was listed
-            text = file.read()
-            return Beat(generation, text, os.fstat(file.fileno()).st_mtime)
+    end = time.monotonic() + STALE
+    while (found := beat_paths(folder, run)) and time.monotonic() < end:
+        for generation, path in found:
+            with suppress(FileNotFoundError), open(path, "rb") as file:
+                text = file.read()
+                return Beat(generation, text, os.fstat(file.fileno()).st_mtime)
+        time.sleep(0.01)  # all were removed since they were listed, as by a process that has created another
     return None
 
 

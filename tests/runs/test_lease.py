@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 import ldm.runs.lease as lease_module
-from ldm.runs.lease import CLOCK_ERROR, LEASE, Lease, LeaseHeld, Lock, beat_paths, machine_identity, state
+from ldm.runs.lease import (
+    CLOCK_ERROR,
+    LEASE,
+    Lease,
+    LeaseHeld,
+    Lock,
+    beat_path,
+    beat_paths,
+    machine_identity,
+    state,
+)
 
 SHORT = {"beat": 0.05, "lease": 1.0}
 ROOT = Path(__file__).parents[2]
@@ -21,12 +31,14 @@ ROOT = Path(__file__).parents[2]
 HOLDER = """
 import os, sys, time
 import ldm.runs.lease as module
-folder, machine, locks, go = sys.argv[1:]
+folder, machine, locks, go, seconds = sys.argv[1:]
 if locks == "no":
     module.fcntl = None
+if go:
+    print("ready", flush=True)
 while go and not os.path.exists(go):
     time.sleep(0.001)
-lease = module.Lease(folder, "x", beat=0.05, lease=1.0, machine=machine or None)
+lease = module.Lease(folder, "x", beat=0.05, lease=float(seconds), machine=machine or None)
 try:
     lease.acquire()
 except module.LeaseHeld:
@@ -47,8 +59,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a process that acquires the lease of run x, and by default waits until it has it."""
     processes = []
 
-    def start(machine: str = "", locks: bool = True, go: Path | str = "") -> subprocess.Popen:
-        argv = [sys.executable, "-c", HOLDER, tmp_path, machine, "yes" if locks else "no", go]
+    def start(
+        machine: str = "", locks: bool = True, go: Path | str = "", lease: float = SHORT["lease"]
+    ) -> subprocess.Popen:
+        argv = [sys.executable, "-c", HOLDER, tmp_path, machine, "yes" if locks else "no", go, lease]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         processes.append(subprocess.Popen(list(map(str, argv)), text=True, cwd=ROOT, **pipes))
         if not go:
@@ -286,11 +300,38 @@ def test_one_of_many_wins(tmp_path: Path, start: Start, machines: int, locks: bo
         kill(start("there", locks))
     go = tmp_path / "go"
     names = [f"machine {k}" if machines > 1 else "" for k in range(5)]
-    rivals = [start(name, locks, go) for name in names]
-    time.sleep(0.5)
+    # long enough for a winner whose heartbeats wait for a busy disk
+    rivals = [start(name, locks, go, lease=2.0) for name in names]
+    assert [rival.stdout.readline() for rival in rivals] == ["ready\n"] * 5
     go.touch()
     assert sorted(rival.stdout.readline() for rival in rivals) == ["acquired\n"] + ["held\n"] * 4
     assert len(beat_paths(tmp_path, "x")) == 1
+
+
+def test_a_heartbeat_that_goes_while_it_is_looked_for_ends_no_run(tmp_path: Path, monkeypatch) -> None:
+    """The run seemed to have ended, so that a second process took it up beside the one that just had."""
+    plain, listed = beat_paths, []
+
+    def late(folder: Path, run: str) -> list[tuple[int, Path]]:
+        found = plain(folder, run)
+        if not listed:
+            listed.append(found)
+            beat_path(folder, run, 2).touch()
+            beat_path(folder, run, 1).unlink()
+        return found
+
+    beat_path(tmp_path, "x", 1).touch()
+    monkeypatch.setattr(lease_module, "beat_paths", late)
+    assert lease_module.newest_beat(tmp_path, "x").generation == 2
+
+
+def test_who_began_from_a_wrong_heartbeat_gives_way(tmp_path: Path) -> None:
+    """A listing may miss a new heartbeat and the old one: two processes had the run then."""
+    beat_path(tmp_path, "x", 2).touch()
+    lease = Lease(tmp_path, "x", **SHORT)
+    with pytest.raises(LeaseHeld, match="just been taken up"):
+        lease._create(None)
+    assert [number for number, _ in beat_paths(tmp_path, "x")] == [2]
 
 
 INSIDE = """
