@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,12 +24,12 @@ from ldm.optimize.replaced import Replaceable, State
 from ldm.pipeline.memory import host_memory
 from ldm.pipeline.request import ImageRequest
 from ldm.pipeline.settings.adapters import SUFFIXES, NamedLora
-from ldm.weights.files import user_file
+from ldm.weights.files import exists, user_file
 from ldm.weights.hashes import FileHash
 from ldm.weights.header import read_header
 from ldm.weights.loading import find
 from ldm.weights.lora import LoraFile, Match, as_product, merge
-from ldm.weights.lora_names import TEXT, Target, targets
+from ldm.weights.lora_names import TEXT, UNET, Target, targets
 
 if TYPE_CHECKING:
     from ldm.pipeline.pipeline import Pipeline
@@ -90,8 +91,9 @@ class Adapters:
         for folder in self.others:
             if found := _in_folder(folder, PurePath(name).name):
                 return found
-        if Path(name).is_file():
-            return Path(name)
+        with user_file(name):
+            if Path(name).is_file():
+                return Path(name)
         known = self.names()
         found = known.get(name.casefold(), [])
         if len(found) > 1:
@@ -129,11 +131,9 @@ class Adapters:
         They are by their names and by their paths from there, in lower case, with suffix and without.
         """
         found: dict[str, list[Path]] = {}
-        if not self.folder.is_dir():
+        if not exists(self.folder) or not self.folder.is_dir():
             return found
-        with user_file(self.folder):
-            paths = _weights_among(self.folder.rglob("*"))
-        for path in paths:
+        for path in _weights_among(_files_below(self.folder)):
             inside = path.relative_to(self.folder)
             for name in {path.name, path.stem, str(inside), str(inside.with_suffix(""))}:
                 found.setdefault(name.casefold(), []).append(path)
@@ -200,8 +200,10 @@ class Adapters:
             return self.targets(pipeline.model)
         if "_header_targets" not in vars(self):
             tensors = read_header(pipeline.files.weights).tensors
-            self._header_targets = targets({name: each.shape for name, each in tensors.items()})
-        # a file with averaged weights alone has other names
+            # of a file with averaged weights alone, the UNet's have other names
+            whole = any(name.startswith(UNET) for name in tensors)
+            shapes = {name: each.shape for name, each in tensors.items()} if whole else {}
+            self._header_targets = targets(shapes)
         return self._header_targets or self.targets(pipeline.model)
 
     def hash(self, file: LoraFile) -> FileHash:
@@ -234,8 +236,12 @@ class Adapters:
         return lines
 
     def digests(self, request: ImageRequest) -> dict[str, str]:
-        """Hashes of the content of a request's files, by which a run is taken up again."""
-        content = ", ".join(self.hash(file).result() for file in self.files_of(request))
+        """Hashes of the content of a request's files, by which a run is taken up again.
+
+        `lora_hash` leaves out the header, whose settings may decide how strong a file is.
+        """
+        files = self.files_of(request)
+        content = ", ".join(f"{self.hash(file).result()}{file.settings_digest}" for file in files)
         return {"lora content": content} if content else {}
 
     # The model
@@ -313,10 +319,35 @@ def _weights_among(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if path.suffix[1:].lower() in SUFFIXES)
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and those below it, links among them. InputError if it cannot be read.
+
+    Each folder is searched once, and links last, so that a folder proper is not found by a link to it alone,
+    and links in a circle come to an end.
+    """
+
+    def refuse(error: OSError) -> None:
+        if Path(error.filename) == folder:  # of those below it some may be for others only
+            raise error
+
+    starts, seen = [folder], set()
+    for start in starts:  # which grows
+        with user_file(start):
+            for place, folders, files in os.walk(start, onerror=refuse):
+                real = os.path.realpath(place)
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                starts += [path for name in folders if (path := Path(place, name)).is_symlink()]
+                yield from (Path(place, name) for name in files)
+
+
 def _in_folder(folder: Path, name: str) -> Path | None:
     """The file of this name in a folder, in any case, suffix or not. InputError if there are several."""
-    if (folder / name).is_file():
-        return folder / name
+    with user_file(folder / name):
+        if (folder / name).is_file():
+            return folder / name
     if not folder.is_dir():
         return None
     with user_file(folder):

@@ -12,7 +12,7 @@ from ldm.weights import diffusers_names as names
 from ldm.weights.diffusers_configs import unet_config, write_json
 from ldm.weights.diffusers_layout import read_json, weight_files
 from ldm.weights.families import Shapes, identify, recognise
-from ldm.weights.files import exists
+from ldm.weights.files import exists, user_file
 from ldm.weights.header import let_go, read_header
 from ldm.weights.writing import write_safetensors, written_whole
 
@@ -156,7 +156,7 @@ def load_controlnet(path: str | Path, config: Mapping[str, Any], dtype: torch.dt
 
 def _read(path: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
     """The weights of a file, or of all files of a diffusers folder, by the names that they have there."""
-    if not path.is_dir():
+    if not _is_folder(path):
         if not exists(path):
             raise InputError(f"no ControlNet at {path}: there is no such file")
         if SHUFFLED.search(path.name):  # nothing in the file says so
@@ -181,4 +181,10 @@ def _check_pooling(path: Path, folder: Path) -> None:
 def weights_file(path: str | Path) -> Path:
     """The file that stands for a ControlNet where one is needed: its weights, or their first shard."""
     path = Path(path)
-    return weight_files(path)[0] if path.is_dir() else path
+    return weight_files(path)[0] if _is_folder(path) else path
+
+
+def _is_folder(path: Path) -> bool:
+    """InputError where the system refuses to say, as of a name that is too long."""
+    with user_file(path):
+        return path.is_dir()

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.errors import InputError
 from ldm.log import notice
 from ldm.weights.description import prediction_of
+from ldm.weights.families import family_of, variants
 from ldm.weights.header import Header, read_header
 from ldm.weights.loading import bundled_family, choose_model, load_model, model_without_values, read_config
 from ldm.weights.prediction import (
     METADATA,
+    NAMES_OF,
     PREDICTION,
     RESOLUTION,
     markers,
@@ -60,6 +63,8 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
 
     check_target(job.target, job.source, job.force)
     header = read_header(job.source)  # all that can be said without values comes first
+    stated = _stated_prediction(header)
+    _check_predictions(stated, [path for path in (job.other, job.base) if path], job.source)
     files = choose_model(job.config, str(job.source), task=None) if job.to == "diffusers" else None
     config = read_config(files.config) if files else None
     state = read_state_dict(job.source)
@@ -69,21 +74,28 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
     if job.other:
         unet = [name for name in state if name.startswith("model.")]
         others = [_to_merge(read_state_dict(path), path, job, unet) for path in (job.other, job.base) if path]
+        # the text encoders of one family have their weights under two names
+        state, *others = map(with_text_model, (state, *others))
         paths = tuple(path for path in (job.source, job.other, job.base) if path)
         state = merge(state, others[0], job.ratio, *others[1:], paths=paths)
     if job.vae:
         state = with_vae(state, job.vae)
 
     if config is None:
-        hint = prediction_hint(header)  # which may be in metadata, of which a .ckpt has none
-        predicts = hint.parameterization if hint else "eps"
+        if header.path.is_dir() and "scale_factor" in header.tensors:
+            factor = float(state["scale_factor"])
+            notice(
+                f"{job.source}: no checkpoint holds its scaling_factor: use it with scale_factor {factor:g} "
+                "in its YAML"
+            )
         with written_whole(job.target) as path, progress(size_of(state, job.precision)) as report:
             if job.to == "ckpt":
                 facts = {} if header.global_step is None else {"global_step": header.global_step}
-                state = {**state, **markers(predicts, "ztsnr" in state)}
+                # a .ckpt has no metadata, and no marker of eps
+                state = {**state, **markers(stated or "eps", "ztsnr" in state)}
                 write_ckpt(state, path, job.precision, facts, report)
             else:
-                write_safetensors(state, path, job.precision, _metadata(header, predicts, job.other), report)
+                write_safetensors(state, path, job.precision, _metadata(header, stated, job.other), report)
         return
     state = with_text_model(state)
     # a folder's configs are made for the whole model
@@ -131,15 +143,33 @@ def _to_merge(state: State, path: Path, job: Conversion, unet: Sequence[str]) ->
     return pick_weights(state, which, path=path, names=unet)
 
 
-def _metadata(header: Header, predicts: str, other: Path | None) -> dict[str, str]:
+def _stated_prediction(header: Header) -> str | None:
+    """What a file, its name included, says of its UNet's output: "v", or "eps" where its family has both.
+
+    None if it says nothing, or is of a family that predicts eps.
+    """
+    is_open = len({row.predicts for row in variants(family_of(header.tensors), stated_size(header))}) > 1
+    hint = prediction_hint(header, by_name=is_open)
+    return hint.parameterization if hint and (is_open or hint.parameterization == "v") else None
+
+
+def _check_predictions(own: str | None, others: Sequence[Path], source: Path) -> None:
+    """InputError if one of the files to be merged is known to predict something else."""
+    for path in others:
+        found = _stated_prediction(read_header(path))
+        if own and found and own != found:
+            raise InputError(f"{source} predicts {own} and {path} {found}: their sum would predict neither")
+
+
+def _metadata(header: Header, stated: str | None, other: Path | None) -> dict[str, str]:
     """What a file's metadata still say of its weights: not the hashes that some trainers write there.
 
     The size of a bundled model's images is added: its file need not state it, as it is known by its
     content. A merged model takes that of the one that it was merged with.
     """
     kept = {name: text for name, text in header.metadata.items() if "hash" not in name and name != "format"}
-    if predicts == "v" and not any(str(kept.get(name)).lower().startswith("v") for name in METADATA):
-        kept[PREDICTION] = "v"  # of a marker, or of a YAML file that stays behind
+    if stated and not any(str(kept.get(name)).lower() in NAMES_OF[stated] for name in METADATA):
+        kept[PREDICTION] = NAMES_OF[stated][0]  # of a marker, a name, or a YAML file that stays behind
     size = (other and _size(read_header(other))) or _size(header)
     return kept if size is None else kept | {RESOLUTION: f"{size}x{size}"}
 

@@ -206,6 +206,8 @@ def folder_hints(folder: str | Path) -> FolderHints:
             )
         parameterization = known[prediction]
     scale = _config(folder / "vae").get("scaling_factor")
+    if isinstance(scale, int | float) and not 0 < scale < 1000:
+        raise InputError(f"{folder / 'vae/config.json'} has a scaling_factor outside 0 … 1000")
     return FolderHints(
         pipeline_class(folder),
         parameterization,

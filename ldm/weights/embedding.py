@@ -6,6 +6,7 @@ diffusers' {"<token>": tensor}, and a tensor alone, as `emb_params` in a .safete
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from ldm.errors import InputError
 from ldm.weights.files import check_file, user_file
 from ldm.weights.header import Header, read_header
+from ldm.weights.unpickle import check_stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,7 @@ NAMELESS = ("emb_params", "*", "tensor")  # no words that anyone would call an e
 SDXL = {"clip_l", "clip_g"}  # one for each of its text encoders
 WIDTHS = {768: "Stable Diffusion v1", 1024: "Stable Diffusion v2"}
 MOST_VECTORS = 75
+WORD = re.compile(r"[^\W_]|^<.+>$")  # in a token that no prompt has by chance, as a space or a comma
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Embedding:
 
 def read_embedding(path: str | Path, name: str = "") -> Embedding:
     """The textual inversion in a file; it is called `name`, by default as the file and as its token.
+
+    A token without a letter or digit is left out, but for one such as "<*>".
 
     Nothing in the file is run. InputError for one that is missing or damaged, or holds something else.
     """
@@ -52,7 +57,9 @@ def read_embedding(path: str | Path, name: str = "") -> Embedding:
     if len(tensors) != 1:
         found = ", ".join(repr(each)[:40] for each in list(tensors)[:4]) or "no tensor"
         raise InputError(f"{path} is not a textual inversion: it is to hold one tensor, and holds {found}")
+    check_stored(path, tensors)
     (token, stored), *_ = tensors.items()
+    token = token.removeprefix(PARAMETERS)
     shape = tuple(stored.shape)
     if len(shape) not in (1, 2) or not 0 < (shape[0] if len(shape) == 2 else 1) <= MOST_VECTORS:
         raise InputError(
@@ -62,7 +69,7 @@ def read_embedding(path: str | Path, name: str = "") -> Embedding:
     (vectors,) = replace(header, tensors=tensors).map().values()
     if not vectors.is_floating_point() or not vectors.isfinite().all():
         raise InputError(f"{path} is damaged: its vectors are no finite numbers")
-    own = () if token.removeprefix(PARAMETERS) in NAMELESS else (token.removeprefix(PARAMETERS),)
+    own = (token,) if token not in NAMELESS and WORD.search(token) else ()
     names = (name,) if name else tuple(dict.fromkeys((path.stem, *own)))
     return Embedding(path, names, vectors.reshape(-1, shape[-1]).clone())
 

@@ -42,9 +42,9 @@ def quick_hash(path: str | Path) -> str:
 def file_hash(path: str | Path, progress: Callable[[int], Any] | None = None) -> str:
     """The first ten hex digits of a file's SHA-256: the `Model hash` that today's tools write.
 
-    It takes seconds for gigabytes, and nothing as long as the file's size and time of change stay those of
-    its entry in the cache folder. `progress` is called with the number of bytes of each part that is read.
-    InputError for a file that is missing or cannot be read.
+    It takes seconds for gigabytes, and nothing as long as the file's size, inode and times of change stay
+    those of its entry in the cache folder. `progress` is called with the number of bytes of each part that is
+    read. InputError for a file that is missing or cannot be read.
     """
     return _sha256(Path(path), progress)[:10]
 
@@ -141,12 +141,14 @@ def _cached(path: Path, state: dict[str, int]) -> str | None:
 
 def _state(descriptor: int) -> dict[str, int]:
     status = os.fstat(descriptor)
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    # another file of the same size and time may have been renamed, or copied, to this path
+    times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
+    return {"size": status.st_size, "inode": status.st_ino, **times}
 
 
 # The cache only saves time: where it is damaged or cannot be written, the program does without it.
 def _read_cache() -> dict[str, Any]:
-    """The entries {"size", "mtime_ns", "sha256"} by resolved path."""
+    """The entries {"size", "inode", "mtime_ns", "ctime_ns", "sha256"} by resolved path."""
     try:
         entries = json.loads((cache_folder() / "hashes.json").read_bytes())
     except (OSError, ValueError, RuntimeError):

@@ -238,7 +238,8 @@ def _read_zip(path: Path, buffer: mmap.mmap) -> Header:
         if record.file_size < values.nbytes:
             raise ValueError(f"{record.filename!r} is too short")
         if record.compress_type != zipfile.ZIP_STORED:  # packed again by another program
-            return bytearray(archive.read(record))
+            with archive.open(record) as file:  # a few kB may stand for gigabytes, of which none is used
+                return bytearray(file.read(values.nbytes))
         name_and_extra = struct.unpack_from("<HH", buffer, record.header_offset + 26)  # lengths
         return record.header_offset + 30 + sum(name_and_extra)
 

@@ -117,7 +117,10 @@ def choose_model(config: str | None, ckpt: str | None, task: str | None = "text"
 def bundled_family(weights: Path) -> Family | None:
     """The family of a file that came with this repository, or of a copy of one."""
     rows = {ROOT / family.bundled: family for family in FAMILIES if family.bundled}
-    here = rows.get(weights.resolve())
+    try:
+        here = rows.get(weights.resolve())
+    except (OSError, ValueError):  # whoever reads the file will say so
+        return None
     return here or next((family for path, family in rows.items() if _same_content(weights, path)), None)
 
 

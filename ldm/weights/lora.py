@@ -12,8 +12,10 @@ The header of a file says which layers it is for; the values are read when they 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,15 +24,20 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.errors import InputError
 from ldm.weights import lora_names
-from ldm.weights.files import user_file
+from ldm.weights.diffusers_layout import read_json
+from ldm.weights.files import exists, user_file
 from ldm.weights.header import Header, read_header
 from ldm.weights.lora_names import PartsError, Shape, Target
+from ldm.weights.unpickle import check_stored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RANK = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # parts whose first axis is the rank
 ADVICE = "modelspec.usage_hint"  # of the metadata
+# what decides alpha / rank of peft's settings
+SCALE_SETTINGS = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+REPEATS, CHOICES = 3, 16  # of a pattern of a layer's name: with more of them a search may take forever
 EPSILON = 2.0**-23  # LyCORIS adds it to the lengths that it divides by
 
 
@@ -59,7 +66,11 @@ class LoraFile:
         self.state = self._state_now()
         self.finite: set[str] = set()  # layers whose values have been looked at
         self.header = read_header(self.path)
-        self.layers, self.unknown = lora_names.layers_of(self.header.tensors)
+        check_stored(self.path, self.header.tensors)
+        try:
+            self.layers, self.unknown = lora_names.layers_of(self.header.tensors)
+        except PartsError as error:
+            raise InputError(f"{self.path} {error}") from error
         if not self.layers:
             from ldm.weights.families import family_of, in_words
 
@@ -67,6 +78,7 @@ class LoraFile:
                 in_words(family_of(self.header.tensors)) if self.header.tensors else "a file without weights"
             )
             raise InputError(f"{self.path} holds no LoRA that is known here; it looks like {what}")
+        self._peft_settings = self._read_settings()
 
     def _state_now(self) -> tuple[tuple[int, int, int] | None, ...]:
         """Time of change, size and inode of the file, and of the settings that peft keeps beside it."""
@@ -195,19 +207,48 @@ class LoraFile:
         if not settings:
             return None
         rank, alpha = settings.get("r"), settings.get("lora_alpha", settings.get("alpha"))
-        for name, pattern in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
-            own_values = settings.get(pattern)
-            for ending, value in (own_values if isinstance(own_values, dict) else {}).items():
-                own = lora_names.flat(ending).partition("_")[2]
-                if layer.endswith(own):
-                    rank, alpha = (value, alpha) if name == "rank" else (rank, value)
+        rank = self._own_value(layer, settings.get("rank_pattern"), rank)
+        alpha = self._own_value(layer, settings.get("alpha_pattern"), alpha)
         try:
             scale = float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else float(rank))
         except (TypeError, ValueError, ZeroDivisionError):
             return None
+        except OverflowError:
+            scale = math.inf
         if not math.isfinite(scale):
             raise InputError(f"{self.path}: alpha over rank of {layer} is no finite number in its settings")
         return scale
+
+    def _own_value(self, layer: str, patterns: Any, default: Any) -> Any:
+        """What the first of peft's patterns that is for a layer gives it.
+
+        They are regular expressions of names with dots. Where a file's names have none, they are endings.
+        """
+        module = lora_names.dotted(next(iter(self.layers[layer].values())))
+        for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
+            if module:
+                found = _is_for(lora_names.NETWORK.sub("", pattern).removeprefix("text_model."), module)
+            else:
+                found = layer.endswith(lora_names.flat(pattern).partition("_")[2])
+            if found:
+                return value
+        return default
+
+    @property
+    def settings_digest(self) -> str:
+        """What to add to a hash of the values, so that it is of the strength, too.
+
+        "" without settings, and where they decide nothing, as each layer has an alpha of its own.
+        """
+        if all("alpha" in parts for parts in self.layers.values()):
+            return ""
+        found = {
+            network: {name: own[name] for name in SCALE_SETTINGS if name in own}
+            for network, own in self._peft_settings.items()
+        }
+        if not any(found.values()):
+            return ""
+        return f"/{hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]}"
 
     @property
     def advice(self) -> str:
@@ -216,30 +257,45 @@ class LoraFile:
         text = "".join(filter(str.isprintable, words))
         return text if len(text) <= 100 else f"{text[:99]}…"
 
-    @cached_property
-    def _peft_settings(self) -> dict[str, dict[str, Any]]:
+    def _read_settings(self) -> dict[str, dict[str, Any]]:
         """Those of peft's adapter_config.json beside an adapter_model, or of diffusers in the file itself.
 
         They are those of each network, "unet" and "te"; diffusers' names are "unet.r", "text_encoder.r", …
+        InputError for a file beside it that is damaged: nobody would see that the strength is another one.
         """
         beside = self.path.with_name("adapter_config.json")
-        text = self.header.metadata.get("lora_adapter_metadata", "{}")
+        if self.path.stem == "adapter_model" and exists(beside):
+            own = read_json(beside)
+            return {"unet": own, "te": own}
         try:
-            if self.path.stem == "adapter_model" and beside.exists():
-                found = json.loads(beside.read_text())
-                return {"unet": found, "te": found} if isinstance(found, dict) else {}
-            found = {"unet": {}, "te": {}}
-            for name, value in json.loads(text).items():
-                network, _, setting = name.rpartition(".")
-                for one in DIFFUSERS_NETWORKS.get(network, ()):
-                    found[one][setting] = value
-        except (OSError, ValueError, AttributeError):
+            settings = json.loads(self.header.metadata.get("lora_adapter_metadata", "{}"))
+        except (ValueError, RecursionError):
             return {}
+        found = {"unet": {}, "te": {}}
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            network, _, setting = name.rpartition(".")
+            for one in DIFFUSERS_NETWORKS.get(network, ()):
+                found[one][setting] = value
         return found
 
 
 # What diffusers calls the networks of a LoRA's settings; without a name they are those of both.
 DIFFUSERS_NETWORKS = {"unet": ("unet",), "text_encoder": ("te",), "": ("unet", "te")}
+
+
+def _is_for(pattern: str, module: str) -> bool:
+    """Whether one of peft's patterns is for a layer, as in peft.utils.get_pattern_key.
+
+    One that cannot be searched, or not in a time to wait for, is for none.
+    """
+    if sum(map(pattern.count, "*+{")) > REPEATS or sum(map(pattern.count, "?|")) > CHOICES:
+        return False
+    if re.search(r"\)[*+{]", pattern):
+        return False
+    try:
+        return bool(re.match(rf"(.*\.)?({pattern})$", module))
+    except (re.error, OverflowError, RecursionError):
+        return False
 
 
 class Change:

@@ -27,6 +27,7 @@ KEY = re.compile(
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.\w+)*"
     r")"
 )
+NETWORK = re.compile(r"^(unet\.|text_encoder\.)?(base_model\.model\.)?")  # before a layer's name with dots
 PEFT = {"A": "down", "B": "up"}
 SPELLED = {part: f"lora_{part}" for part in ("down", "up", "mid")}  # in messages, as kohya has them
 # beginnings of layers' names with underscores, longest first, and the network that they are of
@@ -85,11 +86,19 @@ def flat(module: str) -> str:
     return f"unet_{name}"
 
 
+def dotted(key: str) -> str:
+    """The name of a key's layer in its network, with dots, as peft knows it; "" if the key has none."""
+    match = KEY.fullmatch(key)
+    if not match or match["projection"] or "." not in match["module"]:
+        return ""
+    return NETWORK.sub("", match["module"])
+
+
 def layers_of(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
     """The keys of a file by layer and part, and those that are of no kind known here.
 
     Parts are down, up, mid (LoRA, LoCon), hada_… (LoHa), lokr_… (LoKr), diff (a whole difference), alpha,
-    dora_scale and magnitude (DoRA).
+    dora_scale and magnitude (DoRA). PartsError for two keys of one part, as of peft's adapters side by side.
     """
     layers: dict[str, dict[str, str]] = {}
     unknown = []
@@ -106,7 +115,11 @@ def layers_of(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str
                 module += ".to_out.0" if projection == "out" else f".to_{projection}"
         lora = match["lora"]
         part = PEFT.get(lora, lora) or match["part"] or "magnitude"
-        layers.setdefault(flat(module), {})[part] = name
+        parts = layers.setdefault(flat(module), {})
+        if part in parts:
+            both = f"{parts[part]!r} and {name!r}"
+            raise PartsError(f"holds several LoRAs in one, as its {both} are: save each in a file of its own")
+        parts[part] = name
     return layers, unknown
 
 

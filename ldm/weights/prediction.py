@@ -25,7 +25,8 @@ NAMED_EPS = re.compile(r"512[-_]?base|v-?2[-_.]?[01]?[-_](512(?!\d)|base)|eps[-_
 # of the Model Metadata Standard, https://github.com/Stability-AI/ModelSpec: "512x512"
 RESOLUTION = "modelspec.resolution"
 PREDICTION = "modelspec.prediction_type"
-METADATA = (PREDICTION, "prediction_type", "ss_prediction_type")
+METADATA = (PREDICTION, "modelspec.predict_key", "prediction_type", "ss_prediction_type")  # second: ComfyUI
+NAMES_OF = {"eps": ("epsilon", "eps"), "v": ("v", "v_prediction")}  # what is predicted, the standard's first
 MARKERS = ("v_pred", "ztsnr")  # empty tensors: predicts v, on a schedule with zero terminal SNR
 BASE_STEPS = 875_000  # of the training of 512-base-ema.ckpt
 SURE = 0.5  # correlation with the noise; see `measured_prediction`
@@ -76,8 +77,9 @@ def prediction_hint(header: Header, by_name: bool = False) -> Hint | None:
         return Hint("v", "its marker v_pred")
     for name in METADATA:
         stated = str(header.metadata.get(name, "")).lower()
-        if stated in ("v", "v_prediction", "eps", "epsilon"):
-            return Hint("v" if stated.startswith("v") else "eps", f"its metadata ({name})")
+        for parameterization, names in NAMES_OF.items():
+            if stated in names:
+                return Hint(parameterization, f"its metadata ({name})")
     if hint := _beside(header.path):
         return hint
     if not by_name:

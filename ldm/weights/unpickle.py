@@ -14,6 +14,7 @@ import math
 import pickle
 import struct
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,11 @@ class StoredTensor(Inert):
         dtypes = self.values.dtype, self.dtype
         return all(isinstance(dtype, str) and dtype in ITEM_SIZES for dtype in dtypes)
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether it has more values than are stored: by a stride of 0 four bytes may stand for gigabytes."""
+        return self.numel * ITEM_SIZES[self.dtype] > self.values.nbytes
+
     def map(self, buffer, position: int) -> torch.Tensor:
         """The tensor whose values begin at byte `position` of `buffer`, in the same memory; ValueError or
         RuntimeError where it would reach beyond them."""
@@ -130,6 +136,13 @@ class StoredBytes(StoredTensor):
     def __init__(self, values: StoredValues, offset, size, stride, grad, hooks, dtype, flags=None, *_):
         super().__init__(values, offset, size, stride, grad, hooks, flags)
         self.dtype = dtype
+
+
+def check_stored(path: Path, tensors: Mapping[str, Any]) -> None:
+    """InputError if one of a file's tensors has more values than are stored, which take memory when used."""
+    for name, each in tensors.items():
+        if isinstance(each, StoredTensor) and each.is_repeated:
+            raise InputError(f"{path} is damaged: its {name[:200]!r} has more values than are stored of it")
 
 
 class StoredParameter(Inert):

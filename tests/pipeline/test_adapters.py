@@ -21,7 +21,7 @@ from ldm.optimize.graph import Recording, graph_unet
 from ldm.optimize.layers import has_onednn
 from ldm.optimize.offload import offload
 from ldm.optimize.timesteps import keep_timesteps
-from ldm.pipeline import ImageRequest, Pipeline
+from ldm.pipeline import ImageRequest, Pipeline, RuntimeOptions
 from ldm.pipeline import adapters as adapters_module
 from ldm.pipeline.adapters import Adapters, changeable, lora_hash
 from ldm.pipeline.infotext import image_texts
@@ -259,6 +259,34 @@ def test_what_a_files_maker_advises_is_said_in_one_short_line(
     assert len(line) < 200
 
 
+def test_a_model_of_averaged_weights_alone(
+    model: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its UNet's layers counted as missing, and a LoRA without a text encoder's was refused."""
+    unet = "model.diffusion_model."
+    state = {
+        f"model_ema.{name.removeprefix('model.').replace('.', '')}" if name.startswith(unet) else name: values
+        for name, values in load_file(model[1]).items()
+    }
+    save_file(state, tmp_path / "ema.safetensors")
+    layer = "unet_" + LAYER
+    text = "te_text_model_encoder_layers_0_mlp_fc1"
+    both = lora_files.write(
+        tmp_path / "both.safetensors", {f"lora_{layer}": (32, 32), f"lora_{text}": (128, 32)}
+    )
+    options = RuntimeOptions(device="cpu", eager=True)
+    pipeline = Pipeline.open(
+        str(tmp_path / "ema.safetensors"), str(model[0]), options, safety="off", weights="ema"
+    )
+    alone = lora_files.write(tmp_path / "alone.safetensors", {f"lora_{layer}": (32, 32)})
+    for path in (both, alone):
+        pipeline.resolve(request(path))
+    assert [record.getMessage() for record in caplog.records if "layers" in record.getMessage()] == [
+        "both.safetensors: 2 of 2 layers, weight 1",
+        "alone.safetensors: 1 of 1 layers, weight 1",
+    ]
+
+
 # Files that change
 
 
@@ -309,6 +337,38 @@ def test_a_run_is_known_by_all_of_a_lora(tmp_path: Path) -> None:
     os.utime(path, (1, 1))  # the clock of the file system may not have ticked
     adapters.forget()
     assert adapters.digests(request(path)) != before
+
+
+def test_a_run_is_known_by_the_strength_of_a_lora(tmp_path: Path) -> None:
+    """--resume took up a run with a file whose header, or the file beside it, had another alpha."""
+    layers, found = {f"lora_unet_{LAYER}": (32, 32)}, []
+
+    def digest(path: Path, **facts: object) -> None:
+        lora_files.write(path, layers, alpha=None, **facts)
+        found.append(Adapters().digests(request(path))["lora content"])
+
+    path = tmp_path / "a.safetensors"
+    digest(path)
+    assert found == [lora_hash(path)]  # as runs of before have it
+    digest(path, metadata={"remark": "nothing that counts"})
+    assert found[0] == found[1]
+    settings = '{"unet.r": 4, "unet.lora_alpha": 4}'  # which count for nothing where layers have their own
+    lora_files.write(path, layers, metadata={"lora_adapter_metadata": settings})
+    assert Adapters().digests(request(path)) == {"lora content": lora_hash(path)}
+    for alpha in (4, 8):
+        settings = f'{{"unet.r": 4, "unet.lora_alpha": {alpha}}}'
+        digest(path, metadata={"lora_adapter_metadata": settings})
+    path = tmp_path / "adapter_model.safetensors"
+    digest(path)
+    assert found[4] == found[0]
+    for alpha in (4, 8):
+        (tmp_path / "adapter_config.json").write_text(f'{{"r": 2, "lora_alpha": {alpha}}}')
+        digest(path)
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8, "peft_version": "1"}')
+    digest(path)
+    assert found[6] == found[7]
+    assert len(set(found)) == 5
+    assert all(one.startswith(lora_hash(path)) for one in found)
 
 
 def twins(folder: Path) -> list[Path]:
@@ -513,6 +573,57 @@ def test_further_folders_are_looked_into_first(tmp_path: Path) -> None:
     adapters.look_in([tmp_path / "beside"])
     with pytest.raises(InputError, match=r"'one' is the name of 2 files in .*: One\.safetensors, one\.pt"):
         adapters.find("one")
+
+
+def test_linked_folders_are_searched(tmp_path: Path) -> None:
+    """A folder of LoRAs on another disk, linked into the LoRA folder, was passed over."""
+    folder, elsewhere = tmp_path / "loras", tmp_path / "elsewhere"
+    for place in (folder / "proper", elsewhere / "below"):
+        place.mkdir(parents=True)
+    lora_files.write(folder / "proper/one.safetensors", v1_layers())
+    lora_files.write(elsewhere / "below/two.safetensors", v1_layers())
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "again").symlink_to(folder / "proper")  # once is enough
+    (elsewhere / "circle").symlink_to(folder)
+    adapters = Adapters(folder)
+    assert adapters.find("one") == adapters.find("proper/one") == folder / "proper/one.safetensors"
+    assert (
+        adapters.find("two") == adapters.find("linked/below/two") == folder / "linked/below/two.safetensors"
+    )
+    assert {path for paths in adapters.names().values() for path in paths} == {
+        folder / "proper/one.safetensors",
+        folder / "linked/below/two.safetensors",
+    }
+
+
+def test_a_name_that_no_file_can_have(command, model: tuple[Path, Path], tmp_path: Path) -> None:
+    """It ended in the system's OSError and exit code 1."""
+    argv = ("--config", model[0], "--ckpt", model[1], "--lora", "x" * 300)
+    refused(command("txt2img", *argv), "cannot be opened: File name too long")
+    adapters = Adapters(tmp_path)
+    adapters.look_in([tmp_path])
+    with pytest.raises(InputError, match="File name too long"):
+        adapters.find("x" * 300)
+
+
+def test_folders_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LoRA folder was said to be empty. One below it may be for others only."""
+    lora_files.write(tmp_path / "one.safetensors", v1_layers())
+    closed = tmp_path / "below"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert Adapters(tmp_path).find("one") == tmp_path / "one.safetensors"
+    closed = tmp_path
+    with pytest.raises(InputError) as error:
+        Adapters(tmp_path).find("one")
+    assert str(error.value) == f"{tmp_path} cannot be opened: Permission denied"
 
 
 def test_an_unknown_name_lists_the_nearest(command, model: tuple[Path, Path], lora: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny_control import original_state, write_controlnet
 
 from ldm.errors import InputError
-from ldm.weights.controlnet import check_controlnet, load_controlnet
+from ldm.weights.controlnet import check_controlnet, load_controlnet, weights_file
 
 V1 = tiny_config("v1")
 
@@ -89,6 +89,14 @@ def test_files_that_are_no_controlnet(tmp_path: Path) -> None:
     path.write_bytes(b"no weights")
     refused(path, V1)
     refused(tmp_path / "absent.pth", V1)
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    """It ended in the system's OSError, without a line that names the file."""
+    path = Path("x" * 300)
+    assert "cannot be opened: File name too long" in refused(path, V1)
+    with pytest.raises(InputError, match="File name too long"):
+        weights_file(path)
 
 
 def test_a_single_file_that_averages_over_the_image(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import assert_same
+from checkpoints import Tiny, assert_same
 from diffusers_pipelines import KINDS, outputs, predicts_v, tiny_config, tiny_pipeline
 from golden_files import manifest
 from safetensors import safe_open
@@ -325,6 +325,49 @@ def test_a_ckpt_says_what_its_unet_predicts(tmp_path: Path) -> None:
     for name in ("b.safetensors", "b.ckpt"):  # which has no such file beside it
         hint = prediction_hint(read_header(run(tmp_path / "None.ckpt", tmp_path / name)))
         assert hint.parameterization == "v"
+
+
+def test_what_a_name_or_a_count_says_goes_into_the_new_file(tmp_path: Path) -> None:
+    """A v2 model's own name said what it predicts, and its converted file's did not."""
+    state = Tiny(context=1024).state_dict()
+    save_file(state, tmp_path / "v2-1_768-ema-pruned.safetensors")
+    torch.save({"state_dict": state, "global_step": 875_000}, tmp_path / "base.ckpt")
+    for source, target, expected in (
+        ("v2-1_768-ema-pruned.safetensors", "a.safetensors", "v"),
+        ("v2-1_768-ema-pruned.safetensors", "b.ckpt", "v"),
+        ("base.ckpt", "c.safetensors", "eps"),
+    ):
+        hint = prediction_hint(read_header(run(tmp_path / source, tmp_path / target)))
+        assert hint.parameterization == expected
+    comfy = {"modelspec.predict_key": "v"}
+    save_file(checkpoint("v1"), tmp_path / "comfy.safetensors", comfy)
+    assert prediction_hint(read_header(tmp_path / "comfy.safetensors")).parameterization == "v"
+
+
+def test_models_that_predict_different_things_are_not_merged(tmp_path: Path) -> None:
+    """Their sum was written without a word, and said to predict what the first one does."""
+    for name in ("v2-768", "512-base"):
+        save_file(Tiny(context=1024).state_dict(), tmp_path / f"{name}.safetensors")
+    first, second = (tmp_path / f"{name}.safetensors" for name in ("v2-768", "512-base"))
+    with pytest.raises(InputError, match=r"v2-768.safetensors predicts v and .*512-base.safetensors eps"):
+        run(first, tmp_path / "c.safetensors", other=second)
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_text_encoders_under_two_names_are_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """NovelAI's has no `text_model.` in its names: the text encoder stayed as it was."""
+    state, clip = checkpoint("v1"), "cond_stage_model.transformer."
+    other = {name: t + 1 if t.is_floating_point() else t for name, t in state.items()}
+    save_file(state, tmp_path / "a.safetensors")
+    bare = {name.replace(f"{clip}text_model.", clip): t for name, t in other.items()}
+    save_file(bare, tmp_path / "b.safetensors")
+    merged = run(tmp_path / "a.safetensors", tmp_path / "c.safetensors", other=tmp_path / "b.safetensors")
+    found = read_state_dict(merged)
+    names = [name for name in found if name.startswith(clip) and found[name].is_floating_point()]
+    assert names
+    for name in names:
+        torch.testing.assert_close(found[name], state[name] + 0.5)
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("keep_raw", [True, False])

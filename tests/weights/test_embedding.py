@@ -64,6 +64,26 @@ def test_safetensors(tmp_path: Path, name: str) -> None:
     assert found.names == (("toy",) if name == "emb_params" else ("toy", "<toy>"))
 
 
+@pytest.mark.parametrize("token", ["", " ", ",", "(", "<", "<>"])
+def test_tokens_that_are_no_words(tmp_path: Path, token: str) -> None:
+    """The vectors stood for each space or comma of a prompt; an empty token was an IndexError."""
+    torch.save({token: VECTORS}, tmp_path / "toy.pt")
+    assert read_embedding(tmp_path / "toy.pt").names == ("toy",)
+
+
+def test_a_token_of_signs_in_brackets(tmp_path: Path) -> None:
+    torch.save({"<*>": VECTORS}, tmp_path / "toy.pt")
+    assert read_embedding(tmp_path / "toy.pt").names == ("toy", "<*>")
+
+
+@pytest.mark.parametrize("shape", [(10**13,), (75, 10**12), (2, 2)])
+def test_vectors_that_are_not_stored(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """A stride of 0 made vectors of any width of four bytes, and the memory was full when they were read."""
+    torch.save({"toy": torch.ones(1).expand(shape)}, tmp_path / "toy.pt")
+    with pytest.raises(InputError, match=r"toy\.pt is damaged: its 'toy' has more values than are stored"):
+        read_embedding(tmp_path / "toy.pt")
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

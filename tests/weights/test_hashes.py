@@ -48,7 +48,8 @@ def test_file_hash_is_computed_once(tmp_path, file, cache, computed):
     assert [file_hash(file), file_hash(str(file)), file_hash(tmp_path / "link")] == [SHA256[:10]] * 3
     assert len(computed) == 1
     status = file.stat()
-    entry = {"size": len(CONTENT), "mtime_ns": status.st_mtime_ns, "sha256": SHA256}
+    times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
+    entry = {"size": len(CONTENT), "inode": status.st_ino, **times, "sha256": SHA256}
     assert json.loads(cache.read_text()) == {str(file.resolve()): entry}
 
 
@@ -59,6 +60,17 @@ def test_a_changed_file_is_hashed_again(file, computed, what):
     file.write_bytes(content)
     os.utime(file, ns=(0, 0 if what != "size" else file.stat().st_mtime_ns))
     assert file_hash(file) == hashlib.sha256(content).hexdigest()[:10]
+    assert len(computed) == 2
+
+
+def test_another_file_of_the_same_size_and_time_is_hashed_again(tmp_path, file, computed):
+    """Renamed to the path of a known one it had that one's hash."""
+    file_hash(file)
+    other, status = tmp_path / "other", file.stat()
+    other.write_bytes(b"x" * len(CONTENT))
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.replace(file)
+    assert file_hash(file) == hashlib.sha256(b"x" * len(CONTENT)).hexdigest()[:10]
     assert len(computed) == 2
 
 

@@ -281,6 +281,45 @@ def test_peft_keeps_alpha_beside_the_weights(tmp_path: Path) -> None:
     assert file.change("unet_mid_block_attentions_0_proj_in").scale == 4.0
 
 
+@pytest.mark.parametrize(
+    ("pattern", "scale"),
+    [
+        ("proj_in", 1.0),
+        ("mid_block.attentions.0.proj_in", 1.0),
+        ("^mid_block.*proj_(in|out)", 1.0),
+        (r"attentions\.\d+\.proj_in", 1.0),
+        ("unet.mid_block.attentions.0.proj_in", 1.0),
+        ("in", 2.0),  # which is no name of a layer
+        ("mid_block", 2.0),
+        ("proj_(", 2.0),
+        ("a{99999999999999999999}", 2.0),
+        ("((.*)*)*x", 2.0),
+        (".*.*.*.*x", 2.0),
+        ("(_?|m)" * 20, 2.0),
+    ],
+)
+def test_patterns_are_peft_s(tmp_path: Path, pattern: str, scale: float) -> None:
+    """They were taken for bare endings: "in" was for proj_in, and no regular expression for anything."""
+    parts = factors("lora", (12, 8), alpha=None)
+    key = "base_model.model.mid_block.attentions.0.proj_in"
+    names = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({f"{key}.{name}.weight": parts[f"{part}.weight"] for name, part in names.items()}, path)
+    config = {"r": 3, "lora_alpha": 6, "alpha_pattern": {pattern: 3, "proj_in$|attentions.0.proj_in": 6}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert LoraFile(path).change("unet_mid_block_attentions_0_proj_in").scale == scale
+
+
+def test_patterns_of_names_without_dots_are_endings(tmp_path: Path) -> None:
+    settings = {"unet.r": 3, "unet.lora_alpha": 6, "unet.alpha_pattern": {"attentions.0.proj_in": 3}}
+    metadata = {"lora_adapter_metadata": json.dumps(settings)}
+    name = "unet_mid_block_attentions_0_proj_in"
+    path = lora_files.write(
+        tmp_path / "a.safetensors", {f"lora_{name}": (12, 8)}, alpha=None, metadata=metadata
+    )
+    assert LoraFile(path).change(name).scale == 1.0
+
+
 def test_each_network_has_settings_of_its_own(tmp_path: Path) -> None:
     """The UNet's rank and alpha were taken for the text encoder's, too."""
     layers = {"unet_a": (12, 8), "te_encoder_layers_0_mlp_fc1": (12, 8)}
@@ -295,12 +334,50 @@ def test_each_network_has_settings_of_its_own(tmp_path: Path) -> None:
         assert [LoraFile(path).change(name).scale for name in layers] == scales
 
 
-def test_settings_beside_a_file_that_make_no_scale(tmp_path: Path) -> None:
-    """json reads NaN, which went into the weights."""
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff", "[" * 100_000])
+def test_damaged_settings_beside_a_file(tmp_path: Path, text: str) -> None:
+    """They were passed over, and the file was merged at another strength."""
     path = lora_files.write(tmp_path / "adapter_model.safetensors", {"lora_unet_a": (12, 8)}, alpha=None)
-    (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": NaN}')
-    with pytest.raises(InputError, match="alpha over rank of unet_a is no finite number"):
-        LoraFile(path).change("unet_a")
+    (tmp_path / "adapter_config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"adapter_config\.json (is not valid JSON|holds list instead)"):
+        LoraFile(path)
+
+
+def test_settings_in_a_file_that_are_damaged(tmp_path: Path) -> None:
+    """Deeply nested ones ended in a RecursionError."""
+    path = tmp_path / "a.safetensors"
+    for text in ("{", "[]", "[" * 100_000):
+        metadata = {"lora_adapter_metadata": text}
+        lora_files.write(path, {"lora_unet_a": (12, 8)}, alpha=None, metadata=metadata)
+        assert LoraFile(path).change("unet_a").scale == 1.0
+
+
+def test_several_loras_in_one_file_are_refused(tmp_path: Path) -> None:
+    """The last one was merged without a word."""
+    keys = [f"unet.a.lora_{x}.{name}.weight" for x in "AB" for name in ("one", "two")]
+    path = tmp_path / "two.safetensors"
+    save_file({key: torch.ones(2, 2) for key in keys}, path)
+    with pytest.raises(InputError, match=r"two\.safetensors holds several LoRAs in one"):
+        LoraFile(path)
+
+
+def test_ranks_that_are_not_stored(tmp_path: Path) -> None:
+    """A stride of 0 made a rank of any size of four bytes, and the memory was full when it was used."""
+    up = torch.ones(1).expand(12, 10**9)
+    down = torch.ones(1).expand(10**9, 8)
+    torch.save({"lora_unet_a.lora_up.weight": up, "lora_unet_a.lora_down.weight": down}, tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").stat().st_size < 10_000
+    with pytest.raises(InputError, match=r"a\.pt is damaged: its 'lora_unet_a\.lora_up\.weight' has more"):
+        LoraFile(tmp_path / "a.pt")
+
+
+def test_settings_beside_a_file_that_make_no_scale(tmp_path: Path) -> None:
+    """json reads NaN, which went into the weights, and numbers of any length, at which float fails."""
+    path = lora_files.write(tmp_path / "adapter_model.safetensors", {"lora_unet_a": (12, 8)}, alpha=None)
+    for alpha in ("NaN", "1" + "0" * 400):
+        (tmp_path / "adapter_config.json").write_text(f'{{"r": 3, "lora_alpha": {alpha}}}')
+        with pytest.raises(InputError, match="alpha over rank of unet_a is no finite number"):
+            LoraFile(path).change("unet_a")
     (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 6, "rank_pattern": [1]}')
     assert LoraFile(path).change("unet_a").scale == 2.0
 

@@ -55,6 +55,20 @@ def test_keys_of_no_kind_known_here() -> None:
     assert layers_of(keys) == ({}, keys)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [f"unet.{DOTS}.attn1.to_q.lora_A.{adapter}.weight" for adapter in ("one", "two")],
+        [f"lora_{BLOCK}_attn1_to_q.alpha", f"unet.{DOTS}.attn1.to_q.alpha"],
+    ],
+)
+def test_several_loras_in_one_file(keys: list[str]) -> None:
+    """The last of them was merged, and nothing said that the others were not."""
+    with pytest.raises(PartsError, match="holds several LoRAs in one") as error:
+        layers_of(keys)
+    assert all(key in str(error.value) for key in keys)
+
+
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_every_layer_that_diffusers_names_is_found(kind: str) -> None:
     pipe = tiny_pipeline(kind)
