@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from filelock import FileLock
-from tiny_sampling import normal, relative_difference
+from tiny_sampling import normal, relative_difference, tiny_model
 from tiny_siblings import depth_section, upscaler_section
 from torch import Tensor
 
@@ -35,6 +35,24 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def openvino() -> None:
     if find_spec("openvino") is None:
         pytest.skip("needs openvino")
+
+
+@pytest.fixture(scope="session")
+def conversion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder in which the miniature was converted, which takes seconds."""
+    if find_spec("openvino") is None:
+        pytest.skip("needs openvino")
+    folder = tmp_path_factory.mktemp("openvino")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        compile_with_openvino(tiny_model(), report=lambda line: None)
+    return folder
+
+
+@pytest.fixture
+def converted(conversion: Path, tmp_path: Path) -> None:
+    """The test's own cache has the miniature's networks."""
+    shutil.copytree(conversion, tmp_path, dirs_exist_ok=True)
 
 
 def outputs(model: LatentDiffusion, batch: int = 2, side: int = 8, tokens: int = 5) -> list[Tensor]:
@@ -99,7 +117,7 @@ def test_weights_of_16_bits(model: LatentDiffusion, dtype: torch.dtype, limit: f
     assert outputs(model)[1].dtype == torch.float32
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("converted")
 def test_any_shape_comes_from_one_conversion(model: LatentDiffusion) -> None:
     plain = copy.deepcopy(model)
     compile_with_openvino(model, report=lambda line: None)
@@ -110,7 +128,7 @@ def test_any_shape_comes_from_one_conversion(model: LatentDiffusion) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("converted")
 def test_the_shapes_used_last_stay_compiled(model: LatentDiffusion, monkeypatch) -> None:
     compiled: list[tuple] = []
     plain = StaticShapes.compile
@@ -145,7 +163,7 @@ def test_a_model_is_converted_once(model: LatentDiffusion, monkeypatch) -> None:
     assert fingerprint(other.model.diffusion_model) != before, name
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("converted")
 def test_plain_weights_are_let_go_and_other_optimisations_pass_over_them(model: LatentDiffusion) -> None:
     plain = outputs(model)
     compile_with_openvino(model, report=lambda line: None)
@@ -200,7 +218,7 @@ def test_a_broken_package_and_too_little_memory_end_nothing(
     ]
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("converted")
 def test_a_damaged_file_is_found_before_the_weights_go_and_converted_anew(model: LatentDiffusion) -> None:
     """The first step ended in an error, when the plain weights were gone."""
     first, again, reported = copy.deepcopy(model), copy.deepcopy(model), []
@@ -223,7 +241,7 @@ def test_a_damaged_file_is_found_before_the_weights_go_and_converted_anew(model:
     assert all(relative_difference(a, b) < 1e-4 for a, b in zip(outputs(again), plain, strict=True))
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("converted")
 def test_files_may_be_removed_once_they_are_read(model: LatentDiffusion) -> None:
     plain = outputs(model)
     compile_with_openvino(model, report=lambda line: None)

@@ -540,14 +540,14 @@ def test_bad_lines_are_named_before_anything_runs(txt2img, tmp_path, line, words
 
 @pytest.mark.slow
 def test_killed_again_and_again(model: tuple[Path, Path], tmp_path: Path) -> None:
-    """200 images, killed at 10 random moments: the files of a run that nothing disturbed, and none twice."""
+    """200 images, killed at 6 random moments: the files of a run that nothing disturbed, and none twice."""
     assert start(tmp_path / "whole", model).wait() == 0
     rng = random.Random(0)
     folder, kills = tmp_path / "out", 0
-    while kills < 10:
+    while kills < 6:
         done = len(manifest(folder))
         run = start(folder, model, "--resume")
-        target = min(190, done + rng.randint(1, 20))
+        target = min(190, done + rng.randint(1, 30))
         wait_for(folder, target)
         time.sleep(rng.random() * 0.05)
         run.kill()
@@ -616,20 +616,20 @@ def resident(pid: int) -> int:
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_thousands_of_images(model, tmp_path) -> None:
-    """After 5,000 images within 5 % of what it is after 500."""
-    run = start(tmp_path, model, "--n_samples", 50, "--n_iter", 110, "--ddim_steps", 1)
+    """After 3,000 images within 4 % of what it is after 500."""
+    run = start(tmp_path, model, "--n_samples", 50, "--n_iter", 66, "--ddim_steps", 1)
     path, seen = tmp_path / MANIFEST, {}
     end = time.monotonic() + 300
     while len(seen) < 2 and time.monotonic() < end and run.poll() is None:
         images = path.read_bytes().count(b"\n") if path.exists() else 0
-        if images >= (5000 if seen else 500):
+        if images >= (3000 if seen else 500):
             seen[images] = resident(run.pid)
         time.sleep(0.02)
     _, err = run.communicate()
     assert (run.returncode, len(seen)) == (0, 2), err[-300:]
     before, after = seen.values()
-    assert after < 1.05 * before
-    assert len(list((tmp_path / "samples").glob("*.png"))) == 5500
+    assert after < 1.04 * before
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 3300
 
 
 def test_grids_are_paged(txt2img: Command) -> None:
