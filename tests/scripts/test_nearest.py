@@ -183,7 +183,7 @@ def test_an_index_of_another_kind(command, folders, tmp_path: Path) -> None:
         (["--features", "colours"], "invalid choice"),
         (["--count", "0"], "--count"),
         (["--threshold", "2"], "--threshold"),
-        (["--threshold", "0.9", "--held_out", "x"], "nothing is calibrated: leave out --held_out"),
+        (["--threshold", "0.9", "--held_out", "x"], "nothing to calibrate: leave out --held_out"),
         (["--threshold", "0.9", "--false_positives", "0"], "leave out --false_positives"),
         (
             ["--threshold", "0.9", "--false_positives", "0.3", "--calibrate_on", "5"],
