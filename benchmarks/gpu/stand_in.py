@@ -39,7 +39,7 @@ def model_section(family: str, tiny: bool) -> dict[str, Any]:
     if tiny:
         parts = section["params"]
         unet = parts["unet_config"]["params"]
-        unet |= {"model_channels": 32, "channel_mult": [1, 2], "attention_resolutions": [2, 1]}
+        unet |= {"model_channels": 32, "channel_mult": [1, 2], "attention_resolutions": [1]}
         unet |= {"num_res_blocks": 1, "context_dim": 64}
         unet |= {"num_head_channels": 8} if "num_head_channels" in unet else {"num_heads": 4}
         smaller = {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}

@@ -385,7 +385,7 @@ def slurm(rank: int, **changes: object) -> dict[str, object]:
     } | changes
 
 
-@pytest.mark.parametrize("job", ["interactive", "bash", "images"])
+@pytest.mark.parametrize("job", ["interactive", "bash"])
 def test_tasks_of_srun_are_one_run(processes: Processes, job: str) -> None:
     """Within salloc, whose job is named "interactive", every task started children of its own; and
     `srun -n 2` was refused because it is not --ntasks-per-node."""
