@@ -285,8 +285,9 @@ def test_a_mistake_is_said_and_nothing_is_lost(page: object) -> None:
     assert page.input_value("#prompt textarea") == "<b>bold</b>"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [driver.DESKTOP, driver.PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize(
+    ("size", "scheme"), [(driver.DESKTOP, "light"), (driver.PHONE, "dark")], ids=["desktop", "phone"]
+)
 def test_it_can_be_read_and_reached(address: str, size: tuple[int, int], scheme: str) -> None:
     with driver.browsing(address, size, color_scheme=scheme) as page:
         for task in ("Text to image", "Inpaint"):
