@@ -97,9 +97,13 @@ def compiled(
 
 
 def out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
-    """What the device said when it had no memory left while code was generated; None for another failure."""
+    """What the device said when it had no memory left while code was generated; None for another failure.
+
+    torch keeps it as `inner_exception`. The error's context may be an earlier lack of memory, after which a
+    smaller batch is compiled.
+    """
     while error is not None and not isinstance(error, torch.OutOfMemoryError):
-        error = error.__cause__ or error.__context__
+        error = getattr(error, "inner_exception", None) or error.__cause__
     return error
 
 

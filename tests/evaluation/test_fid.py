@@ -1,7 +1,5 @@
 """Fréchet distances in closed form and against torch-fidelity; files of networks and statistics."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -109,17 +107,8 @@ def test_features_are_those_of_the_last_layer(inception: Path) -> None:
     assert np.array_equal(mine.astype(np.float32), theirs.numpy())
 
 
-def test_float32_is_not_rounded_on_a_gpu(inception: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_is_not_rounded_on_a_gpu(inception: Path, events: list[object]) -> None:
     """Convolutions had TF32 on CUDA, 10 bits: another FID than on a CPU."""
-    events: list[object] = []
-
-    @contextmanager
-    def arithmetic(device: torch.device) -> Iterator[None]:
-        events.append(device)
-        yield
-        events.append("left")
-
-    monkeypatch.setattr("ldm.pipeline.device.arithmetic", arithmetic)
     network = Inception(inception, torch.device("cpu"), "64")
     network.network.register_forward_hook(lambda *_: events.append("network"))
     network(pictures(1, 0))

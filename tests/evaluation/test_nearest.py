@@ -1,7 +1,6 @@
 """The nearest training images: against all pairs at once, planted copies, files of features."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -267,17 +266,8 @@ def test_the_detectors_features(tmp_path: Path) -> None:
     torch.testing.assert_close(found[:1], inputs[0])
 
 
-def test_float32_is_not_rounded_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_is_not_rounded_on_a_gpu(tmp_path: Path, events: list[object]) -> None:
     """The detector's convolutions had TF32 on CUDA: an index of another machine was less alike."""
-    events: list[object] = []
-
-    @contextmanager
-    def arithmetic(device: torch.device) -> Iterator[None]:
-        events.append(device)
-        yield
-        events.append("left")
-
-    monkeypatch.setattr(nearest, "arithmetic", arithmetic)
     save_detector(Detector(), tmp_path / "detector.safetensors")
     features = nearest.Scenes(tmp_path / "detector.safetensors", torch.device("cpu"))
     features.detector.layers[0].register_forward_hook(lambda *_: events.append("network"))
@@ -285,7 +275,7 @@ def test_float32_is_not_rounded_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     assert events == [torch.device("cpu"), "network", "left"]
 
 
-def test_clips_features(tmp_path: Path) -> None:
+def test_clips_features(tmp_path: Path, events: list[object]) -> None:
     """The image embeddings of transformers' own model."""
     import transformers
 
@@ -293,6 +283,7 @@ def test_clips_features(tmp_path: Path) -> None:
     features = nearest.Clip(str(folder), torch.device("cpu"))
     images = noise_images(3, side=40)
     found = features(images)
+    assert events == [torch.device("cpu"), "left"]
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     pixels = features.clip.processor(images=images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():

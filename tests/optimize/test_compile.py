@@ -112,8 +112,9 @@ def test_memory_that_ends_while_compiling_is_no_failure_of_the_compiler(monkeypa
     def full(plain, **_):
         def forward(x: Tensor) -> Tensor:
             if x > 1:
-                error = torch.OutOfMemoryError("CUDA out of memory")
-                raise BackendCompilerFailed("inductor", error, []) from error
+                raise BackendCompilerFailed("inductor", torch.OutOfMemoryError("CUDA"), []) from None
+            if x < 0:
+                raise BackendCompilerFailed("inductor", RuntimeError("no compiler"), []) from None
             return x + 1
 
         return forward
@@ -125,6 +126,11 @@ def test_memory_that_ends_while_compiling_is_no_failure_of_the_compiler(monkeypa
         forward(2)
     assert forward(1) == 2
     assert not any("is not compiled" in line for line in reported)
+    try:
+        raise torch.OutOfMemoryError("a larger batch")
+    except torch.OutOfMemoryError:  # in whose handling the smaller one is compiled
+        assert forward(-1) == 1
+    assert any("is not compiled" in line and "no compiler" in line for line in reported)
 
 
 @pytest.mark.parametrize("tiled_first", [True, False])
