@@ -11,6 +11,7 @@ from ldm.errors import InputError
 
 LOG = logging.getLogger("ldm")
 JOINERS = "\u200c\u200d"  # of letters and emoji
+SAID: set[str] = set()  # the notices that are given once; a command begins with none
 
 
 def one_line(message: object) -> str:
@@ -33,6 +34,13 @@ def printable(text: str) -> str:
 def notice(message: str) -> None:
     """One line for the user that is no result: on stderr unless --quiet, and in the log."""
     LOG.warning(one_line(message))
+
+
+def notice_once(message: str) -> None:
+    """A notice that a command gives once, however often its reason comes again."""
+    if message not in SAID:
+        SAID.add(message)
+        notice(message)
 
 
 def problem(message: str) -> None:

@@ -63,7 +63,9 @@ def computed_hash(file: str) -> str:
 
 def as_text(facts: dict[str, Any]) -> str:
     """The facts of one file for a reader, without what only a terminal would obey."""
-    config = f"config {facts['config']}" if facts["config"] else "cannot be run here"
+    config = f"config {facts['config']}" if facts["config"] else ""
+    if not config and not facts["uses"]:
+        config = "cannot be run here"
     weights = {"raw": "no EMA", "ema": "EMA alone", "raw and ema": "raw and EMA"}.get(facts["weights"])
     total = sum(facts["precision"].values()) or 1
     shares = {name: 100 * count / total for name, count in facts["precision"].items()}
@@ -72,7 +74,7 @@ def as_text(facts: dict[str, Any]) -> str:
     ]
     lines = [
         f"{facts['file']}: {facts['family']}",
-        f"  {config}",
+        *([f"  {config}"] if config else []),
         f"  size: {_bytes(facts['size'])}, {facts['format']}",
         f"  precision: {', '.join(precision) or 'none'}",
         f"  parameters: {_count(facts['parameters'])}",

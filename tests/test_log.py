@@ -38,6 +38,14 @@ def test_a_full_disk_is_one_line(capsys) -> None:
     assert capsys.readouterr().err.splitlines() == ["--log_file /dev/full: No space left on device"]
 
 
+def test_a_notice_of_once_is_given_once(capsys) -> None:
+    log.SAID.clear()
+    log.LOG.addHandler(log.Stderr())
+    for message in ("a", "b", "a"):
+        log.notice_once(message)
+    assert capsys.readouterr().err.splitlines() == ["a", "b"]
+
+
 def test_quiet_keeps_notices_off_stderr(capsys) -> None:
     log.LOG.addHandler(log.Stderr())
     log.log_to(None, quiet=True)

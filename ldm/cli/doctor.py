@@ -23,7 +23,8 @@ from ldm.errors import InputError
 from ldm.log import one_line
 from ldm.pipeline.memory import host_memory
 from ldm.weights import loading
-from ldm.weights.loading import BUNDLED_CONFIG, BUNDLED_WEIGHTS, SAFETY_FOLDER, V1_WEIGHTS, find
+from ldm.weights.families import FAMILIES
+from ldm.weights.loading import COMMANDS, LINKED, SAFETY_FOLDER, bundled_for, find, published_for
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +68,8 @@ def examine(outdir: str, debug: bool = False) -> Findings:
         "devices": devices,
         "precisions": precisions,
         "CLIP's vocabulary": vocabulary,
-        "bundled model": bundled_model,
-        "linked weights": linked_weights,
+        **{f"bundled model for {does}": partial(bundled_model, task) for task, does in COMMANDS.items()},
+        **{f"linked weights for {does}": partial(linked_weights, task) for task, does in COMMANDS.items()},
         "safety checker": safety_checker,
     }
     for probes in (first, with_torch):
@@ -307,21 +308,33 @@ def vocabulary() -> Findings:
         yield broken(f"CLIP's vocabulary is not at {path}", f"{PIP} --force-reinstall open_clip_torch")
 
 
-def bundled_model() -> Findings:
-    yield from model_loads("bundled model", find(BUNDLED_CONFIG), find(BUNDLED_WEIGHTS))
+def bundled_model(task: str) -> Findings:
+    """The model that the commands of a task take where no weights are linked for them."""
+    family = bundled_for(task)
+    yield from model_loads("bundled model", find(family.config), find(family.bundled))
 
 
-def linked_weights() -> Findings:
-    """The weights of Stable Diffusion v1 that the commands would take."""
-    files = loading.choose_model(None, None)
-    weights = _shown(files.weights)
-    if files.weights == loading.ROOT / BUNDLED_WEIGHTS:
-        place = _shown(find(V1_WEIGHTS[0]))
-        advice = f"mkdir -p {place.parent} && ln -s /path/to/sd-v1-4.ckpt {place}"
-        yield note("no Stable Diffusion weights are linked, images come from the bundled model", advice)
-    elif not files.weights.exists():
-        advice = f"link it again with ln -sf /path/to/sd-v1-4.ckpt {weights}"
-        yield broken(f"{weights} is a link to nowhere ({files.weights.readlink()})", advice)
+def linked_weights(task: str) -> Findings:
+    """The weights that the commands of a task would take by themselves."""
+    files = loading.choose_model(None, None, task)
+    weights, bundled, wanted = _shown(files.weights), bundled_for(task), published_for(task)
+    instead = None  # what the commands take where no weights are linked for the task itself
+    if files.weights == loading.ROOT / bundled.bundled:
+        instead = bundled.name
+    elif task != "text" and files.weights == loading.choose_model(None, None).weights:
+        instead = weights  # which has a finding of its own
+    folder = _shown(find(f"{LINKED}/{wanted.folder}"))
+    advice = f"mkdir -p {folder} && ln -s /path/to/{wanted.download} {folder / 'model.ckpt'}"
+    if instead and folder.is_symlink() and not folder.exists():
+        yield broken(f"{folder} is a link to nowhere ({folder.readlink()})", f"rm {folder} && {advice}")
+    elif instead:
+        name = "Stable Diffusion" if task == "text" else wanted.name.removeprefix("the ")
+        what = f"no {name} weights are linked, images of {COMMANDS[task]} come from {instead}"
+        yield note(what, advice)
+    elif not weights.exists():
+        family = next(one for one in FAMILIES if one.folder == weights.parent.name)
+        advice = f"link it again with ln -sf /path/to/{family.download} {weights}"
+        yield broken(f"{weights} is a link to nowhere ({weights.readlink()})", advice)
     else:
         yield from model_loads("linked weights", files.config, files.weights)
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ldm.errors import InputError
-from ldm.log import LOG, one_line
+from ldm.log import LOG, SAID, one_line
 from ldm.runs.processes import is_follower
 
 OBJECTS = 50_000  # made between two searches for garbage; Python's own number is far lower
@@ -28,6 +28,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     prog = Path(sys.argv[0]).name
     before, LOG.handlers, LOG.propagate = LOG.handlers, [logging.StreamHandler()], False
     level = LOG.level
+    SAID.clear()
     if "--debug" in arguments:
         LOG.setLevel(logging.DEBUG)
     # Importing torch makes some hundred thousand objects, all of which stay. Looking for garbage among them

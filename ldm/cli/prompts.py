@@ -6,7 +6,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def read_prompts(path: str, known: Mapping[str, Setting] | None = None) -> list[
     command line: numbers and texts, true or false for switches, lists for lists. Images that
     it names are looked for beside the file, then in the working folder. A byte order mark and the line ends
     of any system are fine. InputError, with the number of the line, if the file cannot be read, is not UTF-8
-    text or JSON, holds no prompt, or names an image that is not there.
+    text or JSON, holds no prompt, gives an option twice in a line, or names an image that is not there.
     """
     try:
         data = _standard_input() if path == "-" else Path(path).read_bytes()
@@ -74,17 +75,27 @@ def _numbered(lines: list[str]) -> list[tuple[int, str]]:
     return [(i, line) for i, line in numbered if line.strip()]
 
 
-def _json(text: str) -> Any:
+def _json(text: str, as_object: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
+    """What a JSON text says, None if it is none; `as_object` makes an object of its names and values."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=as_object)
     except (ValueError, RecursionError):
         return None
 
 
 def _json_line(text: str, place: str, known: Mapping[str, Setting], folder: Path) -> Line:
-    content = _json(text)
+    repeated: list[str] = []
+
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        return dict(pairs)
+
+    content = _json(text, as_object)
     if not isinstance(content, dict):
         raise InputError(f'--from-file {place}: no JSON object such as {{"prompt": "a red cube", "seed": 7}}')
+    if repeated:  # of which JSON itself takes the last
+        name = f"{json.dumps(repeated[0])[1:-1]:.50}"
+        raise InputError(f"--from-file {place}: it has {name} more than once; give it once")
     prompt = content.pop("prompt", None)
     if not isinstance(prompt, str):
         raise InputError(f'--from-file {place}: its "prompt" is missing or no text')

@@ -9,7 +9,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -213,26 +213,29 @@ class Adapters:
         return self.hashes[file]
 
     def recorded(self, request: ImageRequest) -> dict[str, str]:
-        """What an image records of its LoRAs beside the request's own: `lora_hashes`, "name: hash, …"."""
-        files = self.files_of(request)
-        found = ", ".join(f"{file.path.stem}: {self.hash(file).result()}" for file in files)
-        return {"lora_hashes": found} if found else {}
+        """What an image records of its LoRAs beside the request's own, as "name: hash, …".
 
-    def differences(self, request: ImageRequest, recorded: str) -> list[str]:
-        """The request's LoRAs that have another hash than an image recorded under their name, a line each.
-
-        Several of the image may have one name, as they lay in different folders.
+        `lora_hashes` are of their values, and `lora_settings` of peft's settings beside these, if they decide
+        how strong a file is.
         """
-        known: dict[str, list[str]] = {}
-        for one in recorded.split(", "):
-            name, _, theirs = one.rpartition(": ")
-            known.setdefault(name, []).append(theirs)
+        files = self.files_of(request)
+        hashes = [f"{file.path.stem}: {self.hash(file).result()}" for file in files]
+        digests = [f"{file.path.stem}: {digest}" for file in files if (digest := file.settings_digest)]
+        found = {"lora_hashes": ", ".join(hashes), "lora_settings": ", ".join(digests)}
+        return {name: text for name, text in found.items() if text}
+
+    def differences(self, request: ImageRequest, recorded: Mapping[str, Any]) -> list[str]:
+        """The request's LoRAs that are not as an image with the settings `recorded` had them, a line each."""
+        known, digests = (_by_name(recorded.get(name)) for name in ("lora_hashes", "lora_settings"))
         lines = []
         for file in self.files_of(request):
-            hashes, ours = known.get(file.path.stem, []), self.hash(file).result()
+            name, ours = file.path.stem, self.hash(file).result()
+            hashes = known.get(name, [])
             if hashes and not any(ours.startswith(theirs[:12].lower()) for theirs in hashes):
                 found = " and ".join(hashes)
                 lines.append(f"that image is by another {file.path.name} ({found}), this is {ours}")
+            elif name in digests and file.settings_digest not in digests[name]:
+                lines.append(f"{file.path.name} had another strength, as its rank or alpha has changed")
         return lines
 
     def digests(self, request: ImageRequest) -> dict[str, str]:
@@ -241,7 +244,8 @@ class Adapters:
         `lora_hash` leaves out the header, whose settings may decide how strong a file is.
         """
         files = self.files_of(request)
-        content = ", ".join(f"{self.hash(file).result()}{file.settings_digest}" for file in files)
+        both = [filter(None, (self.hash(file).result(), file.settings_digest)) for file in files]
+        content = ", ".join(map("/".join, both))
         return {"lora content": content} if content else {}
 
     # The model
@@ -313,6 +317,15 @@ class Adapters:
         room = host_memory()[1] > SPARE * size
         while len(self._kept) > (KEPT if room else 1):
             self._kept.popitem(last=False)
+
+
+def _by_name(recorded: Any) -> dict[str, list[str]]:
+    """The hashes of "name: hash, …"; several LoRAs of an image have one name if their folders differ."""
+    known: dict[str, list[str]] = {}
+    for one in str(recorded or "").split(", "):
+        name, _, theirs = one.rpartition(": ")
+        known.setdefault(name, []).append(theirs)
+    return known
 
 
 def _weights_among(paths: Iterable[Path]) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm.errors import FieldError, InputError
-from ldm.log import notice
+from ldm.log import notice_once
 from ldm.weights.files import exists
 from ldm.weights.loading import SAFETY_FOLDER, find
 
@@ -50,9 +50,11 @@ class Safety:
 
     @classmethod
     def load(cls, mode: str, device: torch.device) -> Safety:
-        """The checks for a mode of `safety_for`; a notice if images go unchecked."""
+        """The checks for a mode of `safety_for`; a notice, one for all models, if images go unchecked."""
         if mode == "unchecked":
-            notice(f"The images are unchecked: there is no {SAFETY_FOLDER} (--safety off: no such notice)")
+            notice_once(
+                f"The images are unchecked: there is no {SAFETY_FOLDER} (--safety off: no such notice)"
+            )
         if mode in ("off", "unchecked"):
             return cls()
         return cls(load_safety_checker(find(SAFETY_FOLDER), device), blacken=mode == "on")

@@ -59,10 +59,13 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
     from ldm.weights.checkpoint import check_weights, read_state_dict
     from ldm.weights.diffusers_writing import not_held, with_text_model, write_folder
     from ldm.weights.merge import merge
-    from ldm.weights.vae import with_vae
+    from ldm.weights.vae import vae_file, with_vae
 
     check_target(job.target, job.source, job.force)
     header = read_header(job.source)  # all that can be said without values comes first
+    vae = vae_file(job.vae) if job.vae else None
+    for path in filter(None, (job.source, job.other, job.base, vae)):
+        read_header(path).check_dtypes()
     stated = _stated_prediction(header)
     _check_predictions(stated, [path for path in (job.other, job.base) if path], job.source)
     files = choose_model(job.config, str(job.source), task=None) if job.to == "diffusers" else None

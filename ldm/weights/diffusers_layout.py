@@ -236,13 +236,17 @@ def read_folder_header(folder: Path) -> FolderHeader:
     is there where it is none of the published ones. InputError as in `check_folder`.
     """
 
+    dropped: dict[str, str] = {}
+
     def outlines(path: Path) -> State:
-        tensors = read_header(path).tensors
-        return {name: names.Outline(str(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
+        header = read_header(path)
+        dropped.update({f"{path.parent.name}.{name}": dtype for name, dtype in header.dropped.items()})
+        return {name: names.Outline(str(t.dtype), tuple(t.shape)) for name, t in header.tensors.items()}
 
     prediction = {"eps": "epsilon", "v": "v_prediction", None: None}[folder_hints(folder).parameterization]
     metadata = {"prediction_type": prediction} if prediction else {}
-    return FolderHeader(folder, read_folder(folder, outlines), buffer=None, metadata=metadata)
+    tensors = read_folder(folder, outlines)
+    return FolderHeader(folder, tensors, buffer=None, metadata=metadata, dropped=dropped)
 
 
 def read_folder(folder: Path, read: Callable[[Path], State]) -> State:

@@ -105,7 +105,7 @@ FAMILIES = (
     # what may also lie beside the weights of one of the models above
     Family("a ControlNet", r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\."),
     Family("a LoRA", r"\blora_|_lora\.|\.lora\.|\.lora_|\.hada_w\d|\.lokr_w\d"),
-    Family("a textual inversion", r"^emb_params$|^clip_[gl]$|^string_to_param\b"),
+    Family("a textual inversion", r"^(emb_params|clip_[gl]|tensor|<.+>)$|^string_to_param\b"),
     Family("a diffusers UNet", r"^(unet\.)?down_blocks\."),
     Family("a pixel upscaler", r"\bRRDB_trunk\.|\bbody\.\d+\.rdb1\.|^(params(_ema)?\.)?model\.1\.sub\."),
     Family("a latent diffusion model of an unlisted kind", r"^model(_ema)?\.diffusion_model"),

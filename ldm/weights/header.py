@@ -90,10 +90,19 @@ class Header:
     global_step: int | None = None  # of training, in a .ckpt
     others: tuple[str, ...] = ()  # names of what else the dict around the tensors holds
     nested: Mapping[str, StoredTensor] = field(default_factory=dict)  # where there is no state dict
+    dropped: Mapping[str, str] = field(default_factory=dict)  # dtypes of tensors that torch cannot use
 
     @property
     def is_pickle(self) -> bool:
         return self.locate is not None
+
+    def check_dtypes(self) -> None:
+        """InputError if a tensor was dropped for its dtype, which a file made of the others would lack."""
+        for name, dtype in self.dropped.items():
+            raise InputError(
+                f"{self.path}: its tensor {name[:200]!r} has a dtype that cannot be read here ({dtype}); "
+                "give the model in float32, float16 or bfloat16"
+            )
 
     def map(self, copy: bool = False) -> dict[str, torch.Tensor]:
         """The tensors, in the memory of the mapped file: pages load when used, and nothing is written back.
@@ -102,6 +111,7 @@ class Header:
         a damaged file or one without tensors.
         """
         if not self.tensors:
+            self.check_dtypes()
             found = ", ".join(repr(name)[:60] for name in self.others[:5]) or "nothing"
             raise InputError(f"{self.path} is not a model checkpoint: it holds no tensors (found: {found})")
         with user_file(self.path), self.path.open("rb") as file:
@@ -154,8 +164,8 @@ def read_header(path: str | Path) -> Header:
 
     The file is mapped, and must stay unchanged while the header lives. A `state_dict` or `model` wrapper is
     removed. What is not a tensor is dropped, and so are tensors of dtypes that no weight can have (quantised
-    ones). InputError for a file that is missing, another folder, empty, cut short, damaged, of another kind,
-    or that carries code.
+    ones), of which `dropped` has the names. InputError for a file that is missing, another folder, empty, cut
+    short, damaged, of another kind, or that carries code.
     """
     from ldm.weights import diffusers_layout  # which uses this module
 
@@ -210,7 +220,9 @@ def _read_safetensors(path: Path, buffer: mmap.mmap) -> Header:
             for name, each in header.items()
             if each["dtype"] in DTYPES
         }
-    return Header(path, tensors, buffer, metadata=metadata, others=("__metadata__",) * bool(metadata))
+    dropped = {name: each["dtype"] for name, each in header.items() if name not in tensors}
+    others = ("__metadata__",) * bool(metadata)
+    return Header(path, tensors, buffer, metadata=metadata, others=others, dropped=dropped)
 
 
 def _read_zip(path: Path, buffer: mmap.mmap) -> Header:
@@ -287,7 +299,12 @@ def _header_of(
         inner = {key: value for key, value in content.items() if isinstance(value, dict)}
         nested = {f"{key}.{name}": t for key, value in inner.items() for name, t in _tensors(value).items()}
     others = tuple(key for key in content if not (isinstance(key, str) and key in tensors))
-    return Header(path, tensors, buffer, locate, {}, step, others, nested)
+    dropped = {
+        name: each.unusable_dtype
+        for name, each in content.items()
+        if isinstance(name, str) and isinstance(each, StoredTensor) and not each.is_usable
+    }
+    return Header(path, tensors, buffer, locate, {}, step, others, nested, dropped)
 
 
 def _tensors(content: dict) -> dict[str, StoredTensor]:

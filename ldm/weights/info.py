@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
-from ldm.weights.families import Family, family_of, variants
+from ldm.weights import lora_names
+from ldm.weights.embedding import SDXL
+from ldm.weights.families import FAMILIES, Family, family_of, variants
 from ldm.weights.hashes import hashed_file, known_hash, quick_hash
 from ldm.weights.header import Header, read_header
 from ldm.weights.loading import bundled_family
+from ldm.weights.lora import LoraFile
 from ldm.weights.prediction import prediction_hint, stated_size
 
 # The parts of a checkpoint by the beginnings of its weights' names.
@@ -40,11 +43,21 @@ DO = {
     "depth": (("images with the depths of an image", 'depth2img.py --prompt "a cat" --init-img IMAGE'),),
     "upscale": (("images of four times the size", 'upscale.py --prompt "a cat" --init-img IMAGE'),),
 }
-# Files that a command takes beside a checkpoint.
+# Files that a command takes beside a checkpoint, or in its place.
 PARTNERS = {
-    "a pixel upscaler": ("larger images", "upscale.py --init-img IMAGE --model"),
-    "an autoencoder alone": ("another autoencoder for a checkpoint", 'txt2img.py --prompt "a cat" --vae'),
+    "a pixel upscaler": ("larger images", "upscale.py --init-img IMAGE --model {file}"),
+    "an autoencoder alone": (
+        "another autoencoder for a checkpoint",
+        'txt2img.py --prompt "a cat" --vae {file}',
+    ),
+    "a LoRA": ("other images of a checkpoint", 'txt2img.py --prompt "a cat" --lora {file}'),
+    "a ControlNet": (
+        "images of a text that follow an image",
+        'txt2img.py --prompt "a cat" --control {file_and_image}',
+    ),
+    "a textual inversion": ("images of its word", "txt2img.py --prompt {word} --embedding {file}"),
 }
+CONTEXT = re.compile(r".*\battn2\.to_k\.weight")  # of a ControlNet: [width, context width]
 
 
 def model_info(path: str | Path) -> dict[str, Any]:
@@ -83,7 +96,7 @@ def model_info(path: str | Path) -> dict[str, Any]:
         "quick_hash": quick_hash(path),
         "model_hash": known_hash(path),
         "hashed_file": str(hashed_file(path)),
-        "uses": _uses(path, family, _weights(tensors)),
+        "uses": _uses(path, family, tensors),
     }
 
 
@@ -132,15 +145,32 @@ def _configs(header: Header, family: Family, prediction: str | None) -> list[str
     return [config for predicts, config in first.items() if len(first) == 1 or prediction in (None, predicts)]
 
 
-def _uses(path: Path, family: Family, weights: str | None) -> list[dict[str, str]]:
+def _uses(path: Path, family: Family, tensors: Mapping[str, Any]) -> list[dict[str, str]]:
     """What the file is good for, with the command; empty for what cannot be used here."""
-    file = shlex.quote(str(path))
-    if family.name in PARTNERS:
-        what, command = PARTNERS[family.name]
-        return [{"makes": what, "command": f"python scripts/{command} {file}"}]
-    if family.config is None:
-        return []
-    options = f"--ckpt {file}" + (" --weights ema" if weights == "ema" else "")
-    return [
-        {"makes": what, "command": f"python scripts/{command} {options}"} for what, command in DO[family.task]
-    ]
+    words = {"file": path, "file_and_image": f"{path}:IMAGE", "word": f"a photo of {path.stem}"}
+    words = {name: shlex.quote(str(text)) for name, text in words.items()}
+    options = f"--ckpt {words['file']}" + (" --weights ema" if _weights(tensors) == "ema" else "")
+    uses = [(what, f"{command} {options}") for what, command in (DO[family.task] if family.config else ())]
+    # the published ControlNets for v1 are whole checkpoints besides
+    has_control = any(name.startswith("control_model.") for name in tensors)
+    part = "a ControlNet" if has_control else family.name
+    if part in PARTNERS and not _is_foreign(path, part, tensors):
+        what, command = PARTNERS[part]
+        uses.append((what, command.format(**words)))
+    return [{"makes": what, "command": f"python scripts/{command}"} for what, command in uses]
+
+
+def _is_foreign(path: Path, part: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether a file is for a model that cannot be run here, as far as its names and shapes say."""
+    if part == "a textual inversion":
+        return bool(SDXL & tensors.keys())
+    model = ""
+    if part == "a LoRA":
+        try:
+            model = lora_names.family(LoraFile(path).shapes)
+        except InputError:  # whose layers are named in no way that is known here
+            return True
+    elif part == "a ControlNet":
+        widths = (t.shape[1] for name, t in tensors.items() if CONTEXT.fullmatch(name) and len(t.shape) == 2)
+        model = lora_names.WIDTHS.get(next(widths, None), "")
+    return bool(model) and not any(row.config and row.name == model for row in FAMILIES)

@@ -173,8 +173,7 @@ def _files_without_ckpt(config: str | None, task: str) -> ModelFiles:
             if family.folder and family.task == does and (weights := _linked(family)):
                 line = None if family is V1 else f"using {family.name}, which is linked at {weights}"
                 return ModelFiles(find(V1_CONFIG if family is V1 else family.config), weights, line)
-    bundled = next(family for family in FAMILIES if family.bundled and family.task == task)
-    wanted = next(family for family in FAMILIES if family.folder and family.task == task)
+    bundled, wanted = bundled_for(task), published_for(task)
     folder = f"{LINKED}/{wanted.folder}"
     what = "Stable Diffusion" if task == "text" else wanted.name
     line = (
@@ -182,6 +181,16 @@ def _files_without_ckpt(config: str | None, task: str) -> ModelFiles:
         f"For {what}, mkdir -p {folder} && ln -s /path/to/{wanted.download} {folder}/model.ckpt"
     )
     return ModelFiles(ROOT / bundled.config, ROOT / bundled.bundled, line)
+
+
+def bundled_for(task: str) -> Family:
+    """The model that a command for a task takes where no weights are linked for it."""
+    return next(family for family in FAMILIES if family.bundled and family.task == task)
+
+
+def published_for(task: str) -> Family:
+    """The first of the published models that do a task."""
+    return next(family for family in FAMILIES if family.folder and family.task == task)
 
 
 def _linked(family: Family) -> Path | None:

@@ -236,7 +236,7 @@ class LoraFile:
 
     @property
     def settings_digest(self) -> str:
-        """What to add to a hash of the values, so that it is of the strength, too.
+        """A hash of the settings beside the values that decide the strength.
 
         "" without settings, and where they decide nothing, as each layer has an alpha of its own.
         """
@@ -248,7 +248,7 @@ class LoraFile:
         }
         if not any(found.values()):
             return ""
-        return f"/{hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]}"
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
 
     @property
     def advice(self) -> str:

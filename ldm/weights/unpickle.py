@@ -107,6 +107,12 @@ class StoredTensor(Inert):
         return all(isinstance(dtype, str) and dtype in ITEM_SIZES for dtype in dtypes)
 
     @property
+    def unusable_dtype(self) -> str:
+        """The dtype for which it is not usable, in words: a damaged file may have anything in its place."""
+        dtype = self.values.dtype
+        return dtype if isinstance(dtype, str) and dtype in QUANTISED_SIZES else "one that is not known"
+
+    @property
     def is_repeated(self) -> bool:
         """Whether it has more values than are stored: by a stride of 0 four bytes may stand for gigabytes."""
         return self.numel * ITEM_SIZES[self.dtype] > self.values.nbytes
@@ -179,6 +185,7 @@ KNOWN_GLOBALS = {
     ("torch.nn.modules.container", "ParameterDict"): StoredParameters,
     ("torch._utils", "_rebuild_tensor_v2"): StoredTensor,
     ("torch._utils", "_rebuild_tensor_v3"): StoredBytes,
+    ("torch._utils", "_rebuild_qtensor"): StoredTensor,  # which its dtype makes unusable
     ("torch._utils", "_rebuild_parameter"): StoredParameter,
     ("torch._utils", "_rebuild_parameter_with_state"): StoredParameter,
     ("torch._tensor", "_rebuild_from_type"): StoredWithAttributes,

@@ -127,6 +127,8 @@ def write_safetensors(
 ) -> None:
     """Write tensors, one after the other, so that a conversion takes the memory of one.
 
+    InputError for a dtype that the format does not have.
+
     The format: the header's length as 8 bytes, the header in JSON, and the values in its order.
     """
     import torch
@@ -135,6 +137,11 @@ def write_safetensors(
     # values of large items come first: the library wants each aligned to its size
     order = sorted(state, key=lambda name: (-dtypes[name].itemsize, name))
     codes = {name: code for code, name in DTYPES.items()}
+    for name in order:
+        if (dtype := str(dtypes[name]).removeprefix("torch.")) not in codes:
+            raise InputError(
+                f"the tensor {name[:200]!r} is of {dtype}, which a .safetensors cannot hold: write a .ckpt"
+            )
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in order:
@@ -149,7 +156,8 @@ def write_safetensors(
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            values = state[name].to(dtypes[name]).contiguous()
+            # a view may change the sign of what is stored
+            values = state[name].to(dtypes[name]).resolve_conj().resolve_neg().contiguous()
             if values.numel():
                 file.write(values.reshape(-1).view(torch.uint8).numpy())
             report(values.nbytes)

@@ -27,13 +27,20 @@ V1 = loading.V1_WEIGHTS[0]
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of this repository's models, to be broken."""
     folder = tmp_path / "repository"
-    (folder / loading.BUNDLED_WEIGHTS).parent.mkdir(parents=True)
-    (folder / "models/ldm/stable-diffusion-v1").mkdir(parents=True)
+    for task in loading.COMMANDS:
+        bundled = folder / loading.bundled_for(task).bundled
+        bundled.parent.mkdir(parents=True)
+        bundled.symlink_to(ROOT / loading.bundled_for(task).bundled)
+        link_of(task, folder).parent.mkdir(parents=True)
     (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / loading.BUNDLED_WEIGHTS).symlink_to(ROOT / loading.BUNDLED_WEIGHTS)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(loading, "ROOT", folder)
     return folder
+
+
+def link_of(task: str, folder: Path) -> Path:
+    """Where the weights for a task are linked in a copy of this repository."""
+    return folder / loading.LINKED / loading.published_for(task).folder / "model.ckpt"
 
 
 def replace(path: Path, content: bytes | str) -> None:
@@ -50,6 +57,17 @@ def test_all_is_well(command: Callable[..., Result], place: Path) -> None:
     result = command("doctor")
     assert (result.code, result.err, result.folder.exists()) == (0, [], False)
     assert {line[:4] for line in result.out} == {"ok  ", "--  "}
+    for name in ("scenes-128-inpainting", "scenes-128-depth", "scenes-x4"):
+        assert sum(f"bundled model models/{name}/" in line for line in result.out) == 1, name
+    absent = (
+        ("Stable Diffusion", "txt2img.py or img2img.py", "model"),
+        ("Stable Diffusion v1 inpainting", "inpaint.py", "inpainting model"),
+        ("Stable Diffusion v2 depth", "depth2img.py", "depth model"),
+        ("Stable Diffusion x4 upscaler", "upscale.py", "x4 upscaler"),
+    )
+    for weights, commands, bundled in absent:
+        line = f"--  no {weights} weights are linked, images of {commands} come from the bundled {bundled}: "
+        assert sum(line in each for each in result.out) == 1, line
     for start in (
         "ok  Python 3.",
         f"ok  numpy {metadata.version('numpy')}",
@@ -57,7 +75,6 @@ def test_all_is_well(command: Callable[..., Result], place: Path) -> None:
         "ok  CPU cores: ",
         "ok  cpu: float32 works",
         "ok  bundled model models/scenes-128/model.safetensors: 12 million weights, all there, model hash ",
-        "--  no Stable Diffusion weights are linked",
         "--  no folder models/safety-checker: images are unchecked",
     ):
         assert sum(line.startswith(start) for line in result.out) == 1, start
@@ -98,7 +115,8 @@ def test_broken_things_give_code_1(
     result = command("doctor", "--json")
     assert (result.code, result.err) == (1, [])
     found = [finding for finding in json.loads("".join(result.out)) if finding["state"] == "broken"]
-    assert [finding["what"].partition(":")[0] for finding in found] == ["memory", "bundled model"]
+    titles = [finding["what"].partition(":")[0] for finding in found]
+    assert titles == ["memory", "bundled model for txt2img.py or img2img.py"]
     assert "ZeroDivisionError" in found[0]["what"]
     with pytest.raises(ZeroDivisionError):
         list(doctor.examine("out", debug=True))
@@ -295,10 +313,17 @@ def test_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert one(doctor.vocabulary()).state == "broken"
 
 
-def models() -> list[Finding]:
-    """What examine() finds about the bundled model and the linked weights."""
+def models(start: str = "") -> list[Finding]:
+    """What examine() finds about the bundled models and the linked weights, from that of `start` on."""
     found = doctor.examine("out")
-    return [finding for finding in found if finding.what.startswith(("bundled", "linked", "models/ldm"))]
+    starts = ("bundled", "linked", "models/ldm", "no ")
+    lines = [finding for finding in found if finding.what.startswith(starts)]
+    return [finding for finding in lines if finding.what.startswith(start)]
+
+
+def broken() -> Finding:
+    """The only one of them that is broken."""
+    return one(finding for finding in models() if finding.state == "broken")
 
 
 @pytest.fixture
@@ -319,24 +344,21 @@ def test_bundled_model(only_models: Path) -> None:
         ("nonsense", "is not a checkpoint"),
     ):
         replace(weights, content)
-        finding = one(models())
-        assert finding.state == "broken"
-        assert words in finding.what
+        assert words in broken().what
     weights.unlink()
-    assert "no checkpoint at" in one(models()).what
+    assert "no checkpoint at" in broken().what
 
 
 def test_linked_weights(only_models: Path, model: tuple[Path, Path]) -> None:
     link = only_models / V1
     link.symlink_to("/nowhere/sd-v1-4.ckpt")
-    found = models()[1]
-    assert str(found) == (
+    assert str(broken()) == (
         f"!!  {V1} is a link to nowhere (/nowhere/sd-v1-4.ckpt): "
         f"link it again with ln -sf /path/to/sd-v1-4.ckpt {V1}"
     )
     link.unlink()
     link.symlink_to(model[1])  # the miniature is not what v1-inference.yaml asks for
-    assert (models()[1].state, "have another shape" in models()[1].what) == ("broken", True)
+    assert "have another shape" in broken().what
 
 
 def test_linked_weights_that_fit(
@@ -345,10 +367,41 @@ def test_linked_weights_that_fit(
     link = only_models / V1
     link.symlink_to(model[1])
     monkeypatch.setattr(loading, "V1_CONFIG", str(model[0]))
-    found = models()[1]
+    found = one(models("linked"))
     assert found.state == "ok"
     assert found.what.startswith(f"linked weights {V1}: ")
     assert "million weights, all there, model hash " in found.what
+    assert one(models("no Stable Diffusion v1 inpainting")).what.endswith(
+        f"images of inpaint.py come from {V1}"
+    )
+
+
+@pytest.mark.parametrize("task", ["inpaint", "depth", "upscale"])
+def test_links_of_the_other_commands(only_models: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only that of text to image was looked at: a dangling link, or another model, stopped the command."""
+    family, link = loading.published_for(task), link_of(task, Path())
+    assert one(models(f"no {family.name.removeprefix('the ')} weights")).state == "note"
+
+    link.symlink_to("/nowhere/model.ckpt")
+    again = f"link it again with ln -sf /path/to/{family.download} {link}"
+    assert str(broken()) == f"!!  {link} is a link to nowhere (/nowhere/model.ckpt): {again}"
+
+    link.unlink()
+    link.symlink_to(ROOT / loading.BUNDLED_WEIGHTS)
+    words = f"linked weights for {loading.COMMANDS[task]}: {link} looks like the bundled model "
+    assert broken().what.startswith(words)
+
+    monkeypatch.setattr(doctor, "model_loads", lambda *words: [doctor.ok(" ".join(map(str, words)))])
+    assert one(models("linked")).what == f"linked weights {family.config} {link}"
+
+
+def test_a_folder_that_is_a_link_to_nowhere(only_models: Path) -> None:
+    """It was taken for one that is not there, with advice that mkdir refuses."""
+    folder = Path(V1).parent
+    folder.rmdir()
+    folder.symlink_to("/nowhere")
+    assert broken().what == f"{folder} is a link to nowhere (/nowhere)"
+    assert broken().advice.startswith(f"rm {folder} && mkdir -p {folder} && ln -s /path/to/sd-v1-4.ckpt ")
 
 
 def test_safety_checker(place: Path) -> None:

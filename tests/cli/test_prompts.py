@@ -139,6 +139,9 @@ def test_prompts_that_begin_with_a_brace_are_prompts(tmp_path):
         ('{"prompt": "a", "zero_snr": [true]}', "the zero_snr [true] is no number"),
         ('{"prompt": "a", "zero_snr": null}', "the zero_snr null is no number"),
         ("[" * 100_000, "no JSON object"),
+        ('{"prompt": "a", "seed": 1, "seed": 2}', "it has seed more than once"),
+        ('{"prompt": "a", "prompt": "b"}', "it has prompt more than once"),
+        ('{"prompt": "a", "a\\nb": 1, "a\\nb": 1}', "it has a\\nb more than once"),
         ('{"prompt": "a", "a\\nb": []}', "the a\\nb [] is no number"),
         ('{"prompt": "a", "seed": [' + "1, " * 9999 + "1]}", "1, 1, 1 is no number or text"),
     ],
@@ -149,6 +152,12 @@ def test_bad_json_lines_are_named(tmp_path, line, words):
         read_prompts(str(tmp_path / "p.jsonl"))
     assert words in str(error.value)
     assert "p.jsonl, line 3" in str(error.value)
+
+
+def test_an_option_twice_in_the_first_line_is_refused_in_any_file(tmp_path):
+    """The last one was taken without a word, whichever was meant."""
+    with pytest.raises(InputError, match=r"prompts\.txt, line 1: it has seed more than once; give it once"):
+        read(tmp_path, b'{"prompt": "a", "seed": 1, "seed": 1}\n')
 
 
 JSON = st.recursive(

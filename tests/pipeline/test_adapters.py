@@ -396,12 +396,34 @@ def test_a_name_of_two_files_is_refused(command, model: tuple[Path, Path], tmp_p
 def test_two_loras_of_one_name_are_those_of_an_image(tmp_path: Path) -> None:
     """Of the recorded hashes of one name only the last was known: --like warned of the other file."""
     adapters, paths = Adapters(), twins(tmp_path)
-    recorded = adapters.recorded(request(*paths))["lora_hashes"]
-    assert recorded == ", ".join(f"twin: {lora_hash(path)}" for path in paths)
+    recorded = adapters.recorded(request(*paths))
+    assert recorded == {"lora_hashes": ", ".join(f"twin: {lora_hash(path)}" for path in paths)}
     assert adapters.differences(request(*paths), recorded) == []
     third = lora_files.write(tmp_path / "twin.safetensors", v1_layers(), seed=3)
     (line,) = adapters.differences(request(third), recorded)
     assert all(lora_hash(path) in line for path in (*paths, third))
+
+
+def test_the_strength_of_an_images_lora_is_known(tmp_path: Path) -> None:
+    """--like said nothing of a file whose header had got another alpha: its hash is of the values alone."""
+    path, layers = tmp_path / "a.safetensors", {f"lora_unet_{LAYER}": (32, 32)}
+
+    def write(alpha: int | None) -> None:
+        settings = f'{{"unet.r": 4, "unet.lora_alpha": {alpha}}}'
+        metadata = {"lora_adapter_metadata": settings} if alpha else None
+        lora_files.write(path, layers, alpha=None, metadata=metadata)
+
+    write(4)
+    recorded = Adapters().recorded(request(path))
+    assert recorded.keys() == {"lora_hashes", "lora_settings"}
+    assert Adapters().differences(request(path), recorded) == []
+    for alpha in (8, None):
+        write(alpha)
+        assert Adapters().differences(request(path), recorded) == [
+            "a.safetensors had another strength, as its rank or alpha has changed"
+        ]
+    earlier = {"lora_hashes": recorded["lora_hashes"]}  # of images that do not record it
+    assert Adapters().differences(request(path), earlier) == []
 
 
 # Beside what makes a GPU fast

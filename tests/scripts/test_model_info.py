@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from checkpoints import Tiny, save
 from commands import SCRIPTS, script
+from PIL import Image
 from safetensors.torch import save_file
 
 from ldm.cli import entry
@@ -164,9 +166,54 @@ def test_files_that_are_no_whole_model(info, facts, tmp_path, name):
     found = facts(path)
     assert (found["family"], found["supported"], found["config"]) == (name, False, None)
     assert (found["parameters"], found["prediction"], found["weights"]) == (32, None, None)
-    ends = {"an autoencoder alone": f"--vae {path}", "a pixel upscaler": f"--model {path}"}
-    assert [use["command"].endswith(ends.get(name, "")) for use in found["uses"]] == [True] * (name in ends)
-    assert "  cannot be run here" in info(path)[1]
+    ends = {
+        "an autoencoder alone": f'txt2img.py --prompt "a cat" --vae {path}',
+        "a pixel upscaler": f"upscale.py --init-img IMAGE --model {path}",
+        "a LoRA": f'txt2img.py --prompt "a cat" --lora {path}',
+        "a ControlNet": f'txt2img.py --prompt "a cat" --control {path}:IMAGE',
+        "a textual inversion": f"txt2img.py --prompt 'a photo of w' --embedding {path}",
+    }
+    commands = [f"python scripts/{ends[name]}"] if name in ends else []
+    assert [use["command"] for use in found["uses"]] == commands
+    assert ("  cannot be run here" in info(path)[1]) == (name not in ends)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4, 8)},
+        {"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)},
+        {"control_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, 2048)},
+        {"some.lora.thing": torch.zeros(4, 8)},
+    ],
+    ids=["LoRA", "textual inversion", "ControlNet", "unknown LoRA"],
+)
+def test_parts_of_models_that_cannot_be_run_have_no_command(info, tmp_path, tensors):
+    """The command would be refused for its model, Stable Diffusion XL, or for its names."""
+    code, out, _ = info(save(tensors, tmp_path / "w", "safetensors"))
+    assert code == 0
+    assert "  cannot be run here" in out
+    assert not any("scripts/" in line for line in out)
+
+
+def test_a_published_controlnet_is_a_checkpoint_besides(facts, tmp_path):
+    """Only the commands of the checkpoint around it were named."""
+    control = {"control_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3)}
+    path = save(Tiny().state_dict() | control, tmp_path / "control_sd15_canny.pth", "zip")
+    commands = [use["command"] for use in facts(path)["uses"]]
+    assert len(commands) == 4
+    assert commands[-1].endswith(f"--control {path}:IMAGE")
+
+
+def test_the_commands_of_bundled_parts_make_images(info, tmp_path, command):
+    """What is printed can be run as it is, but for the words that stand for the user's files."""
+    Image.new("RGB", (64, 64), "red").save(image := tmp_path / "edges.png")
+    parts = ROOT / "models/loras/few-steps.safetensors", ROOT / "models/scenes-128-canny/model.safetensors"
+    for number, part in enumerate(parts):
+        (line,) = [line for line in info(part)[1] if "scripts/" in line]
+        words = shlex.split(line.partition("scripts/txt2img.py ")[2].replace("IMAGE", str(image)))
+        result = command("txt2img", *words, "--ckpt", BUNDLED, "--dry_run", folder=f"out-{number}")
+        assert result.code == 0, result.err
 
 
 def test_an_embedding_and_an_upscaler_in_a_pickle(facts, tmp_path):
@@ -175,6 +222,10 @@ def test_an_embedding_and_an_upscaler_in_a_pickle(facts, tmp_path):
     torch.save(content, tmp_path / "cat.pt")
     found = facts(tmp_path / "cat.pt")
     assert (found["family"], found["parts"]) == ("a textual inversion", {"textual inversion": 2 * 768})
+    for number, content in enumerate(({"<cat-toy>": torch.zeros(1, 768)}, torch.zeros(1, 768))):
+        torch.save(content, tmp_path / f"{number}.bin")  # diffusers', and a tensor without any name
+        (use,) = facts(tmp_path / f"{number}.bin")["uses"]
+        assert use["command"].endswith(f"--embedding {tmp_path / f'{number}.bin'}")
     torch.save({"params_ema": {"body.0.rdb1.conv1.weight": torch.zeros(3)}}, tmp_path / "RealESRGAN.pth")
     assert facts(tmp_path / "RealESRGAN.pth")["family"] == "a pixel upscaler"
 

@@ -235,6 +235,102 @@ def test_precision(tmp_path: Path, write: Callable) -> None:
             assert path.stat().st_size < 20_000  # and not more than the part
 
 
+def write_few_bits(path: Path, name: str, dtype: str = "F4") -> Path:
+    """A file with four values of less than a byte each, which torch cannot read, and one of float32."""
+    size = 4 * int(dtype[1]) // 8
+    header = {
+        "plain": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        name: {"dtype": dtype, "shape": [4], "data_offsets": [4, 4 + size]},
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4 + size))
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2"])
+@pytest.mark.parametrize("target", ["out.safetensors", "out.ckpt", "out"])
+def test_a_tensor_of_a_dtype_that_is_not_read_is_refused(tmp_path: Path, dtype: str, target: str) -> None:
+    """It was left out of the new file without a word."""
+    source = write_few_bits(tmp_path / "four.safetensors", "model.w", dtype)
+    with pytest.raises(
+        InputError, match=rf"its tensor 'model.w' has a dtype .*\({dtype}\); give the model in"
+    ):
+        run(source, tmp_path / target)
+    assert [path.name for path in tmp_path.iterdir()] == ["four.safetensors"]
+
+
+def test_so_is_one_of_another_file_of_the_conversion(tmp_path: Path) -> None:
+    """The sum of a merge, and another autoencoder, lacked it as well."""
+    save_file({"plain": torch.zeros(1)}, source := tmp_path / "plain.safetensors")
+    four = write_few_bits(tmp_path / "four.safetensors", "model.w")
+    for options in ({"other": four}, {"other": source, "base": four}, {"vae": four}):
+        with pytest.raises(InputError, match=r"four.safetensors: its tensor 'model.w' .*\(F4\)"):
+            run(source, tmp_path / "out.safetensors", **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not hasattr(torch, "quantize_per_tensor"), reason="a torch that no longer makes them")
+def test_so_is_a_quantised_tensor_of_a_ckpt(tmp_path: Path) -> None:
+    """It was left out, too, as its pickle calls a function that was not known."""
+    state = {"plain": torch.zeros(1), "w": torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8)}
+    torch.save({"state_dict": state}, tmp_path / "q.ckpt")
+    with pytest.raises(InputError, match=r"q.ckpt: its tensor 'w' .*\(qint8\)"):
+        run(tmp_path / "q.ckpt", tmp_path / "out.safetensors")
+
+
+def test_so_is_one_in_a_diffusers_folder(tmp_path: Path) -> None:
+    tiny_pipeline("v1").save_pretrained(tmp_path / "folder")
+    (file,) = (tmp_path / "folder/unet").glob("*.safetensors")
+    write_few_bits(file, "conv_in.weight")
+    with pytest.raises(InputError, match=r"folder: its tensor 'unet.conv_in.weight' .*\(F4\)"):
+        run(tmp_path / "folder", tmp_path / "out.safetensors")
+
+
+def test_a_file_of_nothing_else_says_so_wherever_it_is_read(tmp_path: Path) -> None:
+    """It was said to hold no tensors."""
+    header = {"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "w").write_bytes(len(text).to_bytes(8, "little") + text + bytes(2))
+    with pytest.raises(InputError, match=r"its tensor 'w' .*\(F4\)"):
+        read_state_dict(tmp_path / "w")
+
+
+def test_a_dtype_that_only_a_ckpt_has(tmp_path: Path) -> None:
+    """A KeyError came of it; a .ckpt takes it as it is."""
+    torch.save({"z": torch.randn(2, dtype=torch.complex128)}, source := tmp_path / "z.ckpt")
+    with pytest.raises(
+        InputError, match=r"the tensor 'z' is of complex128, which a .safetensors cannot hold"
+    ):
+        run(source, tmp_path / "out.safetensors")
+    assert_same(read_state_dict(run(source, tmp_path / "out.ckpt")), read_state_dict(source))
+
+
+def test_views_that_change_signs_are_written_as_they_read(tmp_path: Path) -> None:
+    """A conjugated view ended the conversion with an error of torch's."""
+    state = {"z": torch.randn(3, dtype=torch.complex64).conj()}
+    state["n"] = torch.randn(3, dtype=torch.complex64).conj().imag
+    torch.save(state, source := tmp_path / "views.ckpt")
+    assert_same(read_state_dict(run(source, tmp_path / "out.safetensors")), read_state_dict(source))
+
+
+def test_small_floats_and_scales_are_carried_as_they_are(tmp_path: Path) -> None:
+    """Float8 weights, their powers of two, and the bytes and tables of bitsandbytes are ordinary tensors."""
+    state = {
+        "w": torch.randn(4, 4).to(torch.float8_e4m3fn),
+        "w_scale": torch.ones(4).to(torch.float8_e8m0fnu),
+        "b": torch.randint(0, 255, (8, 1), dtype=torch.uint8),
+        "b.absmax": torch.randn(2),
+        "b.quant_state.bitsandbytes__nf4": torch.randint(0, 255, (9,), dtype=torch.uint8),
+    }
+    save_file(state, source := tmp_path / "small.safetensors")
+    for target in ("out.safetensors", "out.ckpt"):
+        found = read_state_dict(run(source, tmp_path / target))
+        assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in state.items()}
+        assert all(
+            torch.equal(found[name].view(torch.uint8), t.view(torch.uint8)) for name, t in state.items()
+        )
+
+
 def test_a_files_metadata_stay_without_its_hashes(tmp_path: Path) -> None:
     source = tmp_path / "a.safetensors"
     save_file(checkpoint("v1"), source, {"prediction_type": "v", "sshs_model_hash": "12", "format": "pt"})

@@ -121,6 +121,26 @@ def test_lycoris_makes_the_same_of_the_same_factors(kind: str) -> None:
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rs_lora", [False, True])
+def test_lycoris_has_no_scale_for_whole_factors(rs_lora: bool) -> None:
+    """Their alpha is the rank, or its power of 1.5 by rs_lora, and nothing in the file says the rank."""
+    pytest.importorskip("lycoris")
+    from lycoris.modules.lokr import LokrModule
+
+    linear, parts = nn.Linear(8, 12), ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "", "t2")
+    made = LokrModule("x", linear, 1.0, 16, 4.0, factor=4, full_matrix=True, rs_lora=rs_lora)
+    state = {name: value.detach() for name, value in made.custom_state_dict().items()}
+    state["lokr_w2"] = torch.randn_like(state["lokr_w2"])  # which is zero at first
+    assert state.keys() == {"lokr_w1", "lokr_w2", "alpha"}
+    with torch.no_grad():
+        factors = [state.get(f"lokr_{part}") for part in parts]
+        loaded = LokrModule.make_module_from_state_dict("x", linear, *factors, state["alpha"], None)
+        x = torch.randn(5, 8)
+        expected = loaded.eval()(x)
+        merged = merge(linear.weight, [(change(state), 1.0, None)])
+        torch.testing.assert_close(nn.functional.linear(x, merged, linear.bias), expected)
+
+
 # Files
 
 
