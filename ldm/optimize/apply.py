@@ -68,8 +68,8 @@ def apply(model: LatentDiffusion, options: Options, device: torch.device) -> Non
         slice_attention(model)
     if options.vae_tiling:
         tile_first_stage(model)
-    if options.tome:
-        merge_similar_tokens(model, options.tome)
+    if options.tome and not merge_similar_tokens(model, options.tome):
+        notice("--tome: this model has no self-attention at the latents' resolution; going on without")
     if not ours:
         for flag in ("compile", "graphs", "kernels"):
             if getattr(options, flag) not in (False, "measured"):

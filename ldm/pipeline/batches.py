@@ -81,7 +81,7 @@ def probe(request: ImageRequest) -> ImageRequest:
     if request.hires is not None:
         inputs |= {"hires_strength": 1.0, "hires_steps": 1}
     inputs["control"] = tuple(replace(one, start=0.0, end=1.0) for one in request.controls)  # at any step
-    return ImageRequest(scale=request.scale, steps=1, seed=0, **inputs)
+    return ImageRequest(scale=request.scale, cfg_pp=request.cfg_pp, steps=1, seed=0, **inputs)
 
 
 def parts_of(batch: Sequence[ImageRequest], size: int) -> list[Sequence[ImageRequest]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm.errors import FieldError
 from ldm.images.edges import canny
-from ldm.images.masks import cut, resize
+from ldm.images.masks import Box, cut, resize
 from ldm.images.pixels import to_float
 from ldm.models.diffusion.ddpm import LatentDepth2ImageDiffusion, LatentDiffusion, like_weights
 from ldm.modules.controlnet import HINT_FACTOR, ControlNet
@@ -185,20 +185,31 @@ class Controls:
 
     def hint(self, pipeline: Pipeline, request: ImageRequest, k: int) -> np.ndarray:
         """What ControlNet k of a sized request sees, uint8 [8 h, 8 w, 3] for latents [h, w]. InputError."""
-        factor = pipeline.described.factor or 8
-        height, width = (side // factor * HINT_FACTOR for side in (request.height, request.width))
-        box, whole = None, (height, width)
-        if request.repaints:  # the control image is of the whole image, of which a part is painted
-            canvas = pipeline.canvases(request, pipeline.described)
-            box, whole = canvas.box, canvas.whole.shape[:2]
-        pixels = self.images.fitted(_as_init(request, k), *whole)
-        key = id(pixels), box, (height, width), request.preprocessors[k], request.canny_thresholds
+        pixels, box, size = self._image(pipeline, request, k)
+        key = id(pixels), box, size, request.preprocessors[k], request.canny_thresholds
         if key not in self._hints:
-            part = pixels if box is None else resize(cut(pixels, box), height, width)
+            part = pixels if box is None else resize(cut(pixels, box), *size)
             self._hints[key] = pixels, self._preprocess(pipeline, part, request, k)
             evict(self._hints, KEPT_HINTS, lambda kept: kept[1].nbytes)
         self._hints.move_to_end(key)
         return self._hints[key][1]
+
+    def _image(
+        self, pipeline: Pipeline, request: ImageRequest, k: int
+    ) -> tuple[np.ndarray, Box | None, tuple[int, int]]:
+        """Control image k, fitted; the part of it that a mask leaves, None for all; the size of a hint."""
+        factor = pipeline.described.factor or 8
+        size = tuple(side // factor * HINT_FACTOR for side in (request.height, request.width))
+        box, whole = None, size
+        if request.repaints:  # the control image is of the whole image, of which a part is painted
+            canvas = pipeline.canvases(request, pipeline.described)
+            box, whole = canvas.box, canvas.whole.shape[:2]
+        return self.images.fitted(_as_init(request, k), *whole), box, size
+
+    def read(self, pipeline: Pipeline, request: ImageRequest) -> None:
+        """Read the control images of a sized request, which are then kept. InputError."""
+        for k in range(len(request.control)):
+            self._image(pipeline, request, k)
 
     def hints(self, pipeline: Pipeline, request: ImageRequest) -> tuple[np.ndarray, ...]:
         """What each ControlNet of a sized request sees, uint8 [8 h, 8 w, 3]."""

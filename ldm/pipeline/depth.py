@@ -16,7 +16,7 @@ from ldm.images.init_image import allowed_size
 from ldm.images.pixels import to_float
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentDepth2ImageDiffusion
-from ldm.pipeline.init_images import MOST, InitImages
+from ldm.pipeline.init_images import MOST, InitImages, evict
 from ldm.pipeline.request import ImageRequest, image_name
 from ldm.weights.header import read_header
 
@@ -66,10 +66,14 @@ class DepthMaps:
 
         Without a map of its own it is the model's estimate for the init image.
         """
+        source = self.source(request)
         if request.depth is not None:
-            return self.given(request)
-        pixels = self.images(request)
-        return self._keep(id(pixels), pixels, lambda: self._estimate(model, pixels))
+            return source
+        return self._keep(id(source), source, lambda: self._estimate(model, source))
+
+    def source(self, request: ImageRequest) -> np.ndarray:
+        """What a request's depth map comes from: its own map as `given`, or its init image. InputError."""
+        return self.images(request) if request.depth is None else self.given(request)
 
     def greys(self, model: LatentDepth2ImageDiffusion, request: ImageRequest) -> np.ndarray:
         """The depth map of a request as an image, uint16 [H, W]; an estimate takes up the whole range."""
@@ -126,8 +130,7 @@ class DepthMaps:
         """Maps go by the identity of what they were made from, which is kept along with them."""
         if key not in self._kept:
             self._kept[key] = source, make()
-            while len(self._kept) > MOST:
-                self._kept.popitem(last=False)
+            evict(self._kept, MOST, lambda kept: kept[1].nbytes)
         self._kept.move_to_end(key)
         return self._kept[key][1]
 

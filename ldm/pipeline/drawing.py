@@ -18,7 +18,7 @@ from ldm.pipeline.request import ImageRequest
 from ldm.pipeline.settings.passes import LATENT
 from ldm.sampling import Denoiser, Discretization, Trajectory, catalogue
 from ldm.sampling.denoiser import DiffusionModel
-from ldm.sampling.noise import CompvisStream, ImageNoise, ImageSeeds
+from ldm.sampling.noise import CompvisStream, ImageNoise, ImageSeeds, tree_depth
 from ldm.sampling.staged import first_part, staged
 from ldm.sampling.trajectory import guidance_interval
 
@@ -141,7 +141,7 @@ def sampling(
     """
     first = batch[0]
     discretization, run = pipeline.trajectory(first)
-    noise = stream.batch(len(batch), place) if stream else _image_noise(pipeline, batch)
+    noise = stream.batch(len(batch), place) if stream else _image_noise(pipeline, batch, run)
     features = pipeline.controls.features(pipeline, batch)
     inputs = {"control": features, **_inputs(pipeline, batch, noise)}
     texts, order = prompt_stages(batch, run.steps, second=start is not None)
@@ -244,7 +244,7 @@ def compvis_stream(pipeline: Pipeline, batch: Sequence[ImageRequest]) -> Compvis
     )
 
 
-def _image_noise(pipeline: Pipeline, batch: Sequence[ImageRequest]) -> ImageNoise:
+def _image_noise(pipeline: Pipeline, batch: Sequence[ImageRequest], run: Trajectory) -> ImageNoise:
     seeds = [
         ImageSeeds(
             request.seed, request.start_seed, request.variation_seed, request.variation_strength or 0.0
@@ -252,7 +252,8 @@ def _image_noise(pipeline: Pipeline, batch: Sequence[ImageRequest]) -> ImageNois
         for request in batch
     ]
     brownian = catalogue.SAMPLERS[batch[0].sampler].noise == "brownian"
-    return ImageNoise(seeds, _shape(pipeline, batch[0]), pipeline.model.device, brownian=brownian)
+    depth = tree_depth(run.shortest)
+    return ImageNoise(seeds, _shape(pipeline, batch[0]), pipeline.model.device, brownian, depth)
 
 
 def _starts_from_image(request: ImageRequest, start: passes.Start | None = None) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from ldm.images.init_image import open_init_image, read_grey, read_init_image
 from ldm.pipeline.request import ImageRequest
 
-MOST = 16  # images that are kept
+MOST = 64  # images that are kept, as many as the largest batch has: a run reads them before it begins one
 GREY = ("map", "grey")  # of a key; the name of a colour alone is that of a background
 KEPT_BYTES = 2**30  # of what is kept, as far as that is more than one: photographs are large
 

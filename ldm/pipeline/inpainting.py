@@ -30,14 +30,12 @@ from ldm.images.pixels import to_float
 from ldm.log import notice
 from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
 from ldm.pipeline.first_stage import FirstStage
-from ldm.pipeline.init_images import InitImages, evict
+from ldm.pipeline.init_images import MOST, InitImages, evict
 from ldm.pipeline.request import ImageRequest, image_name
 from ldm.sampling.known import KnownRegion, joining_levels
 from ldm.sampling.noise import NoiseSource
 from ldm.sampling.trajectory import Trajectory
 from ldm.weights.description import Description
-
-MOST = 16  # canvases that are kept
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,7 @@ from ldm.sampling import Discretization, Trajectory, sample
 from ldm.sampling.schedule import zero_terminal_snr
 from ldm.sampling.trajectory import guided_steps, plan_trajectory
 from ldm.util import instantiate_from_config
-from ldm.weights.description import TASKS, Description, Prediction, describe, prediction_of
+from ldm.weights.description import TASKS, Description, Prediction, alphas_of, describe, prediction_of
 from ldm.weights.hashes import FileHash
 from ldm.weights.loading import (
     BUNDLED_CONFIG,
@@ -240,6 +240,15 @@ class Pipeline:
     def _prediction(self) -> Prediction:
         return prediction_of(self.config, self.files.weights, self.files.undecided)
 
+    @property
+    def _alphas(self) -> np.ndarray | None:
+        """The model's alphas_cumprod, [timesteps]; None if only a model that is not built yet has them."""
+        return self.model.alphas_cumprod.cpu().numpy() if "model" in self.__dict__ else self._config_alphas
+
+    @cached_property
+    def _config_alphas(self) -> np.ndarray | None:
+        return alphas_of(self.config)
+
     @cached_property
     def _estimates_depth(self) -> bool:
         return has_estimator(self.config, self.files.weights)
@@ -277,12 +286,12 @@ class Pipeline:
             found["tile"] = self._tile(request.twin(**found))
         if self.described.task == "depth":
             self._check_depth(request.twin(**found))
+        if request.zero_snr is None:
+            found["zero_snr"] = self._prediction.zero_snr
         self._check_shape(request.twin(**found))
         if request.control:
             self.controls.check(self, request.twin(**found))
             self.controls.check(self, self.last_pass(request.twin(**found)))
-        if request.zero_snr is None:
-            found["zero_snr"] = self._prediction.zero_snr
         found = {name: value for name, value in found.items() if getattr(request, name) != value}
         return replace(request, **found) if found else request
 
@@ -317,12 +326,15 @@ class Pipeline:
             )
 
     def _check_shape(self, request: ImageRequest) -> None:
-        """InputError for a second pass, guidance, seams or windows of a sized request that cannot be."""
+        """InputError for a second pass, steps, seams or windows of a sized request that cannot be."""
         if request.hires is not None:
             factor, most = self.described.factor or 8, self.init_pixels.max_pixels
             passes.check_second_pass(request, factor, most, self.pixel_upscalers)
-        for each in (request, self.last_pass(request)) if request.guided else ():
-            guided_steps(each.steps_to_run, request.guidance_start, request.guidance_end)
+        for each in (request,) if request.hires is None else (request, self.last_pass(request)):
+            if request.guided:
+                guided_steps(each.steps_to_run, request.guidance_start, request.guidance_end)
+            if self._alphas is not None:
+                self.trajectory(each)
         if request.tiling != "none" or request.panorama:
             seams.check_seams(request, self.options, self.device)
 
@@ -414,9 +426,9 @@ class Pipeline:
     def fitting_batch(self, requests: Sequence[ImageRequest], most: int) -> int:
         """As many of these images at once as fit into memory, at most `most`, found by making some."""
 
-        def work(request: ImageRequest) -> tuple[int, bool, int]:
+        def work(request: ImageRequest) -> tuple[int, int]:
             last = self.last_pass(request)
-            return last.height * last.width, request.scale != 1.0, request.parts
+            return last.height * last.width, request.rows
 
         tried = self.resolve(probe(max(requests, key=work)))
 
@@ -431,6 +443,22 @@ class Pipeline:
     def fitted(self, request: ImageRequest) -> int:
         """How many images like a resolved request's fit into memory at once, once more did not."""
         return self._largest.get(request.batch_key(), LARGEST_BATCH)
+
+    def read_images(self, request: ImageRequest) -> None:
+        """Read the files that a resolved request's image starts from, so that its batch finds them kept.
+
+        InputError if one cannot be read: a run may leave out this image then, and not its whole batch.
+        """
+        if request.repaints:
+            self.canvases(request, self.described)
+        elif self.described.task == "upscale":
+            upscaling.small_image(request, self.init_pixels, self.model.first_stage_model.factor)
+        elif request.init_img is not None:
+            self.init_pixels(request)
+        for each in (request, self.last_pass(request)):
+            self.controls.read(self, each)
+            if self.described.task == "depth":
+                self.depth_maps.source(each)
 
     def batches(
         self,
@@ -509,8 +537,8 @@ class Pipeline:
         return self.depth_maps.greys(self.model, request) if self.described.task == "depth" else None
 
     def trajectory(self, request: ImageRequest) -> tuple[Discretization, Trajectory]:
-        """The noise levels of a request's steps. InputError if they are too near to each other."""
-        alphas = self.model.alphas_cumprod.cpu().numpy()
+        """The noise levels of a request's steps. FieldError if they are too near to each other."""
+        alphas = self._alphas
         discretization = Discretization(zero_terminal_snr(alphas) if request.zero_snr else alphas)
         return discretization, plan_trajectory(
             discretization,

@@ -186,6 +186,10 @@ class PixelUpscaler:
         for images in self.batches(([request] for request in resolved), on_step):
             yield from images
 
+    def read_images(self, request: ImageRequest) -> None:
+        """Read the file that a resolved request enlarges, so that its batch finds it kept. InputError."""
+        small_image(request, self.init_pixels, self.factor)
+
     def batches(
         self,
         batches: Iterable[Sequence[ImageRequest]],

@@ -58,7 +58,8 @@ def small_image(request: ImageRequest, images: InitImages, factor: int) -> np.nd
 def check_level(request: ImageRequest, config: Mapping[str, Any]) -> None:
     """FieldError for a noise level beyond those that the model was trained on."""
     stage = (config.get("params") or {}).get("low_scale_config") or {}
-    most = (stage.get("params") or {}).get("max_noise_level", 999)
+    noised = not str(stage.get("target")).endswith("SimpleImageConcat")
+    most = (stage.get("params") or {}).get("max_noise_level", 999) if noised else 0
     if request.noise_level > most:
         raise FieldError(
             "{noise_level} {level} is not in range: this model was trained on 0 … {most}",
@@ -86,7 +87,7 @@ def tile_size(
     longest, area = max(height_, width_), height_ * width_
     tile = request.tile
     if tile is None:
-        bytes_each = width * _values(config, factor, rows=1 if request.scale == 1.0 else 2)
+        bytes_each = width * _values(config, factor, request.rows)
         fitting = SHARE * memory / bytes_each
         native = max(LEAST_TILE, described.native_size // factor)
         tile = native

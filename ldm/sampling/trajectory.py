@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ldm.errors import FieldError, InputError
+from ldm.errors import FieldError
 from ldm.sampling import catalogue
 from ldm.sampling.schedule import SCHEDULES, Discretization, to_first_alpha
 
@@ -33,11 +33,17 @@ class Trajectory:
         grid, to the level above as the original does.
         """
         first = 0 if steps is None else len(grid) - 1 - steps
-        return cls(tuple(grid[first:].tolist()), float(grid[max(first - 1, 0) if original else first]))
+        start = max(first - 1, 0) if original else first
+        return cls(tuple(grid[first:].tolist()), float(grid[start]))
+
+    @property
+    def shortest(self) -> float:
+        """The smallest relative step 1 - sigma_next / sigma; 1 if there is no step."""
+        return min((1 - after / sigma for sigma, after in pairwise(self.sigmas)), default=1.0)
 
 
-# smallest relative step 1 - sigma_next / sigma: float32 resolution; leaf spacing of the Brownian tree
-SHORTEST_STEP = {"": 1e-6, "plain": 1e-6, "brownian": 1e-3}  # by the sampler's noise
+# smallest relative step: float32 resolution; leaf spacing of the finer Brownian tree
+SHORTEST_STEP = {"": 1e-6, "plain": 1e-6, "brownian": 1e-4}  # by the sampler's noise
 
 
 def plan_trajectory(
@@ -54,25 +60,28 @@ def plan_trajectory(
     """The last `steps_to_run` (by default all) of `steps` steps on a schedule, by default the sampler's own.
 
     `rho` is the schedule's. Descending `timesteps`, or descending `sigmas` with the final one included, take
-    the place of a schedule; `steps` is their number then. InputError if two levels are too near each other.
+    the place of a schedule; `steps` is their number then. FieldError if two levels of the steps that are run
+    are too near each other.
     """
     name = schedule or catalogue.SAMPLERS[sampler].schedule
-    original, advice = False, "take another list"
+    original = False
     if sigmas:
-        grid = np.array(sigmas, dtype=np.float64)
+        grid, advice = np.array(sigmas, dtype=np.float64), "take other {sigmas}"
     elif timesteps:
-        grid = to_first_alpha(discretization, timesteps)
+        grid, advice = to_first_alpha(discretization, timesteps), "take other {timesteps}"
     else:
         grid = SCHEDULES[name](discretization, steps, **({} if rho is None else {"rho": rho}))
-        original, advice = catalogue.SCHEDULES[name].level_above, f"take fewer steps{_even_rho(name)}"
-    shortest = SHORTEST_STEP[catalogue.SAMPLERS[sampler].noise]
-    for sigma, sigma_next in pairwise(grid.tolist()):
-        if sigma_next > sigma * (1 - shortest):
-            raise InputError(
-                f"noise levels {sigma:.6g} and {sigma_next:.6g} follow each other: too near for {sampler}; "
-                f"{advice}"
-            )
-    return Trajectory.of(grid, steps_to_run, original)
+        original, advice = catalogue.SCHEDULES[name].level_above, "take fewer {steps}" + _even_rho(name)
+    run = Trajectory.of(grid, steps_to_run, original)
+    if run.shortest < SHORTEST_STEP[catalogue.SAMPLERS[sampler].noise]:
+        sigma, after = min(pairwise(run.sigmas), key=lambda levels: 1 - levels[1] / levels[0])
+        raise FieldError(
+            "noise levels {sigma:.6g} and {after:.6g} follow each other: too near for {which}; " + advice,
+            sigma=sigma,
+            after=after,
+            which=sampler,
+        )
+    return run
 
 
 def _even_rho(schedule: str) -> str:
@@ -80,7 +89,7 @@ def _even_rho(schedule: str) -> str:
     even = catalogue.SCHEDULES[schedule].even_rho
     if math.isnan(even):
         return ""
-    return " or a larger --rho" if math.isinf(even) else f" or a --rho nearer to {even:g}"
+    return " or a larger {rho}" if math.isinf(even) else f" or a {{rho}} nearer to {even:g}"
 
 
 def own_steps(run: Trajectory, discretization: Discretization) -> Trajectory:

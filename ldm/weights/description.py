@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # What a model does besides text to image, by the name of its class.
 TASKS = {
@@ -49,6 +53,26 @@ def describe(config: Mapping[str, Any]) -> Description:
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the config does not describe a latent diffusion model: {error}") from error
+
+
+def alphas_of(config: Mapping[str, Any]) -> np.ndarray | None:
+    """The alphas_cumprod, float32 [timesteps], that our classes make of a `model:` section.
+
+    None for a class of another package, and for values that the class itself is to refuse.
+    """
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.modules.diffusionmodules.util import make_beta_schedule, schedule_buffers
+
+    if not str(config.get("target")).startswith("ldm."):
+        return None
+    parameters = inspect.signature(LatentDiffusion.__init__).parameters
+    names = ("beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s")
+    params = config.get("params") or {}
+    try:
+        betas = make_beta_schedule(*(params.get(name, parameters[name].default) for name in names))
+        return schedule_buffers(betas)["alphas_cumprod"].numpy()
+    except (TypeError, ValueError):
+        return None
 
 
 class Prediction(NamedTuple):

@@ -289,6 +289,7 @@ def test_the_noise_of_the_upscalers_image():
 
 
 def test_an_image_that_is_not_noised():
+    """It took one argument where the upscaler gives three: a TypeError at the first image."""
     low_scale = {"target": "ldm.modules.diffusionmodules.upscaling.SimpleImageConcat"}
     unet = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": TINY_UNET}
     config = {"unet_config": unet, "first_stage_config": IDENTITY, "cond_stage_config": IDENTITY}
@@ -300,7 +301,7 @@ def test_an_image_that_is_not_noised():
     )
     model.register_schedule()
     (image,) = random_tensors((2, 3, 8, 8))
-    same, level = model.low_scale_model(image)
+    same, level = model.low_scale_model(image, torch.zeros(2, dtype=torch.int64), torch.randn_like(image))
     assert torch.equal(same, image)
     assert level.tolist() == [0, 0]
     assert len(model.state_dict()) == 12 + len(model.model.state_dict())

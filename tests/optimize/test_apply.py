@@ -12,7 +12,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.optimize import apply as module
 from ldm.optimize import graph, openvino
 from ldm.optimize.apply import apply, check_options, speed_up
-from ldm.optimize.approximate import reuse_deep_features
+from ldm.optimize.approximate import reuse_deep_features, widest_transformers
 
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
 DEFAULTS = {
@@ -117,6 +117,18 @@ def test_options_without_an_effect_on_a_cpu_are_reported(
         "--compile: on a CPU it takes OpenVINO: pip install openvino; going on without",
     ]
     assert "first_stage_to" not in vars(model)
+
+
+def test_tokens_that_are_not_there_are_not_merged(model: LatentDiffusion, notices: list[str]) -> None:
+    """--tome did nothing for the x4 upscaler's UNet, which has no attention at its top, and said nothing."""
+    unet = model.model.diffusion_model
+    for transformer in widest_transformers(unet):
+        for block in transformer.transformer_blocks:
+            block.disable_self_attn = True
+    apply(model, options(eager=True, tome=0.5), CPU)
+    assert notices == [
+        "--tome: this model has no self-attention at the latents' resolution; going on without"
+    ]
 
 
 def test_a_gpu_runs_the_plain_model_unless_asked(model: LatentDiffusion) -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from ldm.errors import InputError
 from ldm.modules.encoders import modules as encoders
-from ldm.pipeline import Pipeline, RuntimeOptions
+from ldm.pipeline import ImageRequest, Pipeline, RuntimeOptions
 
 CLIPTokenizer = functools.cache(encoders.CLIPTokenizer)  # it takes longer to make than a tiny image
 Load = Callable[..., Pipeline]
@@ -21,3 +22,21 @@ def load(model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Load:
         return Pipeline.load(str(weights or model[1]), str(config or model[0]), options, safety="off")
 
     return call
+
+
+@pytest.fixture
+def reads_ahead() -> Callable[[Pipeline, ImageRequest, Path], None]:
+    """Asserts that `read_images` reads all that a request takes from a file, and needs it."""
+
+    def check(pipeline: Pipeline, request: ImageRequest, path: Path) -> None:
+        request = pipeline.resolve(request)
+        pipeline.forget_files()
+        pipeline.read_images(request)
+        path.unlink()
+        ((image,),) = pipeline.batches([[request]])
+        assert image.pixels is not None
+        pipeline.forget_files()
+        with pytest.raises(InputError, match=path.name):
+            pipeline.read_images(request)
+
+    return check

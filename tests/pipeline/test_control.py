@@ -442,3 +442,12 @@ def test_a_seamless_image_follows_around_its_edges(pipeline: Pipeline, files: Pa
             features = net.embed(image.roll(8 * shift, 3))
             found.append(net(x.roll(shift, 3), t, context, features)[0].roll(-shift, 3))
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_control_images_are_read_before_their_batch(
+    pipeline: Pipeline, files: Path, reads_ahead: Callable, tmp_path: Path
+) -> None:
+    """In both sizes of an image of two passes."""
+    drawing(0).save(tmp_path / "drawing.png")
+    control = Control(str(files / "edges.pth"), str(tmp_path / "drawing.png"))
+    reads_ahead(pipeline, one(control, hires=2.0), tmp_path / "drawing.png")

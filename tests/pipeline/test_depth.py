@@ -280,3 +280,13 @@ def test_a_map_is_fitted_for_each_init_image(caplog: pytest.LogCaptureFixture) -
     assert np.array_equal(kept.given(other), maps().given(other))
     assert not np.array_equal(kept.given(other), cropped)
     assert np.array_equal(kept.given(own), cropped)
+
+
+@pytest.mark.parametrize("name", ["init_img", "depth"])
+def test_files_are_read_before_their_batch(
+    pipeline: Pipeline, reads_ahead: Callable, tmp_path: Path, name: str
+) -> None:
+    """The map comes from the init image in the sizes of both passes where there is no file of one."""
+    path = tmp_path / f"{name}.png"
+    (photo() if name == "init_img" else ramp()).save(path)
+    reads_ahead(pipeline, one(**{name: str(path)}, hires=2.0), path)

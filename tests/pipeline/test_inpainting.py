@@ -385,3 +385,13 @@ def test_the_masked_image_is_encoded_in_float32_where_low_precision_fails(
     pipeline = load(*inpainting_model, precision="bf16")
     assert pixels(pipeline, painted(steps=1))[0].std() > 1
     assert pipeline.first_stage.in_float32
+
+
+@pytest.mark.parametrize("name", ["init_img", "mask"])
+def test_files_are_read_before_their_batch(
+    load: Load, reads_ahead: Callable, tmp_path: Path, name: str
+) -> None:
+    """A file that vanished ended the run: it was first read when its batch had begun."""
+    path = tmp_path / f"{name}.png"
+    (IMAGE if name == "init_img" else Image.fromarray(MASK)).save(path)
+    reads_ahead(load(), painted(**{name: str(path)}), path)

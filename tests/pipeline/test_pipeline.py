@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from ldm.errors import FieldError, InputError
 from ldm.images.pixels import to_float, to_uint8
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.pipeline import GeneratedImage, ImageRequest, Pipeline, RuntimeOptions
+from ldm.pipeline import GeneratedImage, ImageRequest, Pipeline, RuntimeOptions, batches
 from ldm.sampling.noise import ImageNoise, ImageSeeds
 from ldm.weights.loading import BUNDLED_WEIGHTS, ROOT, SMALL_WEIGHTS
 
@@ -99,6 +100,36 @@ def test_a_marked_file_is_sampled_as_it_was_trained(load: Load, tmp_path: Path, 
     assert image.settings["zero_snr"] is zero_snr
     if zero_snr:
         assert pipeline.resolve(ImageRequest(zero_snr=False)).schedule is None
+
+
+def test_levels_that_are_too_near_are_refused_before_a_model_is_read(model: tuple[Path, Path]) -> None:
+    """They were found when their batch began: in the middle of a run, or after a first pass."""
+    pipeline = Pipeline.open(str(model[1]), str(model[0]))
+    near = {"sampler": "dpmpp_2m_sde", "sigmas": (10.0, 9.99999, 0.0)}
+    with pytest.raises(FieldError, match=r"too near for dpmpp_2m_sde; take other sigmas$"):
+        pipeline.resolve(ImageRequest("a cat", **near))
+    even = {"sampler": "dpmpp_sde", "schedule": "polyexponential", "rho": 20.0}
+    with pytest.raises(FieldError, match=r"take fewer steps or a rho nearer to 1$"):
+        pipeline.resolve(ImageRequest("a cat", steps=2, hires=2.0, hires_steps=900, **even))
+    assert "model" not in vars(pipeline)
+    before, alphas = pipeline._alphas, pipeline.model.alphas_cumprod
+    np.testing.assert_array_equal(before, alphas)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({"scale": 1.0}, 1),
+        ({"scale": 7.5}, 2),
+        ({"scale": 1.0, "cfg_pp": True}, 2),
+        ({"scale": 1.0, "prompt": "a AND b AND c", "prompt_syntax": "a1111"}, 4),
+    ],
+)
+def test_a_probe_is_as_much_work(load: Load, changes: dict[str, Any], rows: int) -> None:
+    """With CFG++ at scale 1 --batch_size auto measured half of each call, and tiles were chosen for half."""
+    request = ImageRequest(**{"prompt": "a cat", "steps": 4, **changes})
+    assert request.rows == rows
+    assert batches.probe(request).rows == rows
 
 
 def test_zero_snr_is_not_for_a_model_that_predicts_the_noise(load: Load, command: Command, model) -> None:

@@ -208,3 +208,10 @@ def test_other_files_are_named(model: tuple[Path, Path], tmp_path: Path) -> None
     assert "broken.pth cannot be used" in refused(tmp_path / "broken.pth")
     with pytest.raises(InputError, match=r"--model .*nothing.pth: there is no such file"):
         PixelUpscaler(tmp_path / "nothing.pth", RuntimeOptions(device="cpu"))
+
+
+def test_the_image_is_read_before_its_batch(
+    open_upscaler: Callable, reads_ahead: Callable, tmp_path: Path
+) -> None:
+    photo().save(tmp_path / "small.png")
+    reads_ahead(open_upscaler(), one(str(tmp_path / "small.png")), tmp_path / "small.png")

@@ -285,3 +285,10 @@ def test_ten_steps_are_diffusers(load: Load, tmp_path: Path, monkeypatch: pytest
     ).images
     assert ours.pixels.shape == (64, 96, 3)
     torch.testing.assert_close(((decoded[0] + 1) / 2).clamp(0, 1), expected, atol=1e-3, rtol=0)
+
+
+def test_the_small_image_is_read_before_its_batch(
+    pipeline: Pipeline, reads_ahead: Callable, tmp_path: Path
+) -> None:
+    photo().save(tmp_path / "small.png")
+    reads_ahead(pipeline, one(str(tmp_path / "small.png")), tmp_path / "small.png")

@@ -20,7 +20,15 @@ from ldm.sampling import (
     default_trajectory,
     sample,
 )
-from ldm.sampling.noise import BrownianPath, CompvisNoise, CompvisStream, ImageNoise, ImageSeeds, slerp
+from ldm.sampling.noise import (
+    BrownianPath,
+    CompvisNoise,
+    CompvisStream,
+    ImageNoise,
+    ImageSeeds,
+    slerp,
+    tree_depth,
+)
 from ldm.sampling.schedule import karras, zero_terminal_snr
 
 CPU = torch.device("cpu")
@@ -174,7 +182,20 @@ def test_a_path_keeps_a_bounded_number_of_tensors():
     path = BrownianPath(3, (1, 2, 2))
     for level in range(1, 500):
         path.increment(level / 500, level / 501)
-    assert len(path._nodes) <= 3 * BrownianPath.DEPTH
+    assert len(path._nodes) <= 3 * path.depth
+
+
+def test_a_deeper_tree_is_the_same_path():
+    """Where no two levels share a leaf its increments are those of before, and finer ones have variance 1."""
+    coarse, fine = BrownianPath(3, (1, 64, 64)), BrownianPath(3, (1, 64, 64), tree_depth(1e-4))
+    assert (coarse.depth, fine.depth) == (tree_depth(1e-3), 20)
+    for pair in PAIRS:
+        assert correlation(coarse.increment(*pair), fine.increment(*pair)) > 0.99
+    levels = [14.6 * (1 - 1e-4) ** k for k in range(30)]
+    draws = [fine.increment(*pair) for pair in itertools.pairwise(levels)]
+    assert_standard_normal(torch.stack(draws))
+    for a, b in itertools.pairwise(draws):
+        assert abs(correlation(a, b)) < 5 / a.numel() ** 0.5
 
 
 def test_a_path_is_freed_with_its_last_reference():
@@ -356,7 +377,7 @@ def test_samplers_draw_at_most_once_for_each_model_call(sampler):
     noise.draw = lambda: (drawn.append(1), draw())[1]
     sample(denoiser, sampler, default_trajectory(denoiser, sampler, 10), noise)
     facts = catalogue.SAMPLERS[sampler]
-    assert (len(drawn) > 1) == (facts.stochastic == "yes")  # the start is always drawn
+    assert (len(drawn) > 1) == facts.stochastic.startswith("always")  # the start is always drawn
     assert len(drawn) <= 1 + len(denoiser.model.batches)
 
 

@@ -98,9 +98,9 @@ def smallest_relative_step(schedule: str, steps: int, rho: float) -> float:
 @pytest.mark.parametrize(
     ("schedule", "rhos", "advice"),
     [
-        ("karras", (0.1, 0.5, 1.0, 3.0, 7.0, 20.0, 100.0), "or a larger --rho"),
-        ("polyexponential", (20.0, 7.0, 2.0, 1.0), "or a --rho nearer to 1"),
-        ("polyexponential", (0.1, 0.5, 0.9, 1.0), "or a --rho nearer to 1"),
+        ("karras", (0.1, 0.5, 1.0, 3.0, 7.0, 20.0, 100.0), "or a larger rho"),
+        ("polyexponential", (20.0, 7.0, 2.0, 1.0), "or a rho nearer to 1"),
+        ("polyexponential", (0.1, 0.5, 0.9, 1.0), "or a rho nearer to 1"),
     ],
 )
 def test_the_advice_about_rho_widens_the_smallest_step(schedule, rhos, advice):
@@ -108,11 +108,11 @@ def test_the_advice_about_rho_widens_the_smallest_step(schedule, rhos, advice):
     smallest = [smallest_relative_step(schedule, 50, rho) for rho in rhos]
     assert smallest == sorted(smallest)
     with pytest.raises(InputError, match=f"take fewer steps {advice}$"):
-        plan_trajectory(V1, "dpmpp_sde", 1000, schedule=schedule, rho=rhos[0])
+        plan_trajectory(V1, "dpmpp_sde", 20_000, schedule=schedule, rho=rhos[0])
 
 
 def test_the_advice_is_about_what_was_given():
-    with pytest.raises(InputError, match=r"too near for dpmpp_sde; take another list$"):
+    with pytest.raises(InputError, match=r"too near for dpmpp_sde; take other sigmas$"):
         plan_trajectory(V1, "dpmpp_sde", 2, sigmas=(10.0, 9.9999, 0.0))
     with pytest.raises(InputError, match=r"too near for dpmpp_sde; take fewer steps$"):
         plan_trajectory(V1, "dpmpp_sde", 100_000, schedule="exponential")
@@ -122,6 +122,22 @@ def test_the_advice_is_about_what_was_given():
 @pytest.mark.parametrize("sampler", catalogue.SAMPLERS)
 def test_no_grid_of_a_sampler_is_too_near(sampler, steps):
     assert plan_trajectory(V1, sampler, steps).steps == steps
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m_sde"])
+def test_no_named_schedule_is_too_near(sampler, schedule):
+    """`beta` was refused from 270 steps on for the samplers whose noise follows a Brownian path."""
+    for steps in (269, 300, 1000):
+        assert plan_trajectory(V1, sampler, steps, schedule=schedule).steps == steps
+
+
+def test_only_the_steps_that_are_run_can_be_too_near():
+    """Image to image was refused for levels above its strength, which it never visits."""
+    near = (14.6, 14.5999999, 3.0, 0.5, 0.0)
+    with pytest.raises(InputError, match=r"noise levels 14.6 and 14.6 follow"):
+        plan_trajectory(V1, "ddim", 4, 4, sigmas=near)
+    assert plan_trajectory(V1, "ddim", 4, 3, sigmas=near).shortest == pytest.approx(1 - 3 / 14.5999999)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 50])

@@ -18,8 +18,11 @@ class SimpleImageConcat(nn.Module):
     def register_schedule(self) -> None:
         """There is no noise and no schedule of it."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x, torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    def forward(
+        self, x: torch.Tensor, noise_level: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images x [b, 3, h, w], and levels int64 [b], which can only be 0; `noise` is not looked at."""
+        return x, noise_level
 
 
 class ImageConcatWithNoiseAugmentation(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -133,6 +134,16 @@ class TextSettings:
         return 0 if len(parts) == 1 and parts[0][1] == 1.0 else len(parts)
 
     @property
+    def rows(self: Any) -> int:
+        """How many predictions an image takes of the UNet at each step; `scale` has to be known."""
+        return 1 + (self.parts or self.guided)
+
+    @property
+    def total_weight(self) -> float:
+        """The sum of the weights of the prompt's conditions; 1 for the usual single one."""
+        return sum(weight for _, weight in self._composed())
+
+    @property
     def changes_over_steps(self) -> bool:
         """Whether the texts are not the same at all steps."""
         if self.prompt_syntax == PLAIN:
@@ -179,6 +190,26 @@ class TextSettings:
         steps = max(1, self.steps_to_run)
         count = steps if self.changes_over_steps else 1
         return list(dict.fromkeys(self.texts(step, steps) for step in range(1, count + 1)))
+
+    def readings(self: Any, *, negative: bool = False) -> Iterator[str]:
+        """What the text encoder reads over the steps of all passes, of the prompts or of the negative one.
+
+        Without marks and LoRA tags; the same text may come again. PromptError for weights that are none.
+        """
+        if self.prompt_syntax == PLAIN:
+            yield from (self.negative_prompt,) if negative else (self.prompt, self.prompt_to)
+            return
+        from ldm.prompts import syntax
+
+        texts = [split_lora_tags(self.negative_prompt)[0]]
+        if not negative:
+            texts = [*(text for text, _ in self._composed()), self.prompt_to]
+        passes = [(self.steps_to_run, False)]
+        if self.hires is not None:
+            passes.append((self.second_steps, True))
+        for steps, second in passes:
+            for text in texts:
+                yield from syntax.readings(text, max(1, steps), second)
 
     def text_notices(self) -> list[str]:
         """What the language reads otherwise than its user may mean, a line each."""
