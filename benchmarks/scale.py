@@ -73,6 +73,9 @@ class StubPipeline:
         self.steps, self.images, self.timed = steps, 0, 0
         self.wall = self.cpu = self.between = 0.0
 
+    def read_images(self, request: Any) -> None:
+        """The images start from no files."""
+
     def batches(
         self, batches: Any, on_step: Callable[[int], None] | None, on_x0: Any = None
     ) -> Iterator[list[Any]]:

@@ -99,16 +99,7 @@ class Table:
 def parse(argv: list[str]) -> Table:
     """The arguments, the axes, and the request of every cell. InputError."""
     with_init = any(word.startswith("--init") for word in argv)  # also abbreviated, as argparse takes it
-    command_parser = parser.img2img_parser if with_init else parser.txt2img_parser
-    options = command_parser("compare.py", __doc__, parser.ONE_IMAGE | {"outdir": "outputs/compare"})
-    for flag, where in (("--x", "columns"), ("--y", "rows"), ("--z", "pages")):
-        options.add_argument(
-            flag,
-            nargs="+",
-            required=flag != "--z",
-            metavar=("OPTION", "VALUE"),
-            help=f"what the {where} vary",
-        )
+    options = parser.compare_parser(__doc__, with_init=with_init)
     given = vars(options.parse_args(argv))
     for name in NOT_FOR_CELLS:
         if name in given and given[name] != ONE.get(name):

@@ -17,6 +17,7 @@ from ldm.cli import entry
 from ldm.cli import parser as cli
 from ldm.cli.again import Again, CannotRepeat
 from ldm.errors import InputError
+from ldm.images.names import unique_names
 from ldm.log import log_to, one_line, problem
 
 # The largest difference that rounding makes, in levels of 255, by the precision that an image records: twice
@@ -60,10 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     again = Again({name: value for name, value in given.items() if name not in OWN}, own["folder"] or ())
     if own["diff"]:
         _make_folder(Path(own["diff"]))
+    names = unique_names(f"{Path(file).stem}-difference" for file in own["images"])
     altered = unknown = 0
-    for file in own["images"]:
+    for file, name in zip(own["images"], names, strict=True):
         try:
-            line = verified(again, file, own)
+            line = verified(again, file, own, name)
         except InputError as error:
             unknown += 1
             reason = one_line(cli.in_flags(error)).removeprefix(f"--like {file}: ")
@@ -74,8 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if altered else 2 if unknown else 0
 
 
-def verified(again: Again, file: str, own: dict[str, Any]) -> dict[str, Any]:
-    """What is found about one image. InputError if it cannot be made again."""
+def verified(again: Again, file: str, own: dict[str, Any], name: str) -> dict[str, Any]:
+    """What is found about one image; `name` is for the file of a difference. InputError if it cannot be made
+    again.
+    """
     recorded = again.recorded(file)
     command = again.command(file, recorded)
     request = again.request(command, recorded)
@@ -86,8 +90,13 @@ def verified(again: Again, file: str, own: dict[str, Any]) -> dict[str, Any]:
     from ldm.images.metadata import encode_image, open_image
     from ldm.images.watermark import NO_WATERMARK, Watermarker
 
+    line = {"file": file, "verdict": "altered"}
     with open_image(file) as image:
         found, format = np.asarray(image.convert("RGB")), image.format
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            return line | {"why": f"it has {frames} frames, and its settings make one"}
+        if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            return line | {"why": "it has transparent pixels, and its settings make none"}
     pipeline = again.pipeline(command)
     (made,) = pipeline.generate([request])
     if made.pixels is None:
@@ -95,7 +104,6 @@ def verified(again: Again, file: str, own: dict[str, Any]) -> dict[str, Any]:
     if recorded.get("nsfw_content_detected") and made.nsfw is None and not found.any():
         raise CannotRepeat("the safety checker blackened it, which is not here")
     expected = Watermarker.of(request.watermark)(made.pixels, made.painted)
-    line = {"file": file, "verdict": "altered"}
     if found.shape != expected.shape:
         size, wanted = (f"{shape[1]}x{shape[0]}" for shape in (found.shape, expected.shape))
         if "image" not in recorded:
@@ -117,13 +125,17 @@ def verified(again: Again, file: str, own: dict[str, Any]) -> dict[str, Any]:
     if gaps.altered:
         line["box"] = [int(side) for side in gaps.box]
         if own["diff"]:
-            line["difference"] = str(_write(difference_image(found, gaps), file, Path(own["diff"])))
+            path = Path(own["diff"]) / f"{name}.png"
+            _write(difference_image(found, gaps), path)
+            line["difference"] = str(path)
     return line
 
 
 def as_text(line: dict[str, Any]) -> str:
     """A line for a reader."""
     text = f"{line['file']}: {line['verdict']}"
+    if "why" in line:
+        return f"{text}: {line['why']}"
     if "size" in line:
         return f"{text}: it is {line['size']} pixels, and its settings make {line['expected_size']}"
     if line["verdict"] == "identical":
@@ -160,15 +172,13 @@ def _make_folder(folder: Path) -> None:
         raise InputError(f"--diff {folder}: {error.strerror}") from error
 
 
-def _write(image: Any, file: str, folder: Path) -> Path:
+def _write(image: Any, path: Path) -> None:
     from PIL import Image
 
-    path = folder / f"{Path(file).stem}-difference.png"
     try:
         Image.fromarray(image).save(path)
     except OSError as error:
         raise InputError(f"--diff: cannot write {path}: {error.strerror}") from error
-    return path
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 from ldm.cli import arguments, entry, parser
 from ldm.errors import InputError
 from ldm.log import notice, problem
-from ldm.pipeline.request import MAX_SEED, ImageRequest
+from ldm.pipeline.request import ImageRequest
 from ldm.pipeline.settings.text import A1111
 from ldm.weights.description import describe
 
@@ -33,28 +33,7 @@ VIDEO = "walk.mp4"
 
 def parse(argv: list[str]) -> tuple[arguments.Arguments, list[ImageRequest], int]:
     """The arguments, the request of each frame, and the frames of a second. InputError."""
-    defaults = parser.ONE_IMAGE | {"outdir": "outputs/walk", "skip_grid": True}
-    options = parser.txt2img_parser("walk.py", "A walk between prompts and seeds.", defaults)
-    add = options.add_argument
-    add("--prompts", nargs="+", required=True, metavar="PROMPT", help="where the walk comes by")
-    seed = parser.number(int, 0, MAX_SEED)
-    add(
-        "--seeds",
-        nargs="+",
-        type=seed,
-        default=[42],
-        metavar="SEED",
-        help="of the noise there (42)",
-    )
-    add(
-        "--frames",
-        type=parser.number(int, 2, 100_000),
-        default=30,
-        metavar="N",
-        help="of the whole walk (30)",
-    )
-    add("--loop", action="store_true", help="walk back to the start")
-    add("--fps", type=parser.number(int, 1, 240), default=12, metavar="N", help="frames of a second (12)")
+    options = parser.walk_parser()
     given = vars(options.parse_args(argv))
     for name in NOT_FOR_FRAMES:
         if name in given:
@@ -62,14 +41,15 @@ def parse(argv: list[str]) -> tuple[arguments.Arguments, list[ImageRequest], int
     if not all(map(str.strip, given["prompts"])):
         raise InputError("--prompts: one of them is empty, and the walk has no way there; give it a word")
     given["prompt"] = given["prompts"][0]
-    places = _places(given["prompts"], given["seeds"])
+    command = arguments.gather(options, given)
+    # the run's seed is that of the image of --like, or the default one
+    places = _places(given["prompts"], given.get("seeds") or [command.run.seed])
     if given.get("loop"):
         places.append(places[0])
     if len(places) < 2:
         raise InputError("--prompts and --seeds name one place: give at least two prompts or two seeds")
     if given["frames"] < len(places):
         raise InputError(f"--frames {given['frames']}: give at least one for each of {len(places)} places")
-    command = arguments.gather(options, given)
     # what the image of --like, itself a frame perhaps, has of them is not for these frames, either
     values = {name: value for name, value in command.values.items() if name not in NOT_FOR_FRAMES}
     command = replace(command, values=values)
@@ -144,10 +124,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def film(outdir: Path, fps: int, unsaved: bool) -> int:
-    """Write the frames of the folder's last run as a video, if ffmpeg is there. Returns the exit code."""
+    """Write the frames of the folder's last run as a video, if ffmpeg is there. Returns the exit code.
+
+    It replaces no video but that of the same run, which was taken up again.
+    """
     import numpy as np
 
     from ldm.images.metadata import open_image
+    from ldm.images.outputs import rename_to_new
+    from ldm.runs.manifest import RUNS, append
 
     ffmpeg = shutil.which("ffmpeg")
     if unsaved:
@@ -155,7 +140,7 @@ def film(outdir: Path, fps: int, unsaved: bool) -> int:
     if ffmpeg is None:
         notice(f"there is no ffmpeg: the frames are in {outdir / 'samples'}, and there is no {VIDEO}")
         return 0
-    files = _last_run(outdir)
+    run, files, video = _last_run(outdir)
     with open_image(files[0]) as first:
         width, height = first.size
     temporary = outdir / f".{VIDEO}.tmp.mp4"
@@ -185,17 +170,25 @@ def film(outdir: Path, fps: int, unsaved: bool) -> int:
         problem(f"ffmpeg made no {VIDEO}: {reason[-1] if reason else f'exit code {process.returncode}'}")
         temporary.unlink(missing_ok=True)
         return 1
-    temporary.replace(outdir / VIDEO)
+    if video is not None:
+        temporary.replace(outdir / video)
+        return 0
+    path = rename_to_new(temporary, outdir / VIDEO)
+    append(outdir / RUNS, {"run": run, "video": path.name})
+    if path.name != VIDEO:
+        notice(f"{outdir / VIDEO} was there before: this walk's video is {path.name}")
     return 0
 
 
-def _last_run(outdir: Path) -> list[Path]:
-    """The files of the folder's last run, in order."""
+def _last_run(outdir: Path) -> tuple[str, list[Path], str | None]:
+    """The id of the folder's last run, its files in order, and the name of its video, None if it has none."""
     from ldm.runs.manifest import RUNS, read_lines, read_manifest
 
-    run = [line["run"] for line in read_lines(outdir / RUNS)][-1]
+    lines = [line for line in read_lines(outdir / RUNS) if "run" in line]
+    run = lines[-1]["run"]
+    video = next((line["video"] for line in lines if line["run"] == run and "video" in line), None)
     files = {line["image"]: line["file"] for line in read_manifest(outdir, run) if line["file"]}
-    return [outdir / files[k] for k in sorted(files)]
+    return run, [outdir / files[k] for k in sorted(files)], video
 
 
 if __name__ == "__main__":

@@ -345,11 +345,10 @@ class Arguments:
             pipeline.hash.then(compare)
 
     def warn_of_other_loras(self, pipeline: Pipeline, requests: Iterable[ImageRequest]) -> None:
-        """A notice if LoRAs of the image of --like have other contents here."""
-        recorded = str(self.like.get("lora_hashes") or "")
-        with_loras = [request for request in requests if recorded and request.loras]
+        """A notice if LoRAs of the image of --like have other contents, or another strength, here."""
+        with_loras = [request for request in requests if self.like.get("lora_hashes") and request.loras]
         for request in with_loras:
-            for line in pipeline.adapters.differences(request, recorded):
+            for line in pipeline.adapters.differences(request, self.like):
                 notice(f"--like: {line}: it will differ")
 
 
@@ -435,7 +434,7 @@ def gather(parser: Parser, given: Mapping[str, Any]) -> Arguments:
             for name, template in (("prompt", "prompt_template"), ("negative_prompt", "negative_template")):
                 values[name] = values.pop(template, None) or values.get(name)  # the image's of --like
             if mode == "random":
-                run, rounds = replace(run, n_iter=1, seed=_chosen_seed(run)), run.n_iter
+                run, rounds = replace(run, n_iter=1, seed=_chosen_seed(run, values)), run.n_iter
         return Arguments(
             given,
             values,
@@ -454,13 +453,17 @@ def expand_mode(given: Mapping[str, Any]) -> str | None:
     return given.get("expand") or ("random" if given.get("wildcards") else None)
 
 
-def _chosen_seed(options: RunOptions) -> int:
+def _chosen_seed(options: RunOptions, values: Mapping[str, Any]) -> int:
     """The run's seed, chosen now if it is left to chance: prompts are drawn by it."""
     if options.seed != -1 or is_follower():
         return options.seed
     from ldm.runs.manifest import chosen_seed
 
-    seed, is_new = chosen_seed(options)
+    # what is recorded as it is given: the templates, and numbers
+    known = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    templates = {"prompt_template": values.get("prompt"), "negative_template": values.get("negative_prompt")}
+    known |= {name: template for name, template in templates.items() if template}
+    seed, is_new = chosen_seed(options, known)
     if is_new and not options.quiet:
         notice(f"seed {seed}")
     return seed

@@ -9,7 +9,7 @@ from typing import Any
 from ldm.errors import FieldError, InputError, ValueFieldError
 from ldm.fields import Setting, settings_of
 from ldm.pipeline.options import RuntimeOptions
-from ldm.pipeline.request import DEPTH, INIT, MASK, UPSCALE, ImageRequest
+from ldm.pipeline.request import DEPTH, INIT, MASK, MAX_SEED, UPSCALE, ImageRequest
 from ldm.pipeline.settings.passes import PASSES
 from ldm.runs.options import RunOptions
 from ldm.service.options import ServiceOptions
@@ -171,9 +171,16 @@ def txt2img_parser(
 
 
 def img2img_parser(
-    prog: str = "img2img.py", description: str = "Image to image.", defaults: dict[str, Any] | None = None
+    prog: str = "img2img.py",
+    description: str = "Image to image.",
+    defaults: dict[str, Any] | None = None,
+    *,
+    folders: bool = True,
 ) -> Parser:
-    """Image to image's options; `defaults` are those of another command that has them, too."""
+    """Image to image's options; `defaults` are those of another command that has them, too.
+
+    `folders` says whether that command takes a folder of init images.
+    """
     return _image_parser(
         prog,
         description,
@@ -181,7 +188,42 @@ def img2img_parser(
         (INIT,),
         needed=("init_img",),
         request_defaults={"strength": 0.75},
+        folders=folders,
     )
+
+
+def compare_parser(description: str | None = None, *, with_init: bool = False) -> Parser:
+    """compare.py's options: text to image's, or with an init image image to image's, and the axes."""
+    facts: tuple[str, str, dict[str, Any]] = (
+        "compare.py",
+        description or "Labelled sheets over the values of options.",
+        ONE_IMAGE | {"outdir": "outputs/compare"},
+    )
+    parser = img2img_parser(*facts, folders=False) if with_init else txt2img_parser(*facts)
+    for flag, where in (("--x", "columns"), ("--y", "rows"), ("--z", "pages")):
+        parser.add_argument(
+            flag,
+            nargs="+",
+            required=flag != "--z",
+            metavar=("OPTION", "VALUE"),
+            help=f"what the {where} vary",
+        )
+    return parser
+
+
+def walk_parser() -> Parser:
+    """walk.py's options: text to image's, and the places that a walk comes by."""
+    defaults = ONE_IMAGE | {"outdir": "outputs/walk", "skip_grid": True}
+    parser = txt2img_parser("walk.py", "A walk between prompts and seeds.", defaults)
+    add = parser.add_argument
+    add("--prompts", nargs="+", required=True, metavar="PROMPT", help="where the walk comes by")
+    text = "of the noise there (42, or that of the image of --like)"
+    add("--seeds", nargs="+", type=number(int, 0, MAX_SEED), metavar="SEED", help=text)
+    frames = number(int, 2, 100_000)
+    add("--frames", type=frames, default=30, metavar="N", help="of the whole walk (30)")
+    add("--loop", action="store_true", help="walk back to the start")
+    add("--fps", type=number(int, 1, 240), default=12, metavar="N", help="frames of a second (12)")
+    return parser
 
 
 def inpaint_parser(prog: str = "inpaint.py", description: str = "Paint a part of an image anew.") -> Parser:
@@ -231,6 +273,7 @@ def _image_parser(
     needed: tuple[str, ...] = (),
     request_defaults: dict[str, Any] | None = None,
     task: str = "text",
+    folders: bool = True,
 ) -> Parser:
     """The parser of a command that makes images; see `Parser` for the arguments."""
     parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
@@ -280,7 +323,7 @@ def _image_parser(
         if task == "upscale":
             add("--init-img", nargs="+", metavar="FILE", help="images to enlarge, or folders of them")
         else:
-            text = f"{settings['init_img'].help}, or a folder of such images"
+            text = settings["init_img"].help + (", or a folder of such images" if folders else "")
             add("--init-img", nargs="?", metavar="FILE", help=text)
         add(
             "--max_pixels",

@@ -49,7 +49,7 @@ def sample(
     Returns the run's exit code: 130 if the user ended it, 1 if an image could not be made.
     """
     options = RunOptions(
-        outdir=str(folder), seed=seed, resume=True, skip_grid=True, safety="off", devices=devices
+        outdir=str(folder), seed=seed, resume=folder.is_dir(), skip_grid=True, safety="off", devices=devices
     )
     requests = (replace(like, prompt=prompt) for prompt in prompts)
     with contextlib.redirect_stdout(io.StringIO()):  # the folder's name, which is no result here

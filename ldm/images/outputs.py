@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.errors import InputError
-from ldm.images.metadata import FORMATS, LARGEST, PNG_LEVEL, encode_image, open_image, read_texts
+from ldm.images.metadata import FORMATS, PNG_LEVEL, encode_image, open_image, read_texts
 from ldm.images.source_type import source_type
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no later file will fit, either
@@ -146,11 +146,16 @@ class OutputFolder:
     ) -> Path:
         """Writes a grid, uint8 [H, W, 3], with its texts, as the next grid or under a name; returns its path.
 
-        A name stands without suffix; if another file has it, it becomes name-2 and so on. A
-        grid that is too large for the folder's format is a PNG file.
+        A name stands without suffix; if another file has it, it becomes name-2 and so on. A grid whose pixels
+        or texts do not fit into a file of the folder's format is a PNG file.
         """
-        format = self.format if max(grid.shape) <= LARGEST.get(self.format, max(grid.shape)) else "png"
-        return self._grids.save(self._encoded(grid, texts, format, settings), format, self.owner, name)
+        format = self.format
+        try:
+            data = self._encoded(grid, texts, format, settings)
+        except InputError:
+            format = "png"
+            data = self._encoded(grid, texts, format, settings)
+        return self._grids.save(data, format, self.owner, name)
 
 
 class _NumberedFiles:
@@ -192,15 +197,12 @@ class _NumberedFiles:
     ) -> Path:
         """Writes a file under its name, or the first number from `self.next` on that nobody took."""
         try:
+            if name is not None and "/" in name:
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             with _temporary_file(self.folder, data, owner) as temporary:
                 for stem in self._numbers() if name is None else _variants(name):
                     path = self.folder / f"{stem}.{format}"
-                    if name is not None and "/" in name:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                    with suppress(FileExistsError):
-                        _rename_to_new(temporary, path)
-                        return path
-                    if again and same_image(path, data):
+                    if _is_renamed(temporary, path) or (again and same_image(path, data)):
                         return path
         except OSError as error:
             raise cannot_write(self.folder, error) from error
@@ -242,6 +244,23 @@ def _temporary_file(folder: Path, data: bytes, owner: str) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+def rename_to_new(source: Path, target: Path) -> Path:
+    """Gives a file the target's name, or name-2 and so on where other files have it; returns its path."""
+    paths = (target.with_stem(stem) for stem in _variants(target.stem))
+    path = next(path for path in paths if _is_renamed(source, path))
+    source.unlink(missing_ok=True)
+    return path
+
+
+def _is_renamed(source: Path, target: Path) -> bool:
+    """Gives a file a name, which may be its second one, if no other file has that; whether none had it."""
+    try:
+        _rename_to_new(source, target)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _rename_to_new(source: Path, target: Path) -> None:

@@ -38,6 +38,8 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 def of_one_size(images: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Images uint8 [H, W, 3] of any sizes, the smaller ones with black below and to the right."""
+    if len({image.shape for image in images}) == 1:
+        return list(images)
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
     edges = [((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)) for image in images]
     return [np.pad(image, edge) for image, edge in zip(images, edges, strict=True)]

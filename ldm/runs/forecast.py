@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.cache import cache_folder
 from ldm.errors import FieldError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FILE = "speeds.json"  # in the cache folder
 KEPT = 300  # speeds, the oldest of which give way
+KEPT_BATCHES = 10_000  # of a run, whose times are kept
 PROBE_STEPS = 3
 REMEMBERED, PROBED = "remembered", "measured in a probe"
 
@@ -56,15 +57,24 @@ class Speed:
         return replace(self, step=share * self.step, rest=share * self.rest)
 
 
+class BatchTime(NamedTuple):
+    """What a batch took."""
+
+    numbers: tuple[int, ...]  # of its images
+    seconds: float
+    step: float | None  # seconds of one, the median of all but the first; None where there was no other
+
+
 @dataclass
 class Stopwatch:
-    """The times of a process's batches: of all of a batch, and of the steps but for the first."""
+    """The times of a process's batches: of the first one, and of the last of all others."""
 
     begun: float = field(default_factory=lambda: time.perf_counter())
     last: float | None = None  # when the step before ended
     steps: list[float] = field(default_factory=list)  # of the batch in hand
     spoilt: bool = False  # the batch was begun again, for it did not fit
-    batches: list[tuple[tuple[int, ...], float, list[float]]] = field(default_factory=list)
+    batches: list[BatchTime] = field(default_factory=list)
+    left_out: float = 0.0  # seconds of the batches between
 
     def step(self, images: int) -> None:
         now = time.perf_counter()
@@ -77,7 +87,10 @@ class Stopwatch:
         """The batch of these images is done."""
         now = time.perf_counter()
         if not self.spoilt:
-            self.batches.append((numbers, now - self.begun, self.steps))
+            step = median(self.steps) if self.steps else None
+            self.batches.append(BatchTime(numbers, now - self.begun, step))
+        if len(self.batches) > KEPT_BATCHES:
+            self.left_out += self.batches.pop(1).seconds
         self.begun, self.last, self.steps, self.spoilt = now, None, [], False
 
 
@@ -223,12 +236,13 @@ def forecast(
     if None in known.values() or not known:
         return None
     by_sort = {sort: speed.batch(sort.steps) for sort, speed in known.items()}
-    total = sum(times * by_sort[sort] for sort, times in numbers.items())
+    total, count = sum(times * by_sort[sort] for sort, times in numbers.items()), numbers.total()
     return Forecast(
         images=sum(times * sort.images for sort, times in numbers.items()),
-        batches=numbers.total(),
+        batches=count,
         steps=sum(times * sort.steps for sort, times in numbers.items()),
-        seconds=max(speed.start for speed in known.values()) + total / processes,
+        # each process makes whole batches
+        seconds=max(speed.start for speed in known.values()) + total * -(-count // processes) / count,
         memory=max(speed.memory for speed in known.values()),
         processes=processes,
         source=source,
@@ -269,32 +283,30 @@ def _probe(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> Speed:
         watch = Stopwatch()
         for _ in pipeline.batches([few], watch.step):
             watch.finish(())
-        times += watch.batches or [((), time.perf_counter() - watch.begun, [])]
-    (_, first, _), (_, second, gaps) = times
-    step, rest = _parts(second, gaps, Sort.of(pipeline, few[0], len(few)).steps)
-    return Speed(step, rest, read + max(0.0, first - second), peak_memory(device), _today(), len(times))
+        times += watch.batches or [BatchTime((), time.perf_counter() - watch.begun, None)]
+    first, second = times
+    step, rest = _parts(second, Sort.of(pipeline, few[0], len(few)).steps)
+    start = read + max(0.0, first.seconds - second.seconds)
+    return Speed(step, rest, start, peak_memory(device), _today(), len(times))
 
 
-def _parts(seconds: float, gaps: Sequence[float], steps: int) -> tuple[float, float]:
-    """Seconds of a step and of the rest of a batch that took `seconds`, `gaps` being those of some steps.
-
-    A batch of one step has no gap between steps: all of it counts as the step.
-    """
+def _parts(batch: BatchTime, steps: int) -> tuple[float, float]:
+    """Seconds of a step and of the rest of a batch of so many `steps`; of a single one all is the step."""
     if steps == 0:
-        return 0.0, seconds
-    step = median(gaps) if gaps else seconds / steps
-    return step, max(0.0, seconds - steps * step)
+        return 0.0, batch.seconds
+    step = batch.seconds / steps if batch.step is None else batch.step
+    return step, max(0.0, batch.seconds - steps * step)
 
 
 def remember(pipeline: Pipeline, plan: Plan, watch: Stopwatch, seconds: float) -> None:
     """Keep what this process's batches took, of a run whose work took `seconds` in all."""
     of_round = plan.requests.of_round
     times: dict[Sort, list[tuple[float, float]]] = {}
-    for numbers, all_of_it, gaps in watch.batches:
-        request = of_round[numbers[0] % len(of_round)]
+    for batch in watch.batches:
+        request = of_round[batch.numbers[0] % len(of_round)]
         if not catalogue.SAMPLERS[request.sampler].adaptive:
-            sort = Sort.of(pipeline, request, len(numbers))
-            times.setdefault(sort, []).append(_parts(all_of_it, gaps, sort.steps))
+            sort = Sort.of(pipeline, request, len(batch.numbers))
+            times.setdefault(sort, []).append(_parts(batch, sort.steps))
     if not times:
         return
     found, speeds = {}, Speeds(pipeline)
@@ -307,7 +319,7 @@ def remember(pipeline: Pipeline, plan: Plan, watch: Stopwatch, seconds: float) -
         found[sort] = Speed(step, rest, 0.0, peak_memory(pipeline.device), _today(), len(parts))
     spent = sum(len(times[sort]) * speed.batch(sort.steps) for sort, speed in found.items())
     for speed in found.values():
-        speed.start = max(0.0, seconds - spent)
+        speed.start = max(0.0, seconds - spent - watch.left_out)
     speeds.add(found)
 
 

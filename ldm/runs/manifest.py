@@ -20,7 +20,7 @@ import secrets
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,7 @@ from ldm.runs.options import RunOptions
 MANIFEST, RUNS, LOCK = "manifest.jsonl", ".runs.jsonl", ".runs.lock"
 PART = re.compile(r"\.run-(?P<run>[0-9a-f]+)\.[0-9a-f]{32}(\.at-(?P<begin>\d+))?\.jsonl")
 SYNC_INTERVAL = 1.0  # seconds; a power cut costs the images since the last time, which are made again
+SHOWN = 3  # names in a message
 POLL = 0.005  # seconds between two looks whether the folder's lock is free, which is held for about one
 
 
@@ -95,14 +96,20 @@ class RunRecord:
         Raises InputError that names the differences where it has only others, and where the run goes on in
         another process. Whether a run on another machine still goes on takes up to a minute to see.
         """
-        runs = [line for line in read_lines(self.outdir / RUNS) if "settings" in line]
+        runs = started_runs(self.outdir)
         if not runs:
+            # a service that keeps its images in a folder records jobs, and no runs
+            if any("job" not in line for line in read_manifest(self.outdir)):
+                raise InputError(
+                    f"--resume: {self.outdir} has images, but not the hidden file {RUNS} that says of which "
+                    "runs; copy it too, or leave out --resume"
+                )
             return False
         mine = [line for line in runs if not self.differences(line)]
         if not mine:
             raise InputError(
                 f"--resume: {self.outdir} has no run of these settings; its last one had "
-                f"{self.differences(runs[-1])}"
+                f"{self.differences(runs[-1])}{self._advice(runs[-1])}"
             )
         self.run, self.first = mine[-1]["run"], mine[-1]["first"]
         self._take_lease()
@@ -130,6 +137,31 @@ class RunRecord:
         if not words and len(theirs) != len(self.lines):
             words = f"lines {len(theirs)}, now {len(self.lines)}"
         return words
+
+    def _advice(self, other: dict[str, Any]) -> str:
+        """What to do if another run had the files that this one starts from, and more of them."""
+        for name in ("init_img", "mask", "depth"):
+            now = {(self.settings | line).get(name) for line in self.lines} - {None}
+            before = {(other["settings"] | line).get(name) for line in other.get("lines", [])} - {None}
+            if now and now < before:
+                gone = ", ".join(sorted(before - now)[:SHOWN]) + (", …" if len(before - now) > SHOWN else "")
+                return f"; it also had {gone}: put back what is gone, or leave out --resume"
+        return ""
+
+    def earlier(self, chosen: Iterable[str]) -> dict[str, Any]:
+        """Settings of the folder's newest run that differs from this one in the `chosen` settings alone.
+
+        Those of its last run if there is none, so that an error names what else differs; empty without any.
+        """
+        runs, blank = started_runs(self.outdir), dict.fromkeys(chosen)
+        alike = [
+            run
+            for run in runs
+            if blank.keys() <= run["settings"].keys()
+            and run["settings"] | blank == self.settings | blank
+            and run.get("lines", []) == self.lines
+        ]
+        return (alike or runs)[-1]["settings"] if runs else {}
 
     def refresh(self) -> None:
         """Bring `done` and `failed` up to date with the manifest, to which other processes may have added."""
@@ -166,7 +198,7 @@ class RunRecord:
         """
         _list_anew(self.outdir)
         for part in parts(self.outdir, self.run):
-            for line in read_lines(part):
+            for line in image_lines(part):
                 self._note(line, lambda file: True)
             move_lines(part, self.outdir / MANIFEST)
 
@@ -246,10 +278,10 @@ class RunRecord:
         """The last entry with file numbers of each run that has not ended."""
         claims = {}
         for line in read_lines(self.outdir / RUNS):
-            if "first" in line:
+            if {"run", "first", "images"} <= line.keys():
                 claims[line["run"]] = line
             elif "ended" in line:
-                claims.pop(line["run"], None)
+                claims.pop(line.get("run"), None)
         return claims
 
     @contextmanager
@@ -266,20 +298,28 @@ def _of(images: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(images).encode()).hexdigest()[:16]
 
 
-def last_settings(outdir: str | Path) -> dict[str, Any]:
-    """Settings of the folder's last run; empty if there was none."""
-    runs = [line["settings"] for line in read_lines(Path(outdir) / RUNS) if "settings" in line]
-    return runs[-1] if runs else {}
+def started_runs(outdir: str | Path) -> list[dict[str, Any]]:
+    """The entries of a folder's runs, in the order in which they began: settings, lines, file numbers."""
+    names = {"run", "settings", "first", "images"}
+    return [line for line in read_lines(Path(outdir) / RUNS) if names <= line.keys()]
 
 
-def chosen_seed(options: RunOptions) -> tuple[int, bool]:
+def chosen_seed(options: RunOptions, known: Mapping[str, Any] | None = None) -> tuple[int, bool]:
     """The seed of a run, and whether it was chosen just now: -1 leaves it to chance, or to the run that is
     taken up.
+
+    That is the folder's newest run whose settings are the same as far as they are `known`, or else its last.
     """
     seed = options.seed
     if seed == -1 and options.resume:
-        seed = last_settings(options.outdir).get("seed", -1)
-    return (secrets.randbelow(2**32), True) if seed == -1 else (seed, False)
+        known, runs = as_read(dict(known or {})), started_runs(options.outdir)
+        alike = [run for run in runs if {**known, **run["settings"]} == {**run["settings"], **known}]
+        seed = (alike or runs)[-1]["settings"].get("seed", -1) if runs else -1
+    return (new_seed(), True) if seed == -1 else (seed, False)
+
+
+def new_seed() -> int:
+    return secrets.randbelow(2**32)
 
 
 def as_read(settings: dict[str, Any]) -> dict[str, Any]:
@@ -427,9 +467,16 @@ def read_manifest(outdir: Path, run: str | None = None) -> Iterator[dict[str, An
     while new := [part for part in parts(outdir, run) if part not in seen]:
         for part in new:
             seen.add(part)
-            yield from read_lines(part)
-    for line in read_lines(outdir / MANIFEST):  # last, with the lines of parts that have gone by now
+            yield from image_lines(part)
+    for line in image_lines(outdir / MANIFEST):  # last, with the lines of parts that have gone by now
         if run in (None, line.get("run")):
+            yield line
+
+
+def image_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file that name an image's number and its file; what else is there is not an image's."""
+    for line in read_lines(path):
+        if isinstance(line.get("image"), int) and "file" in line and isinstance(line["file"], str | None):
             yield line
 
 

@@ -281,9 +281,16 @@ class Team:
         while (i := self.count("dealt", 1) - 1) < len(items):
             yield items[i]
 
-    def stop(self) -> None:
-        """No process gets a further item."""
+    def stop(self, asked: bool = False) -> None:
+        """No process gets a further item; `asked` says that the user wants it so."""
+        if asked:
+            self.count("asked", 1)
         self.count("dealt", NO_MORE)
+
+    @property
+    def asked(self) -> bool:
+        """Whether the user has asked any process to end: a batch system may signal one that is not rank 0."""
+        return self.count("asked", 0) > 0
 
     def count(self, name: str, value: int) -> int:
         """Add to a counter that all share and return its new value.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.images.outputs import CannotWrite, OutputFolder
@@ -17,13 +18,13 @@ from ldm.runs.checks import check_run, report_prompts, report_sizes, report_step
 from ldm.runs.costs import Meter, device_power, duration, rounded
 from ldm.runs.dry_run import print_plan
 from ldm.runs.forecast import Forecast, Stopwatch, forecast, print_forecast, probed, remember
-from ldm.runs.manifest import RunRecord, chosen_seed, last_settings
+from ldm.runs.manifest import RunRecord, new_seed
 from ldm.runs.options import RunOptions
 from ldm.runs.plan import file_names, plan_run
 from ldm.runs.processes import LeaderEnded, Team, find_place
 from ldm.runs.settings import grid_settings, recorded_lines, recorded_settings
 from ldm.runs.worker import ImageCosts, Interrupt, Job, ReportOptions, make_images
-from ldm.runs.writer import ImageWriter, Sheet
+from ldm.runs.writer import ImageWriter, Sheet, page_size
 
 if TYPE_CHECKING:
     from ldm.images.provenance import Signer
@@ -76,6 +77,8 @@ def run(
     record = RunRecord(folder.path, recorded, len(plan.requests), recorded_lines(pipeline, requests))
     with record.ending():
         resumed = options.resume and record.resume()
+        if options.resume and not resumed:
+            notice(f"--resume: {options.outdir} has no run yet; a new one begins")
         todo = plan.remaining(record.missing())
         if todo:
             prepare(pipeline, requests, team, sheet)
@@ -96,13 +99,20 @@ def run(
             team.share(job)
         LOG.info("%d of %d images to make in %s", sum(map(len, todo)), record.images, folder.path.absolute())
         writer = image_writer(folder, record, options, sheet)
-        writer.grid_settings = lambda: grid_settings(pipeline, requests, facts, seed)
+        writer.grid_settings = lambda numbers: grid_settings(
+            pipeline, [requests[k % len(requests)] for k in numbers], facts, seed
+        )
+        if writer.save_grids:
+            writer.page_size = page_size(map(pipeline.image_size, requests), writer.columns)
         report = ReportOptions(options.json, bar=not options.quiet)
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, writer:
             if todo:
                 preview = preview_of(pipeline, folder, options)
                 watch = Stopwatch()
                 lost = make_images(pipeline, job, writer, team, interrupt, report, preview, watch)
+                if team.asked and not interrupt.asked:
+                    notice("a process of this run was asked to end, and all have ended with it")
+                    interrupt.asked = True
                 if team.place.size == 1:
                     remember(pipeline, plan, watch, meter.seconds)
                 if team.place.size > 1:
@@ -116,7 +126,7 @@ def run(
         if todo:
             record_costs(record, meter, None if interrupt.asked else expected)
     report_peak(pipeline, bool(todo))
-    return conclusion(record, interrupt, options)
+    return conclusion(record, writer, interrupt, options)
 
 
 def report_forecast(
@@ -166,35 +176,43 @@ def follow(pipeline: Pipeline, options: RunOptions, team: Team) -> int:
     return 0
 
 
-def conclusion(record: RunRecord, interrupt: Interrupt, options: RunOptions) -> int:
+def conclusion(record: RunRecord, writer: ImageWriter, interrupt: Interrupt, options: RunOptions) -> int:
     """The exit code, after a line for images that are not there; the folder's name on stdout."""
     missing = record.missing()
     failed = record.failed.intersection(missing)
     if left := len(missing) - len(failed):
-        notice(f"{left} of {record.images} images are missing; the same command with --resume makes them")
+        resumable = writer.save_images and writer.sheet is None
+        advice = "; the same command with --resume makes them" if resumable else ""
+        notice(f"{left} of {record.images} images are missing{advice}")
     if failed:
         problem(f"{len(failed)} of {record.images} images failed: manifest.jsonl says which")
     if record.lost:
         problem("another machine has taken up this run, because this process gave no sign of life for long")
     if not options.json:
         print(options.outdir)
-    return 130 if interrupt.asked else 1 if missing or record.lost else 0
+    return 130 if interrupt.asked else 1 if missing or record.lost or writer.lacking else 0
 
 
 def choices(
     pipeline: Pipeline, requests: Sequence[ImageRequest], options: RunOptions, team: Team
 ) -> tuple[int, int | None]:
     """Seed and batch size. What is left to chance is, in a run that is taken up, what was chosen then."""
-    before = last_settings(options.outdir) if options.resume else {}
-    batch_size = pipeline.options.batch_size
-    seed, is_new = chosen_seed(options)
-    if is_new:
+    given = {"seed": options.seed, "batch_size": pipeline.options.batch_size}
+    chosen = [name for name, value in given.items() if value in (-1, "auto")]
+    if chosen and options.resume:
+        facts = {name: value for name, value in given.items() if value is not None}
+        facts |= {"n_samples": options.n_samples}
+        settings = recorded_settings(pipeline, requests[0], options, facts)
+        lines = recorded_lines(pipeline, requests)
+        before = RunRecord(Path(options.outdir), settings, 0, lines).earlier(chosen)
+        given |= {name: before[name] for name in chosen if name in before}
+    seed, batch_size = given.values()
+    if seed == -1:
+        seed = new_seed()
         notice(f"seed {seed}")
-    if batch_size == "auto" and options.dry_run:
-        return seed, None  # which the model would have to be loaded for
     if batch_size == "auto":
-        batch_size = before.get("batch_size", "auto")
-    if batch_size == "auto":
+        if options.dry_run:
+            return seed, None  # which the model would have to be loaded for
         use_device_of(team, pipeline)
         batch_size = pipeline.fitting_batch(requests, len(requests) * options.n_iter)
     return seed, batch_size

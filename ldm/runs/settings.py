@@ -15,6 +15,8 @@ from ldm.runs.options import RunOptions
 from ldm.weights.hashes import quick_hash
 from ldm.weights.vae import vae_file
 
+PROMPTS = 20_000  # characters of a grid's prompts: in ASCII both of its texts fit into a JPEG file
+
 
 def recorded_settings(
     pipeline: Pipeline, first: ImageRequest, options: RunOptions, facts: dict[str, Any]
@@ -76,8 +78,13 @@ def recorded_lines(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> list
 def grid_settings(
     pipeline: Pipeline, requests: Sequence[ImageRequest], facts: dict[str, Any], seed: int
 ) -> dict[str, Any]:
-    """The settings of a grid: the first image's, under all prompts, and with the first watermark."""
+    """The settings of a grid of these images: the first one's, under all prompts, with the first watermark.
+
+    The images record their own prompts, so that longer ones than `PROMPTS` in all are cut off.
+    """
     prompts = "\n".join(dict.fromkeys(request.prompt for request in requests))
+    if len(prompts) > PROMPTS:
+        prompts = prompts[: PROMPTS - 1] + "…"
     marks = [request.watermark for request in requests if request.watermark != NO_WATERMARK]
     own = {"seed": seed, "prompt": prompts, "watermark": marks[0] if marks else NO_WATERMARK}
     return facts | pipeline.facts | requests[0].settings() | own

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.errors import InputError
 from ldm.images.outputs import CannotWrite
 from ldm.log import LOG, notice
+from ldm.pipeline.generated import GeneratedImage
 from ldm.runs.costs import rounded
 from ldm.runs.forecast import Forecast, Sort, Stopwatch
 from ldm.runs.manifest import RunRecord
@@ -24,7 +25,8 @@ from ldm.runs.writer import ImageWriter
 from ldm.sampling import catalogue
 
 if TYPE_CHECKING:
-    from ldm.pipeline.pipeline import GeneratedImage, Pipeline
+    from ldm.pipeline.pipeline import Pipeline
+    from ldm.pipeline.request import ImageRequest
     from ldm.sampling.steps import Callback
 
 
@@ -90,8 +92,29 @@ def make_images(
     def share() -> Any:
         for numbers in team.deal(job.batches):
             save_finished()
-            taken.append(numbers)
-            yield job.plan.batch(numbers)
+            requests = readable(numbers)
+            if requests:
+                taken.append(tuple(requests))
+                yield list(requests.values())
+            if interrupt.asked or job.record.lost:
+                team.stop(interrupt.asked)
+
+    def readable(numbers: tuple[int, ...]) -> dict[int, ImageRequest]:
+        """The requests of a batch by number, but for those whose files cannot be read, which are recorded."""
+        requests = dict(zip(numbers, job.plan.batch(numbers), strict=True))
+        for k, request in list(requests.items()):
+            try:
+                pipeline.read_images(request)
+            except InputError as error:
+                if request.rng == "compvis":  # without it the others would have other noise
+                    raise
+                del requests[k]
+                if k not in job.record.done:
+                    background.submit(save_failed, k, request, error)
+        return requests
+
+    def save_failed(k: int, request: ImageRequest, error: InputError) -> None:
+        report_line(refuse(pipeline, writer, k, request, job.facts, error))
 
     def save_finished() -> None:
         """With the next batch in hand: while the thread prepares a file, the question for one would wait."""
@@ -102,9 +125,11 @@ def make_images(
         for k, image in zip(numbers, generated, strict=True):
             if k not in job.record.done:
                 costs = job.costs.of(pipeline, image, len(numbers)) if job.costs else {}
-                line = save(writer, k, image, job.facts, job.names[k], costs)
-                if report.json:
-                    print(json.dumps(line | {"outdir": str(writer.folder.path)}), flush=True)
+                report_line(save(writer, k, image, job.facts, job.names[k], costs))
+
+    def report_line(line: dict[str, Any]) -> None:
+        if report.json:
+            print(json.dumps(line | {"outdir": str(writer.folder.path)}), flush=True)
 
     with ThreadPoolExecutor(1) as thread, StepBar(images, steps, team, report.bar) as bar:
         background = BackgroundWriter(thread)
@@ -118,8 +143,6 @@ def make_images(
                 watch.finish(taken[0])
                 finished.append((taken.pop(0), generated))
                 bar.finish(len(generated))
-                if interrupt.asked or job.record.lost:
-                    team.stop()
         finally:
             save_finished()
         background.finish()
@@ -162,6 +185,24 @@ def save(
         return writer.record.add(k, None, line | {"error": str(error)}, failed=True)
     LOG.info("image %d: %s, %s s", k, line["file"], line["seconds"])
     return line
+
+
+def refuse(
+    pipeline: Pipeline,
+    writer: ImageWriter,
+    k: int,
+    request: ImageRequest,
+    facts: dict[str, Any],
+    error: InputError,
+) -> dict[str, Any]:
+    """Record, with a notice, that image k is not made, as a file that it starts from cannot be read.
+
+    Returns its line of the manifest.
+    """
+    notice(f"image {k}: {error}")
+    line = facts | GeneratedImage(request, None, None, 0.0, pipeline).settings
+    line |= {"image": k, "seconds": 0.0, "nan": False, "error": str(error)}
+    return writer.record.add(k, None, line, failed=True)
 
 
 class BackgroundWriter:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldm.errors import InputError
 from ldm.images.metadata import open_image
-from ldm.images.outputs import OutputFolder
+from ldm.images.outputs import CannotWrite, OutputFolder
 from ldm.images.pixels import make_grid, of_one_size
 from ldm.images.watermark import Watermarker
+from ldm.log import notice, problem
 from ldm.pipeline.infotext import image_texts
 from ldm.runs.manifest import RunRecord
 
 PAGE = 64  # images of a grid: one of thousands is a file that nobody can open
+MOST_PIXELS = 80_000_000  # of a grid, without the lines between: our readers refuse more than 89 million
 
 
 class Drawing(NamedTuple):
@@ -34,8 +39,20 @@ class Sheet:
     draw: Callable[[list[np.ndarray]], Sequence[Drawing]]
 
 
+def page_size(sizes: Iterable[tuple[int, int]], columns: int) -> int:
+    """The most images, of up to these heights and widths, of a grid; 0 if one alone has too many pixels."""
+    heights, widths = zip(*sizes, strict=True)
+    cells = MOST_PIXELS // (max(heights) * max(widths))
+    return next((n for n in range(PAGE, 0, -1) if math.ceil(n / columns) * min(n, columns) <= cells), 0)
+
+
 class ImageWriter:
-    """Writes a run's images and grids. Images that are saved are not kept: grids are made from the files."""
+    """Writes a run's images and grids. Images that are saved are not kept: grids are made from the files.
+
+    `grid_settings` gives the settings of a grid of the images of these numbers, and `page_size` is how many
+    images a grid has at most. As a context manager it saves at the end, however that comes, a grid of the
+    images that are in no file yet. `lacking` counts the grids that could not be made.
+    """
 
     def __init__(
         self,
@@ -53,8 +70,9 @@ class ImageWriter:
         self.folder, self.record, self.sheet = folder, record, sheet
         self.save_images, self.save_grids, self.metadata, self.columns = images, grids, metadata, columns
         self.save_depths, self.save_controls = depths, controls
-        self.grid_settings: Callable[[], dict[str, Any]] = dict
-        self.page: list[np.ndarray] = []  # of images that are not saved
+        self.grid_settings: Callable[[Sequence[int]], dict[str, Any]] = lambda numbers: {}
+        self.page_size, self.lacking = PAGE, 0
+        self.page: dict[int, np.ndarray] = {}  # of images that are not saved
         self.kept: dict[int, np.ndarray] = {}  # for the sheet
 
     def add(
@@ -90,30 +108,59 @@ class ImageWriter:
                 names = [saved.relative_to(self.folder.path).as_posix() for saved in paths]
                 line = line | {"control_files": names}
         elif self.save_grids and not self.sheet:
-            self.page.append(image)
-            if len(self.page) == PAGE:
-                page, self.page = self.page, []
-                self._save_page(page, self.grid_settings())
+            self.page[k] = image
+            if len(self.page) >= self.page_size:
+                self._save_unsaved()
         return self.record.add(k, file, line)
 
+    def __enter__(self) -> ImageWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._save_unsaved()
+
     def finish(self) -> None:
-        """Save the grids that are still missing, with `grid_settings`."""
+        """Save the sheet, or the grids of saved images that are still missing."""
         if not self.save_grids:
             return
-        settings = self.grid_settings()
         if self.sheet:
-            self._save_sheet(settings)
+            self._save_sheet(self.grid_settings(range(self.record.images)))
+        elif self.save_images:
+            self._save_grids()
+
+    def _save_unsaved(self) -> None:
+        """Save a grid of the images that are in no file yet."""
+        page, self.page = self.page, {}
+        if page:
+            with self._reported(f"no grid of images {min(page)} to {max(page)}"):
+                self._save_page(list(page.values()), self.grid_settings(list(page)))
+
+    def _save_grids(self) -> None:
+        if not self.page_size:
+            notice(f"no grid: an image alone has more than {MOST_PIXELS:,} pixels")
             return
-        if self.page:
-            self._save_page(self.page, settings)
+        self.record.refresh()  # some may have been deleted while the run went on
         done = self.record.done
-        files = [done[k] for k in sorted(done) if done[k]] if self.save_images else []
-        for start in range(0, len(files), PAGE):
-            names = files[start : start + PAGE]
+        numbers = [k for k in sorted(done) if done[k]]
+        for start in range(0, len(numbers), self.page_size):
+            page = numbers[start : start + self.page_size]
+            names = [done[k] for k in page]
             if self.record.has_grid(names):
                 continue
-            images = [self._read(name) for name in names]
-            self.record.add_grid(self._save_page(images, settings).name, names)
+            with self._reported(f"no grid of {names[0]} to {names[-1]}"):
+                images = [self._read(name) for name in names]
+                self.record.add_grid(self._save_page(images, self.grid_settings(page)).name, names)
+
+    @contextmanager
+    def _reported(self, otherwise: str) -> Iterator[None]:
+        """What keeps a page from being saved is reported, and the run goes on; but a full disk ends it."""
+        try:
+            yield
+        except InputError as error:
+            if isinstance(error, CannotWrite) and error.full:
+                raise
+            problem(f"{otherwise}: {error}")
+            self.lacking += 1
 
     def _read(self, name: str) -> np.ndarray:
         with open_image(self.folder.path / name) as image:
@@ -126,9 +173,10 @@ class ImageWriter:
         """An image that came to nothing is black."""
         black = np.zeros((settings["height"], settings["width"], 3), np.uint8)
         for page in self.sheet.draw([self.kept.get(k, black) for k in range(self.record.images)]):
-            drawn = Watermarker.of(settings["watermark"])(page.image)
-            facts = settings | page.facts
-            self.folder.save_grid(drawn, self.texts(facts), page.name, facts)
+            with self._reported(f"no {page.name or 'sheet'}"):
+                drawn = Watermarker.of(settings["watermark"])(page.image)
+                facts = settings | page.facts
+                self.folder.save_grid(drawn, self.texts(facts), page.name, facts)
 
     def _save_page(self, images: list[np.ndarray], settings: dict[str, Any]) -> Path:
         grid = make_grid(of_one_size(images), self.columns)

@@ -101,6 +101,10 @@ def test_a_seed_left_to_chance_draws_the_prompts(txt2img: Command, lists: Path) 
     result.paths[1].unlink()
     assert txt2img(*argv, "--seed", -1, "--resume").err == []
     assert data(result.folder) == before
+    # that of the run with these templates and numbers, though others have come after it
+    for more in (["--n_samples", 1, "--steps", 3], ["--n_samples", 1, "--prompt", "a __colours__ dog"]):
+        assert txt2img(*argv, *more, "--seed", -1).code == 0
+    assert txt2img(*argv, "--seed", -1, "--resume").err == ["all 4 images are there"]
     assert txt2img(*argv, "--seed", -1, "--quiet", folder="quiet").err == []
 
 

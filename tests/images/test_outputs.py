@@ -121,6 +121,17 @@ def test_texts_are_in_the_files(tmp_path):
     assert read_texts(folder.save_grid(image(), None)) == (None, None)
 
 
+def test_a_grid_whose_texts_no_jpeg_file_holds_is_png(tmp_path):
+    """A run of a long prompt file ended in an error after its last image, and could never be finished."""
+    folder = OutputFolder(tmp_path, "jpg")
+    texts = "a cat\nSteps: 50", f'{{"prompt": "{"a cat " * 20_000}"}}'
+    path = folder.save_grid(image(), texts)
+    assert path.name == "grid-0000.png"
+    assert read_texts(path) == texts
+    with pytest.raises(InputError, match="do not fit into a JPEG file"):
+        folder.save_image(image(), texts)
+
+
 def test_an_equal_file_with_the_name_is_taken_again(tmp_path):
     """Its process ended between the file and its line of the manifest."""
     folder = OutputFolder(tmp_path)
@@ -137,6 +148,15 @@ def test_files_have_the_users_permissions(tmp_path):
     finally:
         os.umask(previous)
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_gets_a_name_that_is_free(tmp_path):
+    for data in ("1", "2", "3"):
+        (tmp_path / "source").write_text(data)
+        outputs.rename_to_new(tmp_path / "source", tmp_path / "walk.mp4")
+    names = ["walk-2.mp4", "walk-3.mp4", "walk.mp4"]
+    assert files(tmp_path) == names
+    assert [(tmp_path / name).read_text() for name in names] == ["2", "3", "1"]
 
 
 # several writers, and interruptions

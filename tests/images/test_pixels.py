@@ -3,7 +3,7 @@ import pytest
 import torch
 from golden_files import case
 
-from ldm.images.pixels import finite_images, make_grid, to_uint8
+from ldm.images.pixels import finite_images, make_grid, of_one_size, to_uint8
 
 
 def image(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -67,3 +67,14 @@ def test_grid_is_torchvisions(count, columns):
 def test_grid_takes_images_of_one_size(images):
     with pytest.raises(ValueError, match="one size"):
         make_grid(images, 2)
+
+
+def test_only_images_of_other_sizes_are_copied():
+    """All were, a page of large ones into hundreds of megabytes."""
+    images = [image(6, 10), image(6, 10, 1)]
+    assert all(one is other for one, other in zip(of_one_size(images), images, strict=True))
+    tall, wide = of_one_size([image(6, 4), image(2, 10)])
+    assert tall.shape == wide.shape == (6, 10, 3)
+    assert np.array_equal(tall[:, :4], image(6, 4))
+    assert not tall[:, 4:].any()
+    assert not wide[2:].any()

@@ -30,11 +30,11 @@ from ldm.runs.manifest import (
     append,
     differences,
     folder_lock,
-    last_settings,
     move_lines,
     parts,
     read_lines,
     read_manifest,
+    started_runs,
 )
 
 Command = Callable[..., Result]
@@ -394,7 +394,7 @@ def test_a_record_that_cannot_be_written_or_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"cannot read .*{RUNS}: Is a directory"), record.ending():
         record.start(0)
     with pytest.raises(InputError, match=f"cannot read .*{RUNS}: Is a directory"):
-        last_settings(tmp_path)
+        started_runs(tmp_path)
 
 
 @pytest.mark.parametrize("rng", ["image", "compvis"])
@@ -427,7 +427,73 @@ def test_a_resumed_run_is_the_undisturbed_one(txt2img, monkeypatch, rng, stop) -
 
 
 def test_resume_in_an_empty_folder_starts(txt2img: Command) -> None:
-    assert (txt2img("--resume").code, len(txt2img().paths)) == (0, 12)
+    first = txt2img("--resume")
+    assert (first.code, first.err) == (0, [f"--resume: {first.folder} has no run yet; a new one begins"])
+    assert len(txt2img().paths) == 12
+
+
+def test_images_without_the_record_of_their_runs_are_not_made_again(txt2img: Command) -> None:
+    """`cp -r a/* b` leaves the hidden file behind: --resume made all images again without a word."""
+    first = txt2img()
+    (first.folder / RUNS).unlink()
+    before = data(first.folder)
+    result = txt2img("--resume")
+    assert (result.code, len(result.err)) == (2, 1)
+    assert f"{first.folder} has images, but not the hidden file {RUNS}" in result.err[0]
+    assert data(first.folder) == before
+
+
+def test_a_services_images_are_no_run(tmp_path: Path) -> None:
+    append(tmp_path / MANIFEST, {"run": "1" * 12, "image": 0, "file": "samples/00000.png", "job": "a"})
+    record = RunRecord(tmp_path, {}, 1)
+    with record.ending():
+        assert not record.resume()
+
+
+def test_lines_that_are_no_images_are_passed_over(tmp_path: Path) -> None:
+    """One line without a file ended --resume with a KeyError, and so did one in the record of runs."""
+    first = RunRecord(tmp_path, {"steps": 5}, 3)
+    with first.ending():
+        first.start(0)
+        first.add(0, None, {})
+    for line in ({"image": 1}, {"file": None}, {"image": "1", "file": None}, {"image": 1, "file": 1}):
+        append(tmp_path / MANIFEST, {"run": first.run} | line)
+    for line in ({"settings": {}}, {"first": 0}, {"ended": True}):
+        append(tmp_path / RUNS, line)
+    record = RunRecord(tmp_path, {"steps": 5}, 3)
+    with record.ending():
+        assert record.resume()
+        assert record.missing() == [1, 2]
+    assert [line["image"] for line in read_manifest(tmp_path)] == [0]
+    other = RunRecord(tmp_path, {"steps": 6}, 3)
+    with other.ending():
+        other.start(3)
+
+
+def test_what_was_left_to_chance_is_that_of_the_run_that_agrees(tmp_path: Path) -> None:
+    """It was that of the folder's last run, and the run before could not be taken up any more."""
+    runs = [
+        ({"steps": 4, "seed": 7, "batch_size": 2}, {}),
+        ({"steps": 4, "seed": 8, "batch_size": 2}, {"prompt": "b"}),
+        ({"steps": 4, "seed": 9}, {}),
+        ({"steps": 2, "seed": 10, "batch_size": 3}, {}),
+    ]
+    for settings, line in runs:
+        record = RunRecord(tmp_path, settings, 1, [line])
+        with record.ending():
+            record.start(0)
+
+    def earlier(chosen: str, line: dict | None = None, **settings: object) -> tuple:
+        found = RunRecord(tmp_path, settings, 0, [line or {}]).earlier(chosen.split())
+        return found["seed"], found.get("batch_size")
+
+    assert earlier("seed", steps=4, seed=-1, batch_size=2) == (7, 2)
+    assert earlier("seed", {"prompt": "b"}, steps=4, seed=-1, batch_size=2) == (8, 2)
+    assert earlier("seed", steps=4, seed=-1) == (9, None)
+    assert earlier("seed batch_size", steps=4, seed=-1, batch_size="auto") == (7, 2)
+    assert earlier("batch_size", steps=4, seed=7, batch_size="auto") == (7, 2)
+    assert earlier("seed", steps=5, seed=-1) == (10, 3)
+    assert RunRecord(tmp_path / "new", {}, 0).earlier(["seed"]) == {}
 
 
 @pytest.mark.parametrize(
@@ -454,6 +520,11 @@ def test_a_random_seed_is_taken_up_again(txt2img: Command) -> None:
     assert again.code == 0
     assert again.settings[-1]["seed"] == first.settings[0]["seed"] + 5 if first.settings else True
     assert len(again.paths) == 6
+    # though another run has come after it
+    txt2img("--seed", -1, "--prompt", "a dog", "--n_iter", 1)
+    first.paths[5].unlink()
+    assert txt2img("--seed", -1, "--resume").err == []
+    assert len(again.paths) == 8
 
 
 def test_a_new_run_does_not_touch_an_older_one(txt2img: Command) -> None:

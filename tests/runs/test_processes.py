@@ -518,13 +518,19 @@ def test_a_killed_run_is_resumed_by_any_number(model, tmp_path, whole) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_to_rank_0_ends_all(model, tmp_path) -> None:
+@pytest.mark.parametrize("leader", [True, False])
+def test_sigterm_to_one_process_ends_all(model, tmp_path, leader: bool) -> None:
+    """A follower's ended the run with 1 and a grid, as if images had failed."""
     run = team_of(tmp_path, model, "--n_iter", 200, "--devices", 2)
     wait_for(tmp_path, 8)
-    run.send_signal(signal.SIGTERM)
+    (follower,) = workers(run)
+    if not leader:
+        wait_for_share(tmp_path, follower)
+    os.kill(run.pid if leader else follower, signal.SIGTERM)
     _, err = run.communicate(timeout=LIMIT)
     assert run.returncode == 130
-    assert err.count("ending after the images in hand") == 1
+    assert err.count("ending after the images in hand") == leader
+    assert err.count("a process of this run was asked to end") == (not leader)
     assert "are missing; the same command with --resume makes them" in err
     lines = manifest(tmp_path)
     assert 0 < len(lines) < 800

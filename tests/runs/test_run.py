@@ -1,7 +1,9 @@
 """A run as a whole: batch sizes, what --resume takes up and what it refuses, exit codes."""
 
 import json
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,13 @@ import torch
 from commands import Result
 from run_helpers import data, manifest
 
+from ldm.errors import InputError
+from ldm.images.outputs import OutputFolder
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import memory
+from ldm.pipeline.infotext import read_metadata
 from ldm.runs import run as runs
-from ldm.runs.manifest import RUNS
+from ldm.runs.manifest import RUNS, read_lines
 from ldm.runs.processes import Team
 
 Command = Callable[..., Result]
@@ -128,6 +133,29 @@ def test_nan_images_in_what_a_lost_worker_left_end_with_1(
     assert result.err[-1] == "1 of 4 images failed: manifest.jsonl says which"
 
 
+def test_a_follower_that_is_asked_to_end_ends_the_run_as_the_leader_does(
+    txt2img: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended with 1 and a grid of what was there, and its time was compared with that of all images."""
+    txt2img()  # from which the next one is planned
+    plain = runs.make_images
+
+    def asked(pipeline, job, writer, team: Team, *args: object) -> int:
+        plain(pipeline, replace(job, batches=[job.batches[0]]), writer, team, *args)
+        team.stop(asked=True)  # as another process would
+        return 0
+
+    monkeypatch.setattr(runs, "make_images", asked)
+    result = txt2img("--n_iter", 2, folder="asked")
+    assert (result.code, len(result.paths)) == (130, 4)
+    assert result.err == [
+        "a process of this run was asked to end, and all have ended with it",
+        "4 of 8 images are missing; the same command with --resume makes them",
+    ]
+    assert not any(name.startswith("grid") for name in result.files)
+    assert "planned_seconds" not in (result.folder / RUNS).read_text()
+
+
 def test_a_run_without_files_is_recorded_whole(txt2img: Command) -> None:
     result = txt2img("--skip_save")
     assert (result.code, result.files) == (0, ["grid-0000.png"])
@@ -147,3 +175,80 @@ def test_a_finished_run_needs_no_other_processes(txt2img: Command) -> None:
     first = txt2img()
     again = txt2img("--devices", 2, "--resume")
     assert (again.code, again.err, again.out) == (0, ["all 4 images are there"], first.out)
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single Ctrl-C while the first batch is decoded."""
+    plain = LatentDiffusion.decode_first_stage
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        monkeypatch.setattr(LatentDiffusion, "decode_first_stage", plain)
+        signal.raise_signal(signal.SIGINT)
+        return plain(self, latents)
+
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", decode)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_an_interrupted_run_without_files_leaves_a_grid(txt2img: Command) -> None:
+    """Its images were thrown away, recorded as made, and --resume advised, which refuses --skip_save."""
+    result = txt2img("--skip_save", "--n_iter", 3, "--n_samples", 2)
+    made = len(manifest(result.folder))
+    assert (result.code, result.files) == (130, ["grid-0000.png"])
+    assert 2 <= made < 6
+    assert result.err[-1] == f"{6 - made} of 6 images are missing"
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_an_interrupted_run_says_how_it_goes_on(txt2img: Command) -> None:
+    result = txt2img("--n_iter", 3, "--n_samples", 2)
+    assert (result.code, [name for name in result.files if "grid" in name]) == (130, [])
+    assert result.err[-1].endswith(" of 6 images are missing; the same command with --resume makes them")
+
+
+def test_a_page_has_its_own_prompts(
+    txt2img: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every grid carried those of the whole run: "settings of 89,311 bytes do not fit into a JPEG file"."""
+    monkeypatch.setattr(runs, "page_size", lambda sizes, columns: 2)
+    (tmp_path / "p.txt").write_text("a cat\na dog\na cow\n")
+    argv = ["--from-file", tmp_path / "p.txt", "--n_iter", 2, "--format", "jpg"]
+    result = txt2img(*argv)
+    assert (result.code, result.err) == (0, [])
+    grids = [read_metadata(result.folder / f"grid-000{k}.jpg") for k in range(3)]
+    assert [grid["prompt"] for grid in grids] == ["a cat\na dog", "a cow\na cat", "a dog\na cow"]
+    assert {grid["seed"] for grid in grids} == {42}
+
+
+def test_an_image_that_is_deleted_while_the_run_goes_on(
+    txt2img: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ended with "cannot read the image", without a grid and without what it took."""
+    plain = runs.make_images
+
+    def weeded(*args: object) -> int:
+        lost = plain(*args)
+        (args[2].folder.path / "samples/00001.png").unlink()
+        return lost
+
+    monkeypatch.setattr(runs, "make_images", weeded)
+    result = txt2img()
+    assert (result.code, result.files[0], len(result.paths)) == (1, "grid-0000.png", 3)
+    assert result.err == ["1 of 4 images are missing; the same command with --resume makes them"]
+    assert any("costs" in line for line in read_lines(result.folder / RUNS))
+    monkeypatch.setattr(runs, "make_images", plain)
+    assert (txt2img("--resume").code, len(result.paths)) == (0, 4)
+
+
+def test_a_grid_that_cannot_be_made_ends_with_1(txt2img: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended the run with 2, before it was recorded what that took."""
+
+    def refuse(*_: object, **options: object) -> None:
+        raise InputError("it is raining")
+
+    monkeypatch.setattr(OutputFolder, "save_grid", refuse)
+    result = txt2img()
+    assert (result.code, len(result.paths)) == (1, 4)
+    assert result.err == ["no grid of samples/00000.png to samples/00003.png: it is raining"]
+    assert any("costs" in line for line in read_lines(result.folder / RUNS))

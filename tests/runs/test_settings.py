@@ -3,13 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from commands import Result
 from run_helpers import data
 
-from ldm.runs.settings import content_hash
+from ldm.pipeline.request import ImageRequest
+from ldm.runs.settings import PROMPTS, content_hash, grid_settings
 from ldm.weights.loading import read_config
 
 Command = Callable[..., Result]
@@ -67,3 +69,12 @@ def test_another_config_of_the_same_name_is_another_run(model: tuple[Path, Path]
     assert plain == content_hash(read_config(model[0]))
     edited = tiny.write_config(tmp_path / model[0].name, {"scale_factor": 0.5})
     assert content_hash(read_config(edited)) != plain
+
+
+def test_the_prompts_of_a_grid_are_cut_off() -> None:
+    """Those of 10,000 lines went into each of 157 grids, 600 kB twice."""
+    requests = [ImageRequest(prompt=prompt, watermark="none") for prompt in ("a", "b", "a", "c" * PROMPTS)]
+    pipeline = SimpleNamespace(facts={})
+    assert grid_settings(pipeline, requests[:3], {}, 7)["prompt"] == "a\nb"
+    prompts = grid_settings(pipeline, requests, {}, 7)["prompt"]
+    assert (len(prompts), prompts[:5], prompts[-2:]) == (PROMPTS, "a\nb\nc", "c…")

@@ -9,16 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import Result, refused
+from image_files import noise
 from PIL import Image
-from run_helpers import manifest
+from run_helpers import data, manifest
 
+from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.pipeline import ImageRequest, Pipeline
 from ldm.pipeline.infotext import read_metadata
 from ldm.runs.processes import Team
 from ldm.runs.worker import BackgroundWriter, Interrupt, Job, ReportOptions, make_images
 
 Command = Callable[..., Result]
+ONE_FAILED = "1 of 4 images failed: manifest.jsonl says which"
 
 
 @pytest.fixture
@@ -129,6 +134,9 @@ class StubRun:
             time.sleep(0.05)  # long enough for the thread to begin with what it has been given
             yield batch
 
+    def read_images(self, request: str) -> None:
+        """They start from no files."""
+
     def batches(
         self, batches: Iterable[Any], on_step: Callable[[int], None], on_x0: Any = None
     ) -> Iterator[list[Any]]:
@@ -141,13 +149,14 @@ class StubRun:
         self.events.append(f"save {k}")
         return {}
 
-    def make(self, requests: list[str]) -> None:
+    def make(self, requests: list[str], interrupt: Interrupt | None = None) -> Team:
         plan = SimpleNamespace(batch=lambda numbers: [requests[k] for k in numbers])
         record = SimpleNamespace(done={}, lost=False)
         job = Job(plan, [(k,) for k in range(len(requests))], requests, record, {})
         team = Team()
         team.deal = self.deal
-        make_images(self, job, None, team, Interrupt(), ReportOptions(bar=False))
+        make_images(self, job, None, team, interrupt or Interrupt(), ReportOptions(bar=False))
+        return team
 
 
 def test_a_batch_is_taken_before_the_last_one_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +164,14 @@ def test_a_batch_is_taken_before_the_last_one_is_saved(monkeypatch: pytest.Monke
     run = StubRun(monkeypatch)
     run.make(["a", "b", "c"])
     assert run.events == ["take 0", "take 1", "save 0", "take 2", "save 1", "save 2"]
+
+
+def test_the_others_learn_that_the_user_has_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal to a process that is not rank 0 ended the run as if something had failed."""
+    run, interrupt = StubRun(monkeypatch), Interrupt()
+    assert not run.make(["a"], interrupt).asked
+    interrupt.asked = True
+    assert run.make(["a"], interrupt).asked
 
 
 def test_what_was_made_before_a_failure_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,3 +194,59 @@ def test_work_that_fails_in_the_thread_fails_at_the_next(tmp_path: Path) -> None
         with pytest.raises(OSError, match="disk"):
             writer.submit(done.append, 2)
         assert done == [1]
+
+
+@pytest.fixture
+def img2img(command: Command, model: tuple[Path, Path], tmp_path: Path, monkeypatch) -> Command:
+    """Run the command on four images in a folder, of which no more than two are kept."""
+    monkeypatch.setattr("ldm.pipeline.init_images.KEPT_BYTES", 2 * noise(16, 16).nbytes)
+    (tmp_path / "photos").mkdir()
+    for k in range(4):
+        Image.fromarray(noise(16, 16, seed=k)).save(tmp_path / f"photos/{k}.png")
+    base = ["--config", model[0], "--ckpt", model[1], "--steps", 2, "--watermark", "none", "--skip_grid"]
+    base += ["--init-img", tmp_path / "photos", "--H", 16, "--W", 16, "--n_samples", 1]
+    return lambda *argv, folder="out": command("img2img", *base, *argv, folder=folder)
+
+
+def test_a_file_that_vanishes_costs_its_own_images_alone(
+    img2img: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ended with 2, and nothing after it was made; with --resume nothing said what to do."""
+    argv = ["--batch_size", 2]
+    whole = img2img(*argv, folder="whole")
+    photo, decode = tmp_path / "photos/2.png", LatentDiffusion.decode_first_stage
+    content = photo.read_bytes()
+
+    def vanish(self: LatentDiffusion, latents: torch.Tensor) -> torch.Tensor:
+        photo.unlink(missing_ok=True)
+        return decode(self, latents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LatentDiffusion, "decode_first_stage", vanish)
+        result = img2img(*argv)
+    words = f"cannot read the image {photo}: No such file or directory"
+    assert (result.code, result.err[-2:]) == (1, [f"image 2: {words}", ONE_FAILED])
+    lines = {line["image"]: line for line in manifest(result.folder)}
+    assert [lines[k]["file"] for k in range(4)] == ["samples/0.png", "samples/1.png", None, "samples/3.png"]
+    assert (lines[2]["error"], lines[2]["seed"], lines[2]["init_img"]) == (words, 44, "2.png")
+    assert abs(result.images[2] - whole.images[3]).max() <= 1
+    again = img2img(*argv, "--resume")
+    assert again.code == 2
+    assert again.err[-1].endswith("; it also had 2.png: put back what is gone, or leave out --resume")
+    photo.write_bytes(content)
+    assert img2img(*argv, "--resume").code == 0
+    assert data(result.folder).keys() == data(whole.folder).keys()
+
+
+def test_one_stream_of_noise_has_no_gaps(txt2img: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one of its images all that follow would have other noise: such a run still ends."""
+    read = []
+
+    def read_images(self: Pipeline, request: ImageRequest) -> None:
+        read.append(request)
+        if len(read) == 6:
+            raise InputError("cannot read the image")
+
+    monkeypatch.setattr(Pipeline, "read_images", read_images)
+    result = txt2img("--rng", "compvis", "--n_iter", 3)
+    assert (result.code, [line["image"] for line in manifest(result.folder)]) == (2, [0, 1, 2, 3])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from ldm.images.sheets import CELL, contact_sheet
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import pipeline
 from ldm.pipeline.infotext import read_metadata
 
@@ -109,6 +111,18 @@ def test_models_are_loaded_once_each(
     found = [(s["checkpoint"], s["steps"]) for s in result.settings]
     assert found == [(path.name, n) for path in (model[1], other) for n in (1, 2)]
     assert not np.array_equal(result.images[1], result.images[3])
+
+
+def test_several_models_say_once_that_images_are_unchecked(
+    compare: Command, model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Each checkpoint of an axis said so again; a command of its own still does."""
+    other = shutil.copy(model[1], tmp_path / "other.safetensors")
+    for folder in ("one", "two"):
+        argv = ["--x", "ckpt", model[1], other, "--y", "steps", 1, 2, "--safety", "auto"]
+        result = compare(*argv, folder=folder)
+        assert result.code == 0
+        assert sum("images are unchecked" in line for line in result.err) == 1
 
 
 def test_weights_that_a_file_lacks(compare: Command) -> None:
@@ -233,3 +247,28 @@ def test_a_folder_is_no_image_of_a_cell(compare: Command, tmp_path: Path) -> Non
     """ "cannot read the image: Is a directory", it said, and its help that a folder would do."""
     argv = ["--x", "scale", 1, 2, "--y", "steps", 1, "--init-img", tmp_path]
     refused(compare(*argv), f"--init-img {tmp_path}: a folder is not for compare.py; give one image")
+
+
+def test_the_help_promises_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    """That of --init-img is img2img's, and said "or a folder of such images"."""
+    for name, promised in (("compare", False), ("img2img", True)):
+        with pytest.raises(SystemExit):
+            script(name).main(["--init-img", "a.png", "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "the image to start from" in text
+        assert ("or a folder of such images" in text) == promised
+
+
+def test_an_interrupted_sheet_advises_no_resume(compare: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It advised the same command with --resume, which compare.py refuses."""
+    plain = LatentDiffusion.decode_first_stage
+
+    def decode(self, latents):
+        monkeypatch.setattr(LatentDiffusion, "decode_first_stage", plain)
+        signal.raise_signal(signal.SIGINT)
+        return plain(self, latents)
+
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", decode)
+    result = compare("--x", "steps", 1, 2, 3, "--y", "scale", 1, 2)
+    assert result.code == 130
+    assert result.err[-1].endswith(" of 6 images are missing")

@@ -76,6 +76,39 @@ def test_an_altered_image(make: Command, verify: Verify, tmp_path: Path) -> None
     assert (shown == (255, 40, 40)).all(-1).sum() == 28
 
 
+def test_differences_of_equal_names_are_numbered(make: Command, verify: Verify, tmp_path: Path) -> None:
+    """The image of each overwrote that of the one before."""
+    paths = [altered(make(folder=name).paths[0], (slice(2), slice(2))) for name in ("one", "two")]
+    code, out, _ = verify(*paths, "--diff", tmp_path / "diff")
+    names = ["altered-00000-difference.png", "altered-00000-difference-2.png"]
+    assert (code, [line.rpartition("/")[2] for line in out]) == (1, names)
+    assert sorted(path.name for path in (tmp_path / "diff").iterdir()) == sorted(names)
+
+
+def test_what_an_alpha_channel_or_a_second_frame_shows(make: Command, verify: Verify) -> None:
+    """Only the colours were compared: an image that its alpha channel hides was identical."""
+    (path, _) = make().paths
+    with Image.open(path) as image:
+        chunks = PngInfo()
+        chunks.add_text("stable-diffusion", image.text["stable-diffusion"])
+        opaque = image.convert("RGBA")
+    opaque.save(path, pnginfo=chunks)
+    assert verify(path)[0] == 0
+    hidden = opaque.copy()
+    hidden.putpixel((3, 4), (*hidden.getpixel((3, 4))[:3], 254))
+    hidden.save(path, pnginfo=chunks)
+    (found,) = verify(path)[1]
+    assert found == f"{path}: altered: it has transparent pixels, and its settings make none"
+    opaque.save(path, pnginfo=chunks, save_all=True, append_images=[Image.new("RGBA", opaque.size)])
+    code, (found,), _ = verify(path, "--json")
+    assert code == 1
+    assert json.loads(found) == {
+        "file": str(path),
+        "verdict": "altered",
+        "why": "it has 2 frames, and its settings make one",
+    }
+
+
 def test_json_lines(make: Command, verify: Verify) -> None:
     made = make()
     _, out, _ = verify(*made.paths, "--json")

@@ -92,6 +92,28 @@ def test_a_video_where_ffmpeg_is(walk: Command, tmp_path: Path, monkeypatch: pyt
     assert "ffmpeg made no walk.mp4: no codec" in failed.err
 
 
+def test_a_video_replaces_none_of_another_walk(
+    walk: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second walk into the same folder replaced the first one's video without a word."""
+    (tmp_path / "bin").mkdir()
+    ffmpeg = tmp_path / "bin" / "ffmpeg"
+    ffmpeg.write_text('#!/bin/sh\nfor last; do :; done\n/usr/bin/wc -c > "$last"\n')
+    ffmpeg.chmod(ffmpeg.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    first = walk(*WALK)
+    frame = first.images[0].size
+    second = walk(*WALK[:-1], 6)
+    assert (second.code, second.err[-1]) == (
+        0,
+        f"{second.folder / 'walk.mp4'} was there before: this walk's video is walk-2.mp4",
+    )
+    (second.folder / "walk-2.mp4").write_text("0")
+    assert walk(*WALK[:-1], 6, "--resume").code == 0
+    videos = {name: int((first.folder / name).read_text()) for name in first.files if "walk" in name}
+    assert videos == {"walk.mp4": 5 * frame, "walk-2.mp4": 6 * frame}
+
+
 def test_only_the_leading_process_makes_the_video(walk: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process of --devices wrote it, to one temporary file, and the second found that gone."""
     filmed = []
@@ -176,6 +198,17 @@ def test_a_plan_makes_no_video(walk: Command, monkeypatch: pytest.MonkeyPatch) -
     planned = walk(*WALK, "--plan")
     assert planned.code == 0
     assert planned.files == []
+
+
+def test_the_seed_of_the_image_of_like(walk: Command, txt2img: Command) -> None:
+    """Every other setting came from the image, and the noise was that of seed 42."""
+    made = txt2img("--prompt", "a cat", "--seed", 7)
+    argv = ["--like", made.paths[0], "--prompts", "a cat", "a dog", "--frames", 2]
+    walked = walk(*argv)
+    assert [settings["seed"] for settings in walked.settings] == [7, 7]
+    assert np.array_equal(walked.images[0], made.images[0])
+    assert [s["seed"] for s in walk(*argv, "--seeds", 1, 2, folder="given").settings] == [1, 2]
+    refused(walk(*argv[:2], "--prompts", "a cat", folder="one"), "name one place")
 
 
 def test_a_frame_as_the_model_of_a_walk(walk: Command) -> None:
