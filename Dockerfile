@@ -44,10 +44,12 @@ COPY ldm ldm
 # A checkout under a strict umask has files which only their owner may read.
 RUN find . ! -perm -a=r -exec chmod a+rX {} + \
  && /opt/venv/bin/python -m compileall -q ldm scripts
-# Measured and compiled kernels are kept in /cache, the one place besides /tmp that has to be writable.
+# Measured and compiled kernels are kept in /cache, the one place besides /tmp that has to be writable. With an
+# arena for each thread, glibc would keep the memory of images that many threads have decoded.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HUB_OFFLINE=1 \
+    MALLOC_ARENA_MAX=2 \
     HOME=/cache \
     XDG_CACHE_HOME=/cache \
     NVIDIA_VISIBLE_DEVICES=all \

@@ -26,6 +26,10 @@ def check_task(task: str, request: ImageRequest) -> None:
         raise FieldError("{depth}: this model reads no depth map; take a Stable Diffusion 2 depth checkpoint")
     if request.noise_level is not None and task != "upscale":
         raise FieldError("{noise_level}: this model enlarges nothing; take a checkpoint of the x4 upscaler")
+    if request.tile and task != "upscale":
+        raise FieldError(
+            "{tile} {side}: this model enlarges nothing, and has no tiles; leave it out", side=request.tile
+        )
     if task == "upscale" and request.noise_level is None:
         if request.init_img is None:
             raise FieldError("this model enlarges images: give one as {init_img}")

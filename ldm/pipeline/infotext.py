@@ -22,6 +22,7 @@ from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import IMAGE_SETTINGS, SAMPLER_OPTIONS, ImageRequest
 from ldm.pipeline.settings.adapters import a1111_loras, from_a1111_loras
 from ldm.pipeline.settings.control import a1111_controls, parse_control
+from ldm.pipeline.settings.guidance import CFG_PP_SAMPLERS
 from ldm.pipeline.settings.passes import a1111_second_pass, second_pass
 from ldm.pipeline.settings.text import A1111, EmbeddingFile
 from ldm.sampling import catalogue
@@ -51,6 +52,10 @@ HIRES_STEPS, HIRES_RESIZE = "Hires steps", "Hires resize"
 NEGATIVE_PROMPT = "Negative prompt:"
 AUTOMATIC = "Automatic"  # a schedule type: the sampler's own
 NEAREST = "Uniform"  # stands for schedules that the web UI lacks
+CFG_PP = re.compile(r"[ _]*cfg[ _]?(?:\+\+|pp)", re.IGNORECASE)  # in a sampler's name
+# By what the web UI divides the CFG scale, whose usual 7.5 stands for 0.6 then
+# (modules/sd_samplers_timesteps_impl.py); other samplers with CFG++ are those of its descendants.
+CFG_PP_DIVISORS = {"ddim": 12.5}
 
 
 class NoSettings(InputError):
@@ -149,14 +154,15 @@ def a1111_parameters(settings: Mapping[str, Any], request: type[ImageRequest] = 
     `create_infotext` in its modules/processing.py and `quote` in modules/infotext_utils.py.
     """
     sampler = settings.get("sampler")
-    known = catalogue.SAMPLERS.get(sampler)
     values = {name: settings.get(each.name) for name, each in _names(request).items()}
     values.setdefault(TILING, True if settings.get("tiling") == TILINGS["true"] else None)
     values.setdefault(MERGING, settings.get("tome") or None)
     values |= {name: settings.get(key) for name, key in NOT_REQUESTED.items()}
     if settings.get("hires"):
         values |= a1111_second_pass(settings)
-    values["Sampler"] = known.aliases[0] if known else sampler
+    values["Sampler"], values["CFG scale"] = a1111_guidance(
+        sampler, settings.get("scale"), bool(settings.get("cfg_pp"))
+    )
     values["Schedule type"] = _schedule_type(settings)
     values[SIZE] = f"{settings['width']}x{settings['height']}"
     if checkpoint := values["Model"]:
@@ -250,6 +256,8 @@ def parse_a1111(text: str, request: type[ImageRequest] = ImageRequest) -> dict[s
         del settings[name]
         written = _eta_name(sampling["sampler"]) if name == "eta" else settings_of(request)[name].a1111
         other[written] = fields["Eta" if name == "eta" else written]
+    if "scale" in settings:
+        settings["scale"] = own_scale(settings["scale"], sampling)
     return settings | sampling | ({"other": other} if other else {})
 
 
@@ -335,12 +343,38 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
-def a1111_sampling(sampler: str | None, schedule: str | None) -> dict[str, str]:
-    """The web UI's names of sampler and schedule as ours. No schedule is our default."""
-    implied = None
+def a1111_guidance(sampler: str | None, scale: float | None, cfg_pp: bool) -> tuple[str | None, float | None]:
+    """The web UI's name of our sampler, and its CFG scale. A name that we do not know stays as it is."""
+    known = catalogue.SAMPLERS.get(sampler)
+    name = known.aliases[0] if known else sampler
+    if not cfg_pp:
+        return name, scale
+    return f"{name} CFG++", None if scale is None else round(scale * CFG_PP_DIVISORS.get(sampler, 1.0), 9)
+
+
+def own_scale(scale: float, sampling: Mapping[str, Any]) -> float:
+    """Our guidance scale for the web UI's, with what `a1111_sampling` found."""
+    return scale / CFG_PP_DIVISORS.get(sampling.get("sampler"), 1.0) if sampling.get("cfg_pp") else scale
+
+
+def _resolved(name: str) -> tuple[str, str | None, bool]:
+    """The sampler of a name, the schedule that it implies, and whether it has CFG++. InputError."""
+    plain = CFG_PP.sub("", name)
+    sampler, implied = catalogue.resolve(plain)
+    if plain != name and sampler not in CFG_PP_SAMPLERS:
+        catalogue.resolve(name)  # the error says which samplers have it
+    return sampler, implied, plain != name
+
+
+def a1111_sampling(sampler: str | None, schedule: str | None) -> dict[str, Any]:
+    """The web UI's names of sampler and schedule as ours. No schedule is our default.
+
+    Where the name of the sampler has CFG++, so has what comes back, and `own_scale` is for the scale.
+    """
+    implied, cfg_pp = None, False
     if sampler is not None:
         with suppress(InputError):
-            sampler, implied = catalogue.resolve(sampler)
+            sampler, implied, cfg_pp = _resolved(sampler)
     facts = catalogue.SAMPLERS.get(sampler)
     if schedule is not None and schedule.lower() != AUTOMATIC.lower():
         theirs = {known.a1111: name for name, known in catalogue.SCHEDULES.items()}
@@ -352,6 +386,5 @@ def a1111_sampling(sampler: str | None, schedule: str | None) -> dict[str, str]:
             schedule = facts.automatic
     if facts and facts.ends_only:
         schedule = None  # it has no effect in the web UI, either
-    return {
-        name: value for name, value in (("sampler", sampler), ("schedule", schedule)) if value is not None
-    }
+    found = {"sampler": sampler, "schedule": schedule, "cfg_pp": cfg_pp or None}
+    return {name: value for name, value in found.items() if value is not None}

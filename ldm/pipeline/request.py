@@ -292,7 +292,8 @@ class ImageRequest(
     )
     tile: int | None = setting(
         None,
-        "side in pixels of the overlapping parts of the image that are enlarged at a time; 0 is no tiles",
+        "side in pixels of the overlapping parts of the image that are enlarged at a time, at least 16; "
+        "0: no tiles",
         low=0,
         high=8192,
         group=UPSCALE,
@@ -347,10 +348,12 @@ class ImageRequest(
                 given=schedule,
             )
         self._set(sampler=sampler, schedule=schedule or implied)
+        allowed = catalogue.SAMPLERS[sampler].options
+        if self.s_churn == 0 and "s_churn" not in allowed:  # which takes no option, and adds none anyway
+            self._set(s_churn=None)
         given = {name: getattr(self, name) for name in SAMPLER_OPTIONS if getattr(self, name) is not None}
         if given.get("s_churn") == 0:  # as where it is not given
             del given["s_churn"]
-        allowed = catalogue.SAMPLERS[sampler].options
         for name, value in given.items():
             if name not in allowed:
                 having = ", ".join(n for n, facts in catalogue.SAMPLERS.items() if name in facts.options)

@@ -244,10 +244,9 @@ def _text_of(items: Items, is_before: Callable[[str], bool], turn: int) -> str:
     return "".join(found)
 
 
-@lru_cache(KEPT)
-def schedule(text: str, steps: int, second: bool = False) -> tuple[tuple[int, str], ...]:
-    """What a prompt reads in which steps: (the last step, text), … as the web UI lists it."""
-    last_steps, left = {steps}, [parse(text).items]
+def _last_steps(items: Items, steps: int, second: bool) -> list[int]:
+    """The steps, rising, after which a parsed prompt may read otherwise, and the last one of the run."""
+    last_steps, left = {steps}, [items]
     while left:
         for item in left.pop():
             if isinstance(item, Scheduled):
@@ -256,8 +255,24 @@ def schedule(text: str, steps: int, second: bool = False) -> tuple[tuple[int, st
             elif isinstance(item, Alternated):
                 last_steps.update(range(1, steps + 1))
                 left += item.options
+    return [step for step in sorted(last_steps) if step > 0]
+
+
+@lru_cache(KEPT)
+def schedule(text: str, steps: int, second: bool = False) -> tuple[tuple[int, str], ...]:
+    """What a prompt reads in which steps: (the last step, text), … as the web UI lists it."""
     items = parse(text).items
-    return tuple((step, text_at(items, step, steps, second)) for step in sorted(last_steps) if step > 0)
+    return tuple((step, text_at(items, step, steps, second)) for step in _last_steps(items, steps, second))
+
+
+def readings(text: str, steps: int, second: bool = False) -> Iterator[str]:
+    """What the text encoder reads of a prompt without ANDs, one text after the other: without marks, and with
+    a space where the weight changes or a chunk ends, since no word goes on there. PromptError.
+    """
+    items = parse(text).items
+    for step in _last_steps(items, steps, second):
+        sections = weighted(text_at(items, step, steps, second))
+        yield " ".join(part for section in sections for part, _ in section)
 
 
 @lru_cache(KEPT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import secrets
 import time
 from collections import OrderedDict
@@ -22,10 +23,11 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from ldm import __version__
-from ldm.errors import FieldError, InputError
+from ldm.errors import InputError
 from ldm.images.metadata import texts_of
-from ldm.pipeline.infotext import a1111_sampling, image_texts, parse_a1111
+from ldm.pipeline.infotext import a1111_guidance, a1111_sampling, image_texts, own_scale, parse_a1111
 from ldm.pipeline.request import MAX_SEED, SAMPLER_OPTIONS, ImageRequest, image_seed
+from ldm.pipeline.settings.guidance import CFG_PP_SAMPLERS
 from ldm.pipeline.settings.passes import LANCZOS, LATENT
 from ldm.pipeline.settings.text import A1111
 from ldm.sampling import catalogue
@@ -67,6 +69,7 @@ THEIRS = {
     "variation_seed": "subseed",
     "clip_skip": CLIP_SKIP,
 }
+NUMERAL = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{1,20})?")
 MOST_CLIENTS = 1024  # whose options and last job are remembered
 # What the web UI's fields say where they ask for nothing that is not done here anyway.
 NOTHING: dict[str, tuple[Any, ...]] = {
@@ -117,12 +120,19 @@ class Fields:
         value = self.left.pop(name, None)
         return default if value is None else value
 
-    def number(self, name: str, default: float | None, low: float, high: float) -> Any:
+    def _numeral(self, name: str, default: float | None) -> Any:
+        """A number, which the web UI also takes as a text; anything else stays as it is."""
         value = self.take(name, default)
+        if isinstance(value, str) and NUMERAL.fullmatch(value.strip()):
+            return float(value) if "." in value else int(value)
+        return value
+
+    def number(self, name: str, default: float | None, low: float, high: float) -> Any:
+        value = self._numeral(name, default)
         return None if value is None else number_of(value, name, low, high)
 
     def whole(self, name: str, default: int | None, low: int, high: int) -> Any:
-        value = self.take(name, default)
+        value = self._numeral(name, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         return None if value is None else number_of(value, name, low, high, whole=True)
@@ -177,8 +187,9 @@ def routes(service: Service) -> APIRouter:
         content = await json_object(http)
         client = clients[service.client(http)]
         with in_names(names_for(content)):
-            order = await run_in_threadpool(read_order, content, service, client, from_image)
-            job = await service.submit(order.requests, http, model=order.model, preview=True)
+            async with service.room(http):
+                order = await run_in_threadpool(read_order, content, service, client, from_image)
+                job = await service.submit(order.requests, http, model=order.model, preview=True)
             client.jobs.append(job)
             try:
                 await service.finish(job, http)
@@ -223,6 +234,9 @@ def routes(service: Service) -> APIRouter:
         return [
             {"name": facts.aliases[0], "aliases": [name, *facts.aliases[1:]], "options": {}}
             for name, facts in catalogue.SAMPLERS.items()
+        ] + [
+            {"name": a1111_guidance(name, None, True)[0], "aliases": [f"{name}_cfgpp"], "options": {}}
+            for name in CFG_PP_SAMPLERS
         ]
 
     @router.get("/schedulers")
@@ -257,8 +271,8 @@ def routes(service: Service) -> APIRouter:
         Other options have no effect; the log has their names.
         """
         fields = Fields(await json_object(http))
-        skip, checkpoint = fields.whole(CLIP_SKIP, None, 1, 99), fields.take(CHECKPOINT)
-        name = None if checkpoint is None else await run_in_threadpool(model_named, models, checkpoint)
+        skip, checkpoint = fields.whole(CLIP_SKIP, None, 1, 99), fields.take(CHECKPOINT, "")
+        name = None if checkpoint == "" else await run_in_threadpool(model_named, models, checkpoint)
         client = clients[service.client(http)]
         client.model, client.clip_skip = name or client.model, skip or client.clip_skip
         if ignored := fields.ignored():
@@ -267,7 +281,9 @@ def routes(service: Service) -> APIRouter:
     @image_route("/png-info", PNG_INFO)
     async def png_info(http: Request) -> dict[str, Any]:
         """The settings in an image file."""
-        return await run_in_threadpool(settings_in, await json_object(http), service.options.max_pixels)
+        content = await json_object(http)
+        async with service.reading:
+            return await run_in_threadpool(settings_in, content, service.options.max_pixels)
 
     @router.get("/upscalers")
     async def upscalers() -> list[dict[str, Any]]:
@@ -296,7 +312,7 @@ def read_order(content: Mapping[str, Any], service: Service, client: Client, fro
     options, models = service.options, service.engine.models
     fields, model = Fields(content), client.model
     override = Fields(fields.object("override_settings"))
-    if (checkpoint := override.take(CHECKPOINT)) is not None:
+    if (checkpoint := override.take(CHECKPOINT, "")) != "":  # empty is the current one
         model = model_named(models, checkpoint)
     model = model or models.default
     task = models.task(model)
@@ -320,8 +336,7 @@ def read_order(content: Mapping[str, Any], service: Service, client: Client, fro
     seeds, subseeds, strength = seeds_of(fields, count)
     if strength:
         values |= {"variation_seed": subseeds[0], "variation_strength": strength}
-    for name in ("include_init_images", "save_images"):
-        fields.take(name)
+    fields.take("include_init_images")  # which the reply looks at
     send_images = fields.switch("send_images", True)
     starts = [
         request_of(values | ({} if one is None else {"init_img": one}), options, task=task) for one in images
@@ -352,14 +367,13 @@ def sampling_values(fields: Fields) -> dict[str, Any]:
     }
     name, index = fields.take("sampler_name"), fields.take("sampler_index")
     name = text_of(name or index or DEFAULT_SAMPLER, "sampler_name")
+    label = scheduler_label(text_of(fields.take("scheduler", "Automatic"), "scheduler"))
+    values |= a1111_sampling(name, label)
     try:
-        catalogue.resolve(name)  # else the web UI's reading would keep a name that nobody knows
+        catalogue.resolve(values["sampler"])  # a name that nobody knows is still there
     except InputError as error:
-        message = error.spelled(lambda _: "sampler_name") if isinstance(error, FieldError) else str(error)
-        raise BadRequest(message) from error
-    values |= a1111_sampling(
-        name, scheduler_label(text_of(fields.take("scheduler", "Automatic"), "scheduler"))
-    )
+        raise from_input_error(error) from error  # which names the fields as the web UI does
+    values["scale"] = own_scale(values["scale"], values)
     has = catalogue.SAMPLERS[values["sampler"]].options
     given = {name: fields.number(name, None, 0, 1e6) for name in SAMPLER_OPTIONS}
     if not given["s_tmax"]:  # no limit
@@ -536,6 +550,7 @@ def info_of(order: Order, files: tuple[OutputFile, ...], models: Any) -> dict[st
     seeds = [image.seed for image in images]
     facts = model_facts(models, order.model)
     request = images[0].request
+    sampler, scale = a1111_guidance(request.sampler, request.scale, request.cfg_pp)
     return {
         "prompt": prompts[0],
         "all_prompts": prompts,
@@ -548,8 +563,8 @@ def info_of(order: Order, files: tuple[OutputFile, ...], models: Any) -> dict[st
         "subseed_strength": request.variation_strength or 0,
         "width": request.width,
         "height": request.height,
-        "sampler_name": catalogue.SAMPLERS[request.sampler].aliases[0],
-        "cfg_scale": request.scale,
+        "sampler_name": sampler,
+        "cfg_scale": scale,
         "steps": request.steps,
         "batch_size": order.batch_size,
         "restore_faces": False,

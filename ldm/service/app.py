@@ -24,10 +24,11 @@ from ldm import __version__
 from ldm.errors import InputError
 from ldm.log import one_line
 from ldm.service import a1111, native, openai, score
-from ldm.service.errors import BadRequest, Refused, ServiceError, from_input_error
+from ldm.service.errors import BadRequest, DeadlinePassed, Refused, ServiceError, from_input_error
 from ldm.service.guards import App, Guards, Message, Receive, Scope, Send, Tokens
 from ldm.service.inputs import shortened
 from ldm.service.jobs import Job
+from ldm.service.limits import check_limits
 from ldm.service.logs import JsonLog
 from ldm.service.metrics import Metrics
 from ldm.service.moderation import Moderation, prompts_of
@@ -45,6 +46,7 @@ METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 UNLOGGED = ("/health", "/ready", "/metrics")  # asked every few seconds; only their failures are logged
 FLAG = re.compile(r"(?<!\S)--([A-Za-z]\w*)")
 LONGEST = 500  # characters of an error's message
+READ_AT_A_TIME = 8  # requests whose images are decoded and not counted yet; one has tens of MB
 GRACE = 0.5  # seconds after a job's deadline in which the engine itself may end it
 
 
@@ -86,6 +88,7 @@ class Service:
         self.metrics = Metrics(engine, self.moderation)
         self._files: WeakKeyDictionary[Job, dict[str, asyncio.Task]] = WeakKeyDictionary()
         self.loop: asyncio.AbstractEventLoop | None = None  # that of the application, once it runs
+        self.reading = asyncio.Semaphore(READ_AT_A_TIME)  # for whoever decodes what a client sent
         if self.moderation.enabled:
             engine.to_keep = self.let_pass
 
@@ -97,6 +100,20 @@ class Service:
         """A job of the client who asks. UnknownJob for any other."""
         return self.engine.job(id, self.client(http))
 
+    @asynccontextmanager
+    async def room(self, http: Request, images: int = 1, timeout: float | None = None) -> AsyncIterator[None]:
+        """Inside, a request for so many images, or more, is read and submitted, few requests at a time.
+
+        A file of a few KB may be an image of many MB: where there is no room, or no time left, none is
+        decoded. ServiceError.
+        """
+        async with self.reading:
+            most = min(timeout or self.options.deadline, self.options.deadline)
+            if _arrived(http) + most < time.monotonic():
+                raise DeadlinePassed(most)
+            self.engine.check_room(self.client(http), images)
+            yield
+
     async def submit(
         self,
         requests: Sequence[ImageRequest],
@@ -107,11 +124,12 @@ class Service:
         preview: bool = False,
     ) -> Job:
         """The job of these requests, once moderation has let their prompts pass. ServiceError."""
-        verdict = await self.moderation.check_prompt(prompts_of(requests))
-        if verdict.error:
-            raise verdict.error
         client = self.client(http)
         try:
+            if self.moderation.enabled:
+                texts = await run_in_threadpool(self._texts, requests)
+                if error := (await self.moderation.check_prompt(texts)).error:
+                    raise error
             job = await run_in_threadpool(
                 self.engine.submit,
                 tuple(requests),
@@ -119,12 +137,19 @@ class Service:
                 model=model,
                 timeout=timeout,
                 preview=preview,
+                arrived=_arrived(http),
             )
         except InputError as error:
             raise from_input_error(error, self.engine.folders) from error
         prompts = self.log.texts(request.prompt for request in requests)
         http.state.facts = {"job": job.id, "model": job.model, "images": len(requests), "prompts": prompts}
         return job
+
+    def _texts(self, requests: Sequence[ImageRequest]) -> list[str]:
+        """What moderation is asked about. LimitExceeded for what would be refused anyway."""
+        for request in requests:
+            check_limits(request, self.options, self.options.max_pixels)
+        return prompts_of(requests)
 
     async def finish(self, job: Job, http: Request) -> Job:
         """The job once it is finished. No thread waits for it; it is cancelled if its client goes away.
@@ -201,6 +226,11 @@ class Service:
         error = context.get("exception")
         kind = type(error).__name__ if error else "asyncio"
         self.log.write("error", type=kind, message=one_line(error or context["message"]))
+
+
+def _arrived(http: Request) -> float:
+    """When a request arrived, on the clock of `time.monotonic`."""
+    return getattr(http.state, "arrived", time.monotonic())
 
 
 async def _gone(http: Request) -> None:

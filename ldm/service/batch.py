@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ldm.pipeline.generated import GeneratedImage
     from ldm.pipeline.pipeline import Pipeline
 
+BYTES_A_PIXEL = 4  # as Pillow holds colours
 PREVIEW_INTERVAL = 0.5  # seconds between two previews of a job: to draw one means to wait for the device
 
 
@@ -159,6 +160,15 @@ def batch_key(job: Job, number: int) -> tuple:
     # one stream is drawn for all images of a batch, an adaptive sampler's steps are each image's own
     alone = request.rng == "compvis" or catalogue.SAMPLERS[request.sampler].adaptive
     return (*key, job.id) if alone else key
+
+
+def image_bytes(requests: Iterable[ImageRequest]) -> int:
+    """The memory of the decoded images that requests come with; one that several share counts once."""
+    images: dict[int, Any] = {}
+    for request in requests:
+        given = [getattr(request, name) for name in IMAGE_SETTINGS] + [one.image for one in request.controls]
+        images |= {id(image): image for image in given if hasattr(image, "size")}
+    return sum(BYTES_A_PIXEL * image.width * image.height for image in images.values())
 
 
 def without_images(request: ImageRequest) -> ImageRequest:

@@ -17,8 +17,9 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import FieldError, InputError
@@ -28,7 +29,16 @@ from ldm.pipeline.batches import with_start_seeds
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.pipeline import LARGEST_BATCH
 from ldm.pipeline.request import ImageRequest, image_seed
-from ldm.service.batch import Abandoned, Batch, Entry, Failure, batch_key, independent, without_images
+from ldm.service.batch import (
+    Abandoned,
+    Batch,
+    Entry,
+    Failure,
+    batch_key,
+    image_bytes,
+    independent,
+    without_images,
+)
 from ldm.service.errors import BadRequest, Draining, LimitExceeded, QueueFull, ServiceError, from_input_error
 from ldm.service.jobs import ENDED, Job, Jobs
 from ldm.service.limits import check_files, check_limits, check_size
@@ -47,6 +57,7 @@ GATHER_LEAST, GATHER_MOST = 0.05, 0.5  # seconds; an answer and its next request
 # A request gives way for `model_wait` at most, for so many times what loading its model takes, as more would
 # save little, and for this part of the time to its deadline, as it still has to be sampled.
 TIMES_LOAD, PART_OF_DEADLINE = 20, 0.5
+HELD_BYTES = 2**31  # of decoded images that all requests came with that wait or run
 FIRST_GUESS = 1.0  # seconds an image, as long as none was made
 KEEPING = 32  # jobs whose images wait to be written, at most
 LAST_LAYER = 5.0  # seconds for which an engine that ends waits for a layer that is being computed
@@ -75,6 +86,7 @@ class Engine:
         self.to_keep: Callable[[Job], Sequence[GeneratedImage]] = _all_images  # asked in another thread
         self._queue: FairQueue[Entry] = FairQueue(self.options.queue_size)
         self._made: dict[str, dict[int, GeneratedImage]] = {}  # images of jobs that lack others
+        self._held: dict[str, int] = {}  # bytes of the images that active jobs came with
         self._running = 0
         self._changed = threading.Condition()
         self._draining = self._closing = False
@@ -204,18 +216,37 @@ class Engine:
         model: str | None = None,
         timeout: float | None = None,
         preview: bool = False,
+        arrived: float | None = None,
     ) -> Job:
         """The job of requests that are answered together, by the model of this name or the default one.
 
-        Requests without seeds get some by chance. `timeout` in seconds is at most the service's own. It
-        never waits for images to be sampled. ServiceError if they cannot be served.
+        Requests without seeds get some by chance. `timeout` in seconds is at most the service's own, and runs
+        since the request `arrived` on the clock of `time.monotonic`, by default from now on. It never waits
+        for images to be sampled. ServiceError if they cannot be served.
         """
+        with self._counting_refusals():
+            model = model or self.models.default
+            return self._submit(tuple(requests), client, model, timeout, preview, arrived)
+
+    def check_room(self, client: str, images: int = 1) -> None:
+        """ServiceError if a client's request for so many images would be refused now, whatever they show."""
+        with self._counting_refusals():
+            self._check_ready()
+            self._check_room(client, images)
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
         try:
-            return self._submit(tuple(requests), client, model or self.models.default, timeout, preview)
+            yield
         except ServiceError:
             with self._changed:
                 self._refused += 1
             raise
+
+    def _check_ready(self) -> None:
+        if not self.ready:
+            failing = ServiceError("the device fails", code="device_failed", status=503)
+            raise Draining() if self._draining else failing
 
     def _submit(
         self,
@@ -224,10 +255,9 @@ class Engine:
         model: str,
         timeout: float | None,
         preview: bool,
+        arrived: float | None,
     ) -> Job:
-        if not self.ready:
-            failing = ServiceError("the device fails", code="device_failed", status=503)
-            raise Draining() if self._draining else failing
+        self._check_ready()
         self.models.open(model)
         timeout = self.options.deadline if timeout is None else timeout
         if not timeout > 0:
@@ -248,7 +278,8 @@ class Engine:
             for k, request in enumerate(resolved)
         ]
         started = tuple(with_start_seeds(seeded, seeded[0].seed))
-        job = Job(client, model, started, min(timeout, self.options.deadline), wants_preview=preview)
+        timeout, job_bytes = min(timeout, self.options.deadline), image_bytes(started)
+        job = Job(client, model, started, timeout, wants_preview=preview, arrived=arrived)
         job._position, job._on_over = self._position, self._over
         waiting = [
             Waiting(client, job.id, batch_key(job, k), Entry(job, k, one)) for k, one in enumerate(started)
@@ -256,8 +287,9 @@ class Engine:
         with self._changed:
             if self._draining:
                 raise Draining()
-            self._check_room(client, len(requests))
+            self._check_room(client, len(requests), job_bytes)
             self._queue.put(waiting)
+            self._held[job.id] = job_bytes
             self.jobs.add(job)
             self._changed.notify_all()
         return job
@@ -276,12 +308,20 @@ class Engine:
                 f"{images} images: a request may ask for {self.options.max_images} at most", status=422
             )
 
-    def _check_room(self, client: str, images: int) -> None:
+    def _check_room(self, client: str, images: int, size: int = 0) -> None:
+        """QueueFull without room for so many images, or for the `size` in bytes of those they start from.
+
+        Whatever its size, a request may come alone.
+        """
+        each = self._seconds_per_image or FIRST_GUESS
         with self._changed:
             try:
                 self._queue.check(client, images)
             except Full as full:
-                raise QueueFull(full.excess * (self._seconds_per_image or FIRST_GUESS)) from None
+                raise QueueFull(full.excess * each) from None
+            held = sum(self._held.values())
+            if size and held and held + size > HELD_BYTES:
+                raise QueueFull(each)
 
     def job(self, id: str, client: str) -> Job:
         """A client's job; UnknownJob if it has none of this id, whoever else may have one."""
@@ -302,6 +342,7 @@ class Engine:
         with self._changed:
             self._queue.discard(job.id)
             self._made.pop(job.id, None)
+            self._held.pop(job.id, None)
             self._ended[job.state] += 1
             # Images that a client sent are of no use any more, and large.
             job.requests = tuple(without_images(request) for request in job.requests)

@@ -83,7 +83,8 @@ def _digest(token: str) -> bytes:
 class Guards:
     """Lets requests through to `app` that may be served; `answer` makes a response of a path's error.
 
-    The client's name is put into the scope's state: of its token, or else the address that it calls from.
+    The client's name is put into the scope's state: of its token, or else the address that it calls from. So
+    is when the request arrived, its body included, on the clock of `time.monotonic`.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Guards:
                 if self._requests > self.connections and scope["path"] not in OPEN:
                     raise _busy("too many requests are open")
                 body = await self._body(headers, receive)
+                scope["state"]["arrived"] = time.monotonic()
             except ServiceError as error:
                 return await self.answer(scope["path"], error)(scope, receive, send)
             if body is not None:  # else the client has gone

@@ -27,7 +27,7 @@ class Job:
     `state` is "queued", "running", "finished", "failed" or "cancelled". `images` are there once it is
     finished, in the order of `requests`; `error` once it has failed or was cancelled. `progress` is 0 … 1.
     `preview` is a PNG file of what its images look like so far, if previews were asked for. `deadline` is on
-    the clock of `time.monotonic`.
+    the clock of `time.monotonic`, `timeout` seconds after the request `arrived`, by default now.
     """
 
     def __init__(
@@ -38,12 +38,13 @@ class Job:
         timeout: float,
         *,
         wants_preview: bool = False,
+        arrived: float | None = None,
     ):
         self.id = uuid.uuid4().hex
         self.client, self.model, self.requests = client, model, requests
         self.timeout, self.wants_preview = timeout, wants_preview
         self.created = time.monotonic()
-        self.deadline = self.created + timeout
+        self.deadline = (self.created if arrived is None else arrived) + timeout
         self.started: float | None = None
         self.ended: float | None = None
         self.state = QUEUED

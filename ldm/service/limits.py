@@ -63,7 +63,7 @@ def check_size(height: int, width: int, most_pixels: int) -> None:
 
 
 def check_files(request: ImageRequest, options: ServiceOptions) -> None:
-    """BadRequest for a request that names files outside the folders of the options, or images by file.
+    """BadRequest for a request that names files which the options do not offer, or images by file.
 
     Whoever makes requests of what clients send has checked that before; here is the last door.
     """
@@ -81,11 +81,14 @@ def check_files(request: ImageRequest, options: ServiceOptions) -> None:
     if len(loras) > MOST_FILES:
         raise LimitExceeded(f"lora: {len(loras)} with those of the prompt are more than {MOST_FILES}")
     for name in loras:
-        check_inside("lora", name, options.lora_folder, by_name=True)
+        if name not in options.offered:
+            check_inside("lora", name, options.lora_folder, by_name=True)
     for text in request.embedding:
-        check_inside("embedding", text, options.embedding_folder)
+        if text not in options.offered:
+            check_inside("embedding", text, options.embedding_folder)
     for one in request.controls:
-        check_inside("control", one.file, options.control_folder)
+        if one.file not in options.offered:
+            check_inside("control", one.file, options.control_folder)
 
 
 def check_inside(field: str, name: str, folder: str | None, by_name: bool = False) -> None:

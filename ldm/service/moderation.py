@@ -19,12 +19,14 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from ldm.errors import FieldError, InputError
 from ldm.log import LOG, notice, one_line
-from ldm.service.errors import Refused, ServiceError
+from ldm.pipeline.settings.guidance import CFG_PP_SCALE
+from ldm.service.errors import LimitExceeded, Refused, ServiceError
 from ldm.service.options import ServiceOptions, is_loopback
 
 if TYPE_CHECKING:
@@ -42,8 +44,10 @@ LONGEST_TEXT = 10_000  # characters of one text:analyze
 LARGEST_IMAGE = 4_000_000  # bytes of one image:analyze, which takes sides of 50 to 7200 pixels
 SIDES = (50, 2048)  # in pixels; what is larger than the second is scaled down to it
 
+MOST_TEXTS = 32  # that are asked about for one prompt, which may read otherwise at each step
 THREADS = 16  # calls of a plain function at a time; one that never returns keeps its place
 LONGEST_REASON = 200  # characters
+ROUNDING = 1e-6  # of a sum of weights
 
 Ask = Callable[[str, Any], Awaitable[str | None]]
 
@@ -146,17 +150,49 @@ class Moderation:
 
 
 def prompts_of(requests: Iterable[ImageRequest]) -> list[str]:
-    """The distinct texts that images of these requests would show.
+    """The distinct texts that images of these requests would show: as they are written, and as the text
+    encoder reads them at each step, which may join a word that the prompt writes in parts.
 
-    Negative prompts usually name what is unwanted, and a moderation would object to just that. Below a
-    guidance scale of 1, however, an image shows them.
+    Negative prompts usually name what is unwanted, and a moderation would object to just that. They are among
+    the texts only where an image shows them. LimitExceeded for a prompt that becomes too many texts.
     """
-    texts: dict[str, None] = {}
+    texts: dict[str, str] = {}
     for request in requests:
-        texts |= dict.fromkeys(text for text in (request.prompt, request.prompt_to) if text)
-        if request.scale is not None and request.scale < 1:
-            texts[request.negative_prompt] = None
-    return list(texts)
+        texts |= _distinct(chain((request.prompt, request.prompt_to), request.readings()))
+        if shows_negative(request):
+            texts |= _distinct(chain((request.negative_prompt,), request.readings(negative=True)))
+    return [text for folded, text in texts.items() if folded]
+
+
+def _distinct(texts: Iterable[str]) -> dict[str, str]:
+    """Texts, and what the tokenizer makes of their HTML entities, by themselves with white space folded."""
+    from ldm.modules.encoders.tokenizer import mended
+
+    found: dict[str, str] = {}
+    for text in texts:
+        if (folded := " ".join(text.split())) not in found:
+            plain = mended(text)
+            found |= {folded: text, " ".join(plain.split()): plain}
+        if len(found) > MOST_TEXTS:
+            raise LimitExceeded(
+                f"prompt: over its steps it becomes more than {MOST_TEXTS} texts, and content moderation is "
+                "asked about each; take fewer schedules and alternations"
+            )
+    return found
+
+
+def shows_negative(request: ImageRequest) -> bool:
+    """Whether an image shows its negative prompt.
+
+    Guidance leaves 1 - scale x the sum of the prompt's weights of it, which are 1 in all as a rule. A scale
+    that is left to the model is at least 1, and 1 stands for it in the steps that are not guided.
+    """
+    scales = [request.scale]
+    if request.scale is None:
+        scales = [CFG_PP_SCALE if request.cfg_pp else 1.0]
+    if (request.guidance_start, request.guidance_end) != (0.0, 1.0):
+        scales.append(1.0)
+    return any(scale * request.total_weight < 1 - ROUNDING for scale in scales)
 
 
 def callable_named(name: str) -> Callable[..., Any]:

@@ -94,15 +94,16 @@ def routes(service: Service) -> APIRouter:
         content = await json_object(http)
         asked = Asked.of(content, service)
         task = service.engine.models.task(asked.model or service.engine.models.default)
-        request = await run_in_threadpool(request_of, content, service.options, task=task)
-        check_format(request, asked.format)
-        job = await service.submit(
-            series(request, asked.count),
-            http,
-            model=asked.model,
-            timeout=asked.timeout,
-            preview=asked.preview,
-        )
+        async with service.room(http, asked.count, asked.timeout):
+            request = await run_in_threadpool(request_of, content, service.options, task=task)
+            check_format(request, asked.format)
+            job = await service.submit(
+                series(request, asked.count),
+                http,
+                model=asked.model,
+                timeout=asked.timeout,
+                preview=asked.preview,
+            )
         if not asked.wait:
             headers = {"Location": f"/jobs/{job.id}"}
             return JSONResponse(_state(job), status_code=202, headers=headers)

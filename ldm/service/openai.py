@@ -23,6 +23,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
+from ldm.fields import Setting
 from ldm.pipeline.request import ImageRequest
 from ldm.service.answers import base64_of, json_answer
 from ldm.service.errors import BadRequest, ServiceError, in_names, reworded
@@ -46,6 +47,7 @@ SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 # How messages about an image's size begin: "height 63 is …", "width: 0 is …", "9992x9992 are …".
 ABOUT_SIZE = re.compile(r"(height|width):? (?=[0-9])|(?=[0-9]+x[0-9]+ are )")
 Names = Callable[[], AbstractContextManager[None]]  # inside, errors name the fields of OpenAI's
+Read = Callable[[Mapping[str, Any], "Service"], "Order"]
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -76,6 +78,16 @@ def routes(service: Service) -> APIRouter:
         service.engine.models.reader(model)
         return _model(model)
 
+    async def make(http: Request, values: dict[str, Any], what: str, read: Read, **ours: str) -> Any:
+        """The answer to a request of these values; `ours` has its fields' names by ours, for errors."""
+        names = partial(_their_names, values, **ours)
+        with names():
+            async with service.room(http):
+                order = await run_in_threadpool(read, values, service)
+                preview = order.partial > 0
+                job = await service.submit(order.requests, http, model=order.model, preview=preview)
+            return await _answer(service, order, job, http, what, names)
+
     body = {"application/json": {"schema": generation_schema(service)}}
 
     @router.post("/v1/images/generations", openapi_extra={"requestBody": {"required": True, "content": body}})
@@ -85,21 +97,14 @@ def routes(service: Service) -> APIRouter:
         for name in ("image", "mask"):
             if values.get(name) is not None and values.get("init_img") is None:
                 raise BadRequest(f"{name}: images are given to /v1/images/edits")
-        names = partial(_their_names, values)
-        with names():
-            order = await run_in_threadpool(read_order, values, service)
-            return await _answer(service, order, http, "image_generation", names)
+        return await make(http, values, "image_generation", read_order)
 
     form = {"multipart/form-data": {"schema": edit_schema(service)}}
 
     @router.post("/v1/images/edits", openapi_extra={"requestBody": {"required": True, "content": form}})
     async def edit_image(http: Request) -> Any:
         """Images that start from an image; with a mask, only where that is transparent."""
-        values = await run_in_threadpool(with_images, await form_values(http), service.options.max_pixels)
-        names = partial(_their_names, values, init_img="image")
-        with names():
-            order = await run_in_threadpool(read_order, values, service)
-            return await _answer(service, order, http, "image_edit", names)
+        return await make(http, await form_values(http), "image_edit", read_edit, init_img="image")
 
     return router
 
@@ -149,6 +154,11 @@ def read_order(values: Mapping[str, Any], service: Service) -> Order:
     return Order(tuple(series(first, count)), model, format, form == "url", stream, partial)
 
 
+def read_edit(values: Mapping[str, Any], service: Service) -> Order:
+    """What the fields of an edit ask for. ServiceError."""
+    return read_order(with_images(values, service.options.max_pixels), service)
+
+
 def _size(size: Any, values: Mapping[str, Any]) -> dict[str, int]:
     """Height and width that OpenAI's `size` stands for; none for "auto"."""
     if size in (None, "auto"):
@@ -164,7 +174,7 @@ def _size(size: Any, values: Mapping[str, Any]) -> dict[str, int]:
 async def form_values(http: Request) -> dict[str, Any]:
     """The fields of a multipart body: texts, and the bytes of files. ServiceError.
 
-    A field that is given several times, or as `name[]`, is a list.
+    A field that is given several times is a list; OpenAI's clients call it `name[]` then.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
@@ -176,20 +186,22 @@ async def form_values(http: Request) -> dict[str, Any]:
             read = await value.read() if isinstance(value, UploadFile) else value
             found.setdefault(name.removesuffix("[]"), []).append(read)
     known = known_names()
-    values: dict[str, Any] = {}
-    for name, given in found.items():
-        each = known.get(name)
-        listed = each is not None and each.kind is list
-        if len(given) > 1 and not listed and name != "image":
-            raise BadRequest(f"{name[:80]}: it is given {len(given)} times")
-        value = given if listed else given[0]
-        if each is not None and each.kind is bool:
-            value = _switch(value, name)
-        values[name] = given if name == "image" else value
-    return values
+    return {name: _form_value(name, known.get(name), given) for name, given in found.items()}
 
 
-def with_images(values: dict[str, Any], max_pixels: int) -> dict[str, Any]:
+def _form_value(name: str, each: Setting | None, given: list[Any]) -> Any:
+    """The value of a field that is given so often; `each` is the setting of this name. BadRequest."""
+    if name == "image":  # whose files `with_images` counts
+        return given
+    kind = each.kind if each else str
+    if len(given) == 1:
+        return _switch(given[0], name) if kind is bool else given[0]
+    if kind not in (list, tuple):
+        raise BadRequest(f"{name[:80]}: it is given {len(given)} times")
+    return given
+
+
+def with_images(values: Mapping[str, Any], max_pixels: int) -> dict[str, Any]:
     """The fields of an edit with its image and mask as ImageRequest has them. ServiceError.
 
     OpenAI's mask is transparent where the image is to be painted anew, ours is white there. Without a mask,
@@ -197,6 +209,7 @@ def with_images(values: dict[str, Any], max_pixels: int) -> dict[str, Any]:
     """
     from ldm.images.init_image import turn_upright
 
+    values = dict(values)
     files = values.pop("image", [])
     if len(files) != 1:
         raise BadRequest(f"image: give one file, not {len(files)}")
@@ -275,13 +288,11 @@ def _switch(value: Any, field: str) -> bool:
 # Answering
 
 
-async def _answer(service: Service, order: Order, http: Request, what: str, names: Names) -> Any:
+async def _answer(service: Service, order: Order, job: Job, http: Request, what: str, names: Names) -> Any:
     """The images of an order, or with `stream` a stream of events that are named after `what`.
 
     The stream goes on after this has returned, with the `names` that errors have in this contract.
     """
-    preview = order.partial > 0
-    job = await service.submit(order.requests, http, model=order.model, preview=preview)
     if order.stream:
         stream = _events(service, order, job, http, what, names)
         return StreamingResponse(stream, media_type="text/event-stream", headers=NOT_KEPT)

@@ -133,6 +133,9 @@ class ServiceOptions:
         None, "the folder of the ControlNets that clients may name", metavar="FOLDER"
     )
     pixels_by_model: bool = field(default=False, kw_only=True, repr=False)  # nobody gave max_pixels
+    offered: tuple[str, ...] = field(
+        default=(), kw_only=True, repr=False
+    )  # files beside those of the folders
 
     def __post_init__(self) -> None:
         check_fields(self)

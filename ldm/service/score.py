@@ -80,9 +80,11 @@ def routes(service: Any) -> APIRouter:
     async def score(http: Request, model: str | None = None) -> Response:
         """An image for each line of a table of prompts, as AzureML's endpoints answer."""
         content = await json_object(http)
-        table, requests = await run_in_threadpool(requests_of, content, service, model)
+        async with service.room(http):
+            table, requests = await run_in_threadpool(requests_of, content, service, model)
+            with in_names(THEIRS):
+                job = await service.submit(requests, http, model=model)
         with in_names(THEIRS):
-            job = await service.submit(requests, http, model=model)
             await service.finish(job, http)
         files = await service.files(job)
         return await json_answer(answers_of, table, requests, files)

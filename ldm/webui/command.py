@@ -11,10 +11,13 @@ from ldm.fields import changed, settings_of
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import IMAGE_SETTINGS, ImageRequest
 from ldm.pipeline.settings.control import Control
+from ldm.pipeline.settings.text import A1111
+from ldm.prompts.lora_tags import TAG
 from ldm.webui.tasks import Task
-from ldm.weights.loading import ROOT, ModelFiles, choose_model
+from ldm.weights.loading import ROOT, ModelFiles, choose_model, find
 
 ALWAYS = ("prompt", "strength", "noise_level")  # for which commands have defaults of their own
+LORA_FOLDER = "models/loras"  # where commands look for a LoRA that a prompt names
 NO_IMAGE_CHANGES = ("device", "batch_size")  # of RuntimeOptions
 INPUT_FILES = {"init_img": "init.png", "mask": "mask.png", "depth": "depth.png", "control": "control.png"}
 
@@ -26,13 +29,16 @@ def command_line(
     *,
     files: ModelFiles | None = None,
     runtime: RuntimeOptions | None = None,
+    lora_folder: str | None = None,
+    safety: str = "auto",
     further: Iterable[str] = (),
     script: str | None = None,
 ) -> str:
     """A line for a shell that makes `images` images of a request with a seed, of which image k has seed + k.
 
     The request is the one that the page made, before the model decides on what it leaves open. Images stand
-    under the names of `INPUT_FILES`. `files` are the model's, `further` are words behind all others.
+    under the names of `INPUT_FILES`. `files` are the model's, and `lora_folder` has the LoRAs that prompts
+    name. `further` are words behind all others.
     """
     words = ["python", near(ROOT / "scripts" / (script or task.command))]
     settings = settings_of(type(request))
@@ -53,6 +59,12 @@ def command_line(
     for name, value in changed(runtime or RuntimeOptions()).items():
         if name not in NO_IMAGE_CHANGES:
             words += [f"--{name}"] if value is True else _option(f"--{name}", _text(value))
+    further = list(further)
+    names_loras = request.prompt_syntax == A1111 and any(map(TAG.search, (request.prompt, *further)))
+    if names_loras and lora_folder and find(lora_folder) != find(LORA_FOLDER):
+        words += _option("--lora_folder", near(find(lora_folder)))
+    if safety != "auto":
+        words += ["--safety", safety]
     return shlex.join([*words, *further])
 
 

@@ -177,6 +177,8 @@ def settings_from(task: Task, held: Mapping[str, Any]) -> dict[str, Any]:
             value = value.strip()
         if not shown(control, task) or value in (None, "", AUTOMATIC, []) or value is False:
             continue
+        if name == "seed" and value == "-1":  # by chance, as the commands have it
+            continue
         if control.choices and value not in control.choices:
             raise FieldError(
                 "{" + name + "} {value!r}: choose from {choices}",

@@ -10,12 +10,12 @@ from ldm.errors import FieldError, InputError
 from ldm.pipeline.request import ImageRequest
 from ldm.pipeline.settings.adapters import SUFFIXES
 from ldm.pipeline.settings.control import WEIGHT_FILES, Control
-from ldm.webui.command import near
+from ldm.webui.command import LORA_FOLDER, near
 from ldm.weights.loading import find
 
-LORA_FOLDER = "models/loras"
 EMBEDDINGS = (".pt", ".bin", ".safetensors")
-BUNDLED_CONTROLS = ("models/scenes-128-canny/model.safetensors",)
+BUNDLED_LORAS = ("models/loras/few-steps.safetensors",)
+BUNDLED_CONTROLS = ("models/scenes-128-canny/model.safetensors", "models/scenes-64-canny/model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,22 @@ class Files:
         embedding_folder: str | None = None,
         control_folder: str | None = None,
     ) -> Files:
-        """What lies in the folders. InputError for a folder that is given and is none."""
-        bundled = {Path(path).parent.name: path for path in BUNDLED_CONTROLS if find(path).exists()}
+        """What lies in the folders, beside what came with this repository. InputError for a folder that is
+        given and is none.
+        """
+        loras, controls = ([find(path) for path in paths] for paths in (BUNDLED_LORAS, BUNDLED_CONTROLS))
         return cls(
-            _inside("lora_folder", lora_folder, [f".{one}" for one in SUFFIXES], LORA_FOLDER),
+            {path.name: near(path) for path in loras if path.exists()}
+            | _inside("lora_folder", lora_folder, [f".{one}" for one in SUFFIXES], LORA_FOLDER),
             _inside("embedding_folder", embedding_folder, EMBEDDINGS),
-            {name: near(find(path)) for name, path in bundled.items()}
+            {path.parent.name: near(path) for path in controls if path.exists()}
             | _inside("control_folder", control_folder, WEIGHT_FILES),
         )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Those of all files."""
+        return (*self.loras.values(), *self.embeddings.values(), *self.controls.values())
 
     def lora_texts(self, names: Sequence[str], weights: str) -> tuple[str, ...]:
         """`FILE:WEIGHT` for each LoRA; `weights` are numbers between commas, one for all or one for each.

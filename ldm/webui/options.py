@@ -40,13 +40,15 @@ class PageLimits(ServiceOptions):
     max_body: float = _of_service("max_body", "largest file that can be dropped onto the page")
     max_images: int = _of_service("max_images", "most images at a time, such as those of a sheet", default=64)
     lora_folder: str | None = _of_service(
-        "lora_folder", "the folder of the LoRAs that the page offers", default_text="models/loras"
+        "lora_folder",
+        "the folder of the LoRAs that the page offers beside the bundled one",
+        default_text="models/loras",
     )
     embedding_folder: str | None = _of_service(
         "embedding_folder", "the folder of the textual inversions that the page offers"
     )
     control_folder: str | None = _of_service(
-        "control_folder", "a folder of ControlNets that the page offers beside the bundled one"
+        "control_folder", "a folder of ControlNets that the page offers beside the bundled ones"
     )
 
 

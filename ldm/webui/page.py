@@ -55,11 +55,19 @@ from ldm.weights.loading import ABLE, bundled_family
 
 FOLDER = Path(__file__).parent
 KEPT_RESULTS = 60  # of a session, in its gallery
+# In seconds: how often gradio looks for temporary files, and the age at which it removes them. It takes the
+# results for its own, too, which `Results` removes when their tab is closed; so this is for uploads.
+SWEEP = 3600, 7 * 86_400
 REDRAWN = 0.2  # seconds between two updates of what a job shows, at least
 BRUSH = "#d6006c"
 UPLOADS = ["upload", "clipboard"]
 IMAGES = Setting("images of one prompt at a time", low=1, high=16, kind=int)
 NO_CHOICE = "none"
+# What the page says for errors of the engine, of which that of a service sends its users to a log.
+IN_TERMINAL = {
+    "sampling_failed": "Sampling failed; the terminal in which the page runs says why.",
+    "device_failed": "No image can be made any more; the terminal in which the page runs says why.",
+}
 # the tasks that have each image of the page
 IMAGES_OF = {"image": ("image", "depth", "upscale"), "editor": ("inpaint",), "depth_map": ("depth",)}
 EXAMPLE = "a red cube to the left of a blue sphere"
@@ -119,7 +127,7 @@ class Page:
         self.parts: dict[str, Any] = {}  # by name, all but the controls
         self.held: dict[str, Any] = {}  # components of the controls, by name
         self.groups: dict[str, Any] = {}  # accordions that some tasks lack
-        with gr.Blocks(title="Stable Diffusion", analytics_enabled=False, delete_cache=(600, 7200)) as blocks:
+        with gr.Blocks(title="Stable Diffusion", analytics_enabled=False, delete_cache=SWEEP) as blocks:
             self.results = gr.State([])
             self.chosen = gr.State(0)
             gr.HTML("<h1>Stable Diffusion</h1>", elem_id="title")
@@ -431,7 +439,7 @@ class Page:
         if isinstance(error, InputError):
             return in_labels(error)
         if isinstance(error, ServiceError):
-            return _labelled(error.message)
+            return IN_TERMINAL.get(error.code) or _labelled(error.message)
         LOG.error(one_line(f"the page: {type(error).__name__}: {error}"), exc_info=self.debug)
         return "This failed; the terminal in which the page runs says why."
 
@@ -462,7 +470,7 @@ class Page:
         if job.error is not None:
             raise job.error
         made = await anyio.to_thread.run_sync(self._keep, order, job, session)
-        results = [*made, *results][:KEPT_RESULTS]
+        results = [*made, *(one for one in results if Path(one.file).exists())][:KEPT_RESULTS]
         self.folders.keep(session, {Path(one.file).parent for one in results})
         count = "1 image" if len(job.images) == 1 else f"{len(job.images)} images"
         yield idle | {
@@ -543,7 +551,14 @@ class Page:
             image.save(folder / name)
             inputs.append(str(folder / name))
         reader = self.engine.models.reader(order.model)
-        command = partial(command_line, order.task, files=reader.files, runtime=self.engine.runtime)
+        command = partial(
+            command_line,
+            order.task,
+            files=reader.files,
+            runtime=self.engine.runtime,
+            lora_folder=self.engine.options.lora_folder,
+            safety=self.engine.models.choices.get("safety", "auto"),
+        )
         if order.sheet is not None:
             seed = order.request.seed
             file = folder / "sheet.png"
@@ -649,6 +664,9 @@ class Page:
         if not results:
             return {self.parts["status"]: status_html("There is no result to start from yet.", "error")}
         file = results[min(chosen, len(results) - 1)].file
+        if not Path(file).exists():
+            message = "That result is there no more; its command makes it again."
+            return {self.parts["status"]: status_html(message, "error")}
         updates = self._shape(task) | {self.parts["task"]: task.name}
         if task.name in IMAGES_OF["editor"]:
             part, value = self.parts["editor"], {"background": file, "layers": [], "composite": file}

@@ -20,9 +20,9 @@ from ldm.errors import InputError
 from ldm.service.guards import is_foreign
 from ldm.service.models import NamedModel, bundled_models, name_of
 from ldm.service.options import ServiceOptions, is_loopback
-from ldm.webui.files import BUNDLED_CONTROLS, LORA_FOLDER, Files
+from ldm.webui.files import LORA_FOLDER, Files
 from ldm.webui.options import PageOptions, password_check, read_users
-from ldm.weights.loading import ABLE, ROOT, choose_model
+from ldm.weights.loading import ABLE, choose_model, find
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -155,12 +155,11 @@ def open_engine(
     from ldm.service.engine import Engine
 
     files = Files.found(options.lora_folder, options.embedding_folder, options.control_folder)
-    folders = {}
-    if options.lora_folder is None and files.loras:
-        folders["lora_folder"] = LORA_FOLDER
-    if options.control_folder is None and files.controls:
-        folders["control_folder"] = str((ROOT / BUNDLED_CONTROLS[0]).parent)
-    engine = Engine.open(page_models(named), replace(options, **folders), runtime, **choices)
+    folder = options.lora_folder
+    if folder is None and find(LORA_FOLDER).is_dir():
+        folder = LORA_FOLDER
+    options = replace(options, lora_folder=folder, offered=files.paths)
+    engine = Engine.open(page_models(named), options, runtime, **choices)
     return engine, files
 
 

@@ -6,10 +6,10 @@ import torch
 from tiny_sampling import normal, tiny_model
 from torch import Tensor
 
-from ldm.errors import InputError
+from ldm.errors import FieldError, InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import ImageRequest
-from ldm.pipeline.conditioning import conditions
+from ldm.pipeline.conditioning import check_task, conditions
 from ldm.pipeline.settings.text import Reading
 from ldm.sampling import Denoiser
 from ldm.util import instantiate_from_config
@@ -90,3 +90,11 @@ def test_a_model_that_needs_more_is_an_error_in_words(
     if given:
         with pytest.raises(InputError, match="conditioned by crossattn"):
             conditions(tiny_model(), REQUESTS, embed, **given)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 64])
+def test_tiles_are_for_models_that_enlarge(tile: int) -> None:
+    """Others decoded in them, unchecked: a tile of 1 was a ZeroDivisionError, others had seams."""
+    check_task("text", ImageRequest("a", tile=0))
+    with pytest.raises(FieldError, match=f"tile {tile}: this model enlarges nothing"):
+        check_task("text", ImageRequest("a", tile=tile))

@@ -393,6 +393,25 @@ def test_model_hashes_of_any_length_are_text(digest):
     assert parse_a1111(a1111_parameters(MINIMAL | {"model_hash": digest}))["model_hash"] == digest
 
 
+@pytest.mark.parametrize(
+    ("sampler", "scale", "line"),
+    [
+        ("ddim", 0.6, "Sampler: DDIM CFG++, CFG scale: 7.5"),  # the web UI divides its scale by 12.5
+        ("ddim", 0.56, "Sampler: DDIM CFG++, CFG scale: 7.0"),
+        ("euler_ancestral", 0.6, "Sampler: Euler a CFG++, CFG scale: 0.6"),
+    ],
+)
+def test_cfg_pp_is_in_the_samplers_name(sampler, scale, line):
+    """It was in no name, so that the text was that of another image; and "DDIM CFG++" was not known."""
+    request = ImageRequest("a", sampler=sampler, cfg_pp=True, scale=scale, width=64, height=64)
+    text = a1111_parameters(request.settings())
+    assert line in text
+    found = parse_a1111(text)
+    assert (found["sampler"], found["cfg_pp"], found["scale"]) == (sampler, True, pytest.approx(scale))
+    assert parse_a1111("Steps: 5, Sampler: DPM++ 2M CFG++")["sampler"] == "DPM++ 2M CFG++"
+    assert "cfg_pp" not in parse_a1111("Steps: 5, Sampler: DDIM")
+
+
 def test_a_text_of_prompts_only():
     assert parse_a1111("a cat, dog: 3") == {"prompt": "a cat, dog: 3"}
     assert parse_a1111("a\nNegative prompt:b\nc") == {"prompt": "a", "negative_prompt": "b\nc"}

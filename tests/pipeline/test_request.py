@@ -188,3 +188,9 @@ def test_a_value_of_0_is_given(values: dict, words: str) -> None:
 def test_no_churn_is_as_if_it_were_not_given() -> None:
     """It was refused: s_churn without s_churn."""
     assert ImageRequest(sampler="euler", s_churn=0.0).s_churn == 0
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_no_churn_is_no_option_of_a_sampler_without_any(sampler: str) -> None:
+    """The check let a churn of 0 pass, and the sampler was called with it: a TypeError."""
+    assert ImageRequest(sampler=sampler, s_churn=0.0).options == {}

@@ -131,6 +131,38 @@ def test_the_options_of_samplers(url: str, reference: Pipeline) -> None:
         assert np.abs(pixels(found.json()["images"][0]) - same.pixels).max() <= 1
 
 
+def test_cfg_pp_by_the_web_uis_name(url: str, reference: Pipeline) -> None:
+    """It was refused as a sampler that nobody knows, with a message in which "sampler_name" stood for all
+    settings. The web UI divides the scale of its sampler by 12.5.
+    """
+    body = {"prompt": "a cat", "sampler_name": "DDIM CFG++", "cfg_scale": 7.5, "seed": 3, **SIZE}
+    found = post(url, "txt2img", **body).json()
+    info = json.loads(found["info"])
+    assert (info["sampler_name"], info["cfg_scale"]) == ("DDIM CFG++", 7.5)
+    assert "Sampler: DDIM CFG++, CFG scale: 7.5," in info["infotexts"][0]
+    values = {"sampler": "ddim", "cfg_pp": True, "scale": 0.6, "seed": 3, "steps": 2}
+    (same,) = reference.generate([ImageRequest("a cat", **values, **READING)])
+    assert np.abs(pixels(found["images"][0]) - same.pixels).max() <= 1
+    detail = post(url, "txt2img", **body | {"sampler_name": "DPM++ 2M CFG++"}).json()["detail"]
+    assert detail.startswith("sampler_name DPM++ 2M CFG++ is not known: CFG++ is cfg_pp with ddim, ddpm,")
+
+
+def test_numbers_may_be_texts(url: str) -> None:
+    """As the web UI takes them; they were refused as no numbers."""
+    texts = {"steps": "2", "seed": "-1", "cfg_scale": "3.5", "width": "16", "height": "24.0", "n_iter": " 1 "}
+    info = json.loads(post(url, "txt2img", prompt="a cat", **texts).json()["info"])
+    assert (info["steps"], info["cfg_scale"], info["width"], info["height"]) == (2, 3.5, 16, 24)
+    refused = post(url, "txt2img", prompt="a cat", steps="2x").json()
+    assert refused["detail"].startswith("steps: it is no whole number")
+
+
+def test_an_empty_checkpoint_is_the_current_one(url: str) -> None:
+    """It was a model that nobody knows."""
+    own = {"override_settings": {"sd_model_checkpoint": ""}}
+    assert post(url, "txt2img", prompt="a cat", **own, **SIZE).status_code == 200
+    assert post(url, "options", sd_model_checkpoint="").status_code == 200
+
+
 def test_variations(url: str, reference: Pipeline) -> None:
     found = post(
         url, "txt2img", prompt="a", seed=3, subseed=9, subseed_strength=0.4, batch_size=2, **SIZE
@@ -252,7 +284,9 @@ def test_several_images_make_a_batch(url: str) -> None:
 
 
 def test_what_does_nothing_here_is_named(url: str) -> None:
+    """Nothing is saved here, of which the reply to `save_images` said nothing."""
     body = {"prompt": "a", "restore_faces": True, "styles": ["oil"], "do_not_save_grid": True, "wibble": 3}
+    body["save_images"] = True
     body |= {
         "alwayson_scripts": {"ADetailer": {"args": [False]}, "empty": {"args": []}},
         "seed_resize_from_h": -1,
@@ -265,6 +299,7 @@ def test_what_does_nothing_here_is_named(url: str) -> None:
         "restore_faces",
         "styles",
         "wibble",
+        "save_images",
         "alwayson_scripts",
         "override_settings.eta_noise_seed_delta",
     ]

@@ -4,6 +4,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from fastapi import Request
 from fastapi.testclient import TestClient
 
 from ldm.service import a1111, native, openai, score
-from ldm.service.app import Service, contract_of, create_app, in_words
+from ldm.service.app import READ_AT_A_TIME, Service, contract_of, create_app, in_words
 from ldm.service.engine import Engine
 from ldm.service.errors import Cancelled, DeadlinePassed, Refused, ServiceError
 from ldm.service.logs import JsonLog
 from ldm.service.moderation import Moderation
+from ldm.service.schema import request_of
 
 PATHS = {"/generate": native, "/score": score, "/v1/images/generations": openai, "/sdapi/v1/txt2img": a1111}
 
@@ -193,6 +195,64 @@ def test_a_deadline_is_the_waiting_requests_too(service: Service, gate: threadin
             await service.finish(job, request)
 
     asyncio.run(work())
+
+
+def test_few_requests_are_read_at_a_time(service: Service) -> None:
+    """A request of 28 KB is an image of 16 MB, and 200 of them at once were decoded side by side."""
+
+    async def work() -> None:
+        async with AsyncExitStack() as stack:
+            for _ in range(READ_AT_A_TIME):
+                await stack.enter_async_context(service.room(http(asyncio.Event())))
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05), service.room(http(asyncio.Event())):
+                    pass
+        late = http(asyncio.Event())
+        late.state.arrived = time.monotonic() - 2
+        with pytest.raises(DeadlinePassed):
+            async with service.room(late, timeout=1):
+                pass
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"json": {"prompt": "a", "init_img": "no image"}}),
+        ("/sdapi/v1/img2img", {"json": {"prompt": "a", "init_images": ["no image"]}}),
+        ("/v1/images/edits", {"data": {"prompt": "a"}, "files": {"image": b"no image"}}),
+        ("/score", {"json": {"input_data": {"columns": ["prompt", "image"], "data": [["a", "no image"]]}}}),
+    ],
+)
+def test_no_image_is_decoded_that_has_no_room(model: tuple[Path, Path], path: str, body: dict) -> None:
+    """Each was decoded before the queue was asked, and refused afterwards."""
+    with tiny_service.running(model, queue_size=1, max_images=1) as engine, tiny_service.held(engine):
+        engine.submit([tiny_service.request()], client="other")
+        with TestClient(
+            create_app(Service(engine, engine.options, log=JsonLog())), base_url="http://localhost"
+        ) as client:
+            answer = client.post(path, **body)
+        assert answer.status_code == 429
+        assert "Retry-After" in answer.headers
+        engine.close()
+
+
+def test_a_requests_time_runs_from_its_arrival(
+    service: Service, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read slowly, or moderated slowly, had its whole deadline left."""
+
+    def slow(*given: Any, **named: Any) -> Any:
+        time.sleep(0.3)
+        return request_of(*given, **named)
+
+    monkeypatch.setattr("ldm.service.native.request_of", slow)
+    with TestClient(create_app(service), base_url="http://localhost") as client:
+        start = time.monotonic()
+        answer = client.post("/generate", json={"prompt": "a", "timeout": 0.2})
+    assert answer.status_code == 504
+    assert time.monotonic() - start < 0.5
 
 
 def test_files_of_a_job_are_made_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,11 @@ def test_the_container_is_not_root_and_says_how_it_is() -> None:
     assert lines_of("STOPSIGNAL") == ["SIGTERM"]
 
 
+def test_the_memory_of_decoded_images_is_given_back() -> None:
+    """Each of the threads that decode them kept an arena of its own, many GB in all."""
+    assert "MALLOC_ARENA_MAX=2" in DOCKERFILE
+
+
 def test_what_is_copied_is_there_and_nothing_else_reaches_the_build() -> None:
     """The list of what may be sent to the builder begins with nothing at all."""
     assert IGNORE[0] == "*"

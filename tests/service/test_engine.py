@@ -238,6 +238,30 @@ def test_the_queue_is_bounded(model: tuple[Path, Path]) -> None:
         assert engine.counters["jobs_cancelled"] == 1
 
 
+def test_the_images_that_requests_start_from_have_a_limit(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue of few images could hold as many GB of what these start from. One that several share counts
+    once, requests without any always have room, and one that is over makes room.
+    """
+    monkeypatch.setattr("ldm.service.engine.HELD_BYTES", 2 * 4 * 16 * 16)
+    started = request(init_img=photo(), strength=0.5)
+    with held(engine):
+        jobs = [engine.submit([started] * 2, client="a"), engine.submit([from_photo()], client="b")]
+        with pytest.raises(QueueFull):
+            engine.submit([from_photo()], client="c")
+        jobs.append(engine.submit([request()], client="c"))
+        jobs[0].cancel()
+        jobs.append(engine.submit([from_photo()], client="c"))
+    for job in jobs[1:]:
+        images_of(job)
+    images_of(engine.submit([from_photo((64, 64))], client="a"))  # however large, alone it may come
+
+
+def from_photo(size: tuple[int, int] = (16, 16)) -> ImageRequest:
+    return request(init_img=photo(size), strength=0.5, height=16, width=16)
+
+
 def test_many_threads_get_their_own_images(engine: Engine, model: tuple[Path, Path]) -> None:
     config, weights = map(str, model)
     pipeline = Pipeline.load(weights, config, RuntimeOptions(device="cpu", batch_size=8), safety="off")
@@ -326,6 +350,12 @@ def test_a_deadline_ends_a_job_wherever_it_is(engine: Engine, waits: bool) -> No
         assert error.status == 504
         assert engine.queue_length == 0
     goes_on(engine)
+
+
+def test_the_time_before_the_queue_counts(engine: Engine) -> None:
+    """The deadline began when the request had been read and moderated, however long that took."""
+    job = engine.submit([request()] * 2, client="a", timeout=5, arrived=time.monotonic() - 6)
+    assert isinstance(failed(job), DeadlinePassed)
 
 
 def test_a_client_may_not_ask_for_more_time_than_there_is(model: tuple[Path, Path]) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ldm.errors import InputError
 from ldm.pipeline.request import ImageRequest
+from ldm.service.errors import LimitExceeded
 from ldm.service.moderation import API_VERSION, KEY, LARGEST_IMAGE, Moderation, fitted, prompts_of
 from ldm.service.options import ServiceOptions
 
@@ -305,6 +306,69 @@ def test_a_negative_prompt_is_asked_about_where_the_image_shows_it() -> None:
     requests = [ImageRequest("a", negative_prompt="b"), ImageRequest("a", negative_prompt="c", scale=0.0)]
     assert prompts_of(requests) == ["a", "c"]
     assert prompts_of([ImageRequest("a", prompt_to="d", prompt_mix=0.5)]) == ["a", "d"]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ({"prompt": "a:0 AND b:0", "scale": 7.5}, True),
+        ({"prompt": "a:1 AND b:-1", "scale": 7.5}, True),
+        ({"prompt": "a:0.1 AND b:0.1", "scale": 4.0}, True),
+        ({"prompt": "a:0.1", "scale": 7.5, "guidance_start": 0.5}, True),
+        ({"prompt": "a:0.1"}, True),
+        ({"prompt": "a", "cfg_pp": True}, True),
+        ({"prompt": "a AND b", "scale": 0.6}, False),
+        ({"prompt": "a:0.2", "scale": 7.5}, False),
+        ({"prompt": "a"}, False),
+    ],
+)
+def test_weights_decide_what_is_left_of_a_negative_prompt(values: dict, shown: bool) -> None:
+    """The image of `a:0 AND b:0` is that of the negative prompt at any scale, and only the scale was looked
+    at.
+    """
+    request = ImageRequest(negative_prompt="c", prompt_syntax="a1111", **values)
+    assert ("c" in prompts_of([request])) is shown
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red kni[fe:0] on grass",
+        "a red [kni|kni]fe on grass",
+        "a red [x:kni:1]fe on grass",
+        "a red kni(fe:1) on grass",
+        r"a red kni\fe on grass",
+        "a red kni<lora:none:0>fe on grass",
+        "a cube AND a red kni[fe:0]:0.5 on grass",
+        "a red kni&#102;e on grass",
+    ],
+)
+def test_a_word_that_is_written_in_parts_is_asked_about_whole(prompt: str) -> None:
+    """The image is exactly that of the word, about which nobody was asked. The prompt itself is asked about,
+    too.
+    """
+    texts = prompts_of([ImageRequest(prompt, prompt_syntax="a1111")])
+    assert texts[0] == prompt
+    assert any("red knife" in " ".join(text.split()) for text in texts[1:])
+    hidden = ImageRequest("a", negative_prompt=prompt, prompt_syntax="a1111", scale=0.0)
+    assert any("red knife" in " ".join(text.split()) for text in prompts_of([hidden]))
+
+
+def test_a_word_of_the_second_pass_is_asked_about() -> None:
+    """Shares of the steps above 1 are those of the second pass."""
+    values = {"prompt_syntax": "a1111", "steps": 10, "hires": 2.0}
+    assert "a knife" in prompts_of([ImageRequest("a kni[x:fe:1.4]", **values)])
+    assert "a knife" not in prompts_of([ImageRequest("a kni[x:fe:1.4]", **(values | {"hires": None}))])
+
+
+def test_a_prompt_without_marks_is_asked_about_once() -> None:
+    """So is one whose alternatives come again; the texts of one prompt have a limit, for the hook's sake."""
+    assert prompts_of([ImageRequest("a  cat ", prompt_syntax="a1111")] * 3) == ["a  cat "]
+    turns = ImageRequest("[a|b] cat", prompt_syntax="a1111", steps=150)
+    assert prompts_of([turns]) == ["[a|b] cat", "a cat", "b cat"]
+    many = ImageRequest(" ".join(f"[a{k}:{k}]" for k in range(40)), prompt_syntax="a1111")
+    with pytest.raises(LimitExceeded, match="more than 32 texts"):
+        prompts_of([many])
 
 
 # In the contracts

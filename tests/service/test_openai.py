@@ -139,6 +139,14 @@ def test_an_edit_without_a_mask_starts_from_the_image(
     assert np.abs(pixels(found.b64_json) - wanted.pixels).max() <= 1
 
 
+@pytest.mark.parametrize("timesteps", [[900, 100], "900,100", [900]])
+def test_an_edit_takes_lists_of_numbers(client: openai.OpenAI, start: Image.Image, timesteps: Any) -> None:
+    """OpenAI's client sends a field for each number, which were "given 4 times"; one alone stays a text."""
+    own = {"outpaint": [0, 16, 0, 0], "timesteps": timesteps}
+    (found,) = client.images.edit(image=file_of(start), prompt="a cat", extra_body=own).data
+    assert decoded(found.b64_json).size == (64, 80)
+
+
 @pytest.mark.parametrize(
     ("format", "exif", "size"),
     [

@@ -108,6 +108,28 @@ def test_the_command_computes_alike() -> None:
     assert command.runtime == RuntimeOptions(precision="full", tome=0.25, eager=True)
 
 
+@pytest.mark.parametrize("syntax", ["a1111", "plain"])
+@pytest.mark.parametrize("folder", ["models/loras", "own loras"])
+def test_a_lora_of_the_prompt_is_looked_for_where_the_page_does(
+    syntax: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command looked for it in models/loras, and found none."""
+    (tmp_path / "own loras").mkdir()
+    monkeypatch.chdir(tmp_path)
+    request = asked(TEXT, {"prompt": "a <lora:ink:0.5>", "prompt_syntax": syntax})
+    given = parsed(command_line(TEXT, request, lora_folder=folder)).given
+    named = syntax == "a1111" and folder != "models/loras"
+    assert given.get("lora_folder") == (folder if named else None)
+    plain = parsed(command_line(TEXT, asked(TEXT, {}), lora_folder=folder)).given
+    assert plain.get("lora_folder") is None
+
+
+def test_the_command_checks_images_alike() -> None:
+    """What the page had blackened, or not, the command did otherwise."""
+    assert parsed(command_line(TEXT, asked(TEXT, {}), safety="off")).run.safety == "off"
+    assert "--safety" not in command_line(TEXT, asked(TEXT, {}))
+
+
 def test_the_images_that_it_starts_from() -> None:
     control = Control("net.safetensors", SMALL)
     request = asked(PAINT, {}, {"init_img": SMALL, "mask": SMALL, "control": (control,)})

@@ -52,6 +52,7 @@ def test_untouched_controls_are_the_commands_defaults() -> None:
         ("steps", " 7 ", 7),
         ("scale", "3.5", 3.5),
         ("seed", str(2**63 - 1), 2**63 - 1),  # which a browser's number could not hold
+        ("seed", "-1", None),  # by chance, which was refused here alone
         ("sampler", "euler_ancestral", "euler_ancestral"),
         ("schedule", "karras", "karras"),
         ("timesteps", "999, 700,400", (999.0, 700.0, 400.0)),

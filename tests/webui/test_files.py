@@ -22,10 +22,20 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
 
 
 def test_files_are_offered_by_name(files: Files) -> None:
-    assert files.loras == {"Ink.safetensors": "loras/Ink.safetensors", "wash.pt": "loras/wash.pt"}
+    assert {name: files.loras[name] for name in ("Ink.safetensors", "wash.pt")} == {
+        "Ink.safetensors": "loras/Ink.safetensors",
+        "wash.pt": "loras/wash.pt",
+    }
     assert files.embeddings == {"toy.pt": "words/toy.pt"}
     assert files.controls["edges.pth"] == "nets/edges.pth"
-    assert files.controls["scenes-128-canny"].endswith("models/scenes-128-canny/model.safetensors")
+
+
+def test_what_came_with_the_repository_is_offered_beside_them(files: Files) -> None:
+    """A folder of one's own hid the bundled LoRA, and of the two ControlNets there was only one."""
+    assert files.loras["few-steps.safetensors"].endswith("models/loras/few-steps.safetensors")
+    for name in ("scenes-128-canny", "scenes-64-canny"):
+        assert files.controls[name].endswith(f"models/{name}/model.safetensors")
+    assert {files.loras["wash.pt"], files.embeddings["toy.pt"], files.controls["edges.pth"]} < {*files.paths}
 
 
 def test_weights_are_for_all_or_for_each(files: Files) -> None:

@@ -11,9 +11,10 @@ import tiny_service
 pytest.importorskip("gradio")
 
 from ldm.pipeline.request import ImageRequest
+from ldm.service.batch import Failure
 from ldm.service.engine import Engine
 from ldm.webui.files import Files
-from ldm.webui.page import Page, changes, image_of, progress_html, status_html
+from ldm.webui.page import Page, Result, changes, image_of, progress_html, status_html
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,37 @@ def test_a_job_that_nobody_listens_to_any_more_is_cancelled(page: Page, engine: 
 
     assert asyncio.run(abandon()).state == "cancelled"
     assert page.running == {}
+
+
+def test_an_open_tab_keeps_its_results(page: Page, tmp_path: Path) -> None:
+    """gradio took results, and the images they start from, for temporary files of its own, and removed them
+    under an open tab after two hours. What is gone all the same is in no gallery, where it was an error.
+    """
+    blocks = page.blocks()
+    assert blocks.delete_cache[1] >= 7 * 24 * 3600
+    there = tmp_path / "there" / "1.png"
+    there.parent.mkdir()
+    there.touch()
+    before = [Result(str(file), "seed 1", "", ()) for file in (there, tmp_path / "gone" / "1.png")]
+    asked = {part: getattr(part, "value", None) for part in (*page.held.values(), *page.parts.values())}
+    asked |= {page.results: before, page.held["steps"]: "1"}
+
+    async def last() -> dict:
+        request = SimpleNamespace(session_hash="s", username=None)
+        return [one async for one in page.generate(asked, request)][-1]
+
+    update = asyncio.run(last())
+    made, *others = update[page.results]
+    assert others == before[:1]
+    assert [file for file, _ in update[page.parts["gallery"]]["value"]] == [made.file, str(there)]
+    sent = page.send(page.tasks[0], before, 1)
+    assert "is there no more" in sent[page.parts["status"]]
+
+
+def test_where_there_is_no_service_the_terminal_says_why(page: Page) -> None:
+    """Users of the page were sent to the log of a service."""
+    failure = Failure.of(RuntimeError("secret"))
+    assert page._reason(failure.error) == "Sampling failed; the terminal in which the page runs says why."
 
 
 @pytest.mark.parametrize("debug", [False, True])

@@ -36,12 +36,16 @@ def byte_symbols() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
-def clean(text: str) -> str:
-    """Mend broken encodings, undo HTML entities, fold white space, lower the case (as open_clip)."""
+def mended(text: str) -> str:
+    """A text whose broken encodings are mended and whose HTML entities are undone (as open_clip)."""
     import ftfy
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+def clean(text: str) -> str:
+    """A mended text with its white space folded and its case lowered (as open_clip)."""
+    return " ".join(mended(text).split()).lower()
 
 
 def rows_of(texts: list[list[int]], tokenizer: "CLIPTokenizer | BERTTokenizer") -> torch.Tensor:
