@@ -105,7 +105,7 @@ def make_parser() -> cli.Parser:
     cli.group_of(parser, "output").add_argument("--base64", action="store_true", help=text)
     elsewhere = [name for name, each in settings_of(ImageRequest).items() if each.group in (DEPTH, UPSCALE)]
     cli.add_options(parser, ImageRequest, leave_out=("seed", *OF_LINES, *elsewhere))
-    no_run = ("n_iter", "n_samples", "skip_grid", "skip_save", "n_rows", "json", "save_depth", "save_control")
+    no_run = ("n_iter", "n_samples", "skip_grid", "skip_save", "n_rows", "save_depth", "save_control")
     cli.add_options(parser, RunOptions, leave_out=no_run, defaults={"outdir": "outputs/batch-score"})
     cli.add_model_options(parser)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
@@ -342,7 +342,8 @@ def write_answers(scoring: Scoring, sources: Sequence[Source], made: Mapping[int
             write_whole(path, json_list(answers))
         except OSError as error:
             raise cannot_write(path, error) from error
-        print(path)
+        if not scoring.run.json:  # of which each line is an image
+            print(path)
 
 
 def answer_of(
@@ -406,7 +407,9 @@ def main(argv: list[str] | None = None) -> int:
     code, made = 0, {}
     if requests:
         own: list[str] = []  # this run's id: another run may start in the folder meanwhile
-        with contextlib.redirect_stdout(io.StringIO()):  # the folder's name, which is no result here
+        # the folder's name is no result here, and --json does not print it
+        quiet = contextlib.nullcontext() if scoring.run.json else contextlib.redirect_stdout(io.StringIO())
+        with quiet:
             code = run(pipeline, requests, replace(scoring.run, seed=seed), started=own.append)
         if code not in (0, 1):
             return code

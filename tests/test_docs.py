@@ -12,6 +12,7 @@ from ldm.cli.arguments import parse
 from ldm.cli.tables import COMMANDS, options_page
 from ldm.fields import listed_by_name
 from ldm.pipeline.request import ImageRequest
+from ldm.sampling.catalogue import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,6 +87,31 @@ def test_every_option_has_a_row() -> None:
         for action in make()._actions:
             if action.dest != "help":
                 assert f"`{action.option_strings[0]}" in page
+
+
+def test_cells_of_the_tables_are_whole() -> None:
+    """`{red|blue}` was three columns, and `__name__` bold."""
+    rows = [line for line in options_page().splitlines() if line.startswith("| `")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows)
+    assert any(r"{red\|blue}" in row for row in rows)
+    assert any(r"\_\_name\_\_" in row for row in rows)
+
+
+def test_options_of_compare_and_walk_have_rows() -> None:
+    page = options_page().partition("## `compare.py`")[2]
+    for flag in ("--x", "--y", "--z", "--prompts", "--seeds", "--frames", "--loop", "--fps"):
+        assert f"| `{flag}" in page
+
+
+def test_the_page_of_samplers_says_where_the_noise_is() -> None:
+    """In the words of --list_samplers."""
+    rows = (ROOT / "docs/samplers.md").read_text().splitlines()
+    for name, facts in SAMPLERS.items():
+        noise = "" if facts.stochastic == "never" else facts.stochastic
+        found = next(
+            row.split("|")[4].replace("`", "").strip() for row in rows if re.match(rf"\| `{name}`", row)
+        )
+        assert found == noise, name
 
 
 def test_the_readme_is_short() -> None:

@@ -7,12 +7,14 @@ import re
 
 from ldm.cli.arguments import TEMPLATES, WHOLE_RUN
 from ldm.cli.parser import (
+    compare_parser,
     depth2img_parser,
     img2img_parser,
     inpaint_parser,
     serve_parser,
     txt2img_parser,
     upscale_parser,
+    walk_parser,
 )
 from ldm.fields import settings_of
 from ldm.pipeline.request import ImageRequest
@@ -21,11 +23,18 @@ HEADING = """# Options
 
 Every option of `txt2img.py`, `img2img.py`, `inpaint.py`, `depth2img.py` and `upscale.py`; `compare.py` takes
 those of the first two and `walk.py` those of the first, with folders of their own and one image at a time.
-Where an option is not for all of the five, the commands that have it stand behind its meaning. This page is
-made from the code by `python -m ldm.cli.tables > docs/options.md`, and a test holds it equal. A line of a
-JSON prompt file may have, under their names without the dashes: {line_options}.
+Where an option is not for all of the five, the commands that have it stand behind its meaning. At the end are
+the further options of `compare.py`, `walk.py` and `serve.py`. The other commands (`batch_score.py`,
+`finetune.py`, `train.py`, `evaluate.py`, `verify.py` and so on) show theirs with `--help`.
+
+This page is made from the code by `python -m ldm.cli.tables > docs/options.md`, and a test holds it equal. A
+line of a JSON prompt file may have, under their names without the dashes: {line_options}.
 """
-SERVE = "Its own ones; `serve.py --help` shows those of the model, too."
+OWN = {  # of the commands that have most of the options above as well
+    "compare.py": "Its own ones, beside those of `txt2img.py`, or with `--init-img` of `img2img.py`.",
+    "walk.py": "Its own ones, beside those of `txt2img.py`.",
+    "serve.py": "Its own ones; `serve.py --help` shows those of the model, too.",
+}
 ORDER = (
     *("prompt", "size", "sampling", "further guidance", "init image", "inpainting", "depth", "upscaling"),
     "control",
@@ -61,9 +70,20 @@ def options_page() -> str:
         lines += [_row(actions, len(parsers)) for actions in options.values()]
         lines.append("")
     service = next(group for group in serve_parser()._action_groups if group.title == "service")
-    lines += ["## `serve.py`", "", SERVE, "", "| option | default | meaning |", "|---|---|---|"]
-    lines += [_row({"serve": action}, 1) for action in service._group_actions]
-    return "\n".join([*lines, ""])
+    further = {
+        "compare.py": _further(compare_parser(), parsers["txt2img"]),
+        "walk.py": _further(walk_parser(), parsers["txt2img"]),
+        "serve.py": service._group_actions,
+    }
+    for command, actions in further.items():
+        lines += [f"## `{command}`", "", OWN[command], "", "| option | default | meaning |", "|---|---|---|"]
+        lines += [*(_row({command: action}, 1) for action in actions), ""]
+    return "\n".join(lines)
+
+
+def _further(parser: argparse.ArgumentParser, known: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The options of a parser that the known one has not."""
+    return [action for action in parser._actions if action.dest not in {each.dest for each in known._actions}]
 
 
 def _row(actions: dict[str, argparse.Action], commands: int) -> str:
@@ -82,7 +102,12 @@ def _row(actions: dict[str, argparse.Action], commands: int) -> str:
         parts = (f"{shown.get(value, value)} in {', '.join(names)}" for value, names in commands_of.items())
         default = "; ".join(parts)
     action = next(iter(actions.values()))
-    return f"| {_spelling(action)} | {default} | {meaning} |".replace("<", "&lt;")
+    return f"| {_spelling(action)} | {_escaped(default)} | {_escaped(meaning)} |"
+
+
+def _escaped(text: str) -> str:
+    """A text as a cell of a table shows it: no further column, no bold text, no HTML."""
+    return text.replace("|", r"\|").replace("__", r"\_\_").replace("<", "&lt;")
 
 
 def _split(help: str) -> tuple[str, str]:
@@ -99,6 +124,7 @@ def _spelling(action: argparse.Action) -> str:
     elif action.nargs != 0:
         value = action.metavar or action.dest.upper()
         value = value if isinstance(value, str) else " ".join(value)
+        value += " …" if action.nargs == "+" else ""
     if action.nargs == "?" and action.choices:
         value = f"[{value}]"
     return ", ".join(f"`{flag} {value}`".replace(" `", "`") for flag in action.option_strings)

@@ -73,7 +73,7 @@ def uses_ends_only(sampler: str) -> bool:
 
 def table() -> str:
     """All samplers, as text for a terminal."""
-    rows = [("sampler", "order", "calls/step", "stochastic", "schedule", "arXiv", "also known as")]
+    rows = [("sampler", "order", "calls/step", "noise", "schedule", "arXiv", "also known as")]
     rows += [
         (name, str(s.order), s.calls, s.stochastic, s.schedule, s.paper, ", ".join(s.aliases))
         for name, s in SAMPLERS.items()

@@ -36,12 +36,14 @@ class SamplerFacts:
 
     @property
     def stochastic(self) -> str:
-        """yes, no, or the option that makes it so."""
+        """Whether steps add noise: never, always, or with the option that makes them."""
         if not self.noise:
-            return "no"
+            return "never"
         if "s_churn" in self.options:
-            return "s_churn > 0"
-        return "yes" if self.options.get("eta", 1.0) > 0 else "eta > 0"
+            return "with --s_churn"
+        if "eta" not in self.options:
+            return "always"
+        return "always, --eta scales it" if self.options["eta"] > 0 else "with --eta"
 
 
 @dataclass(frozen=True)

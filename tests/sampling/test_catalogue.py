@@ -108,20 +108,20 @@ def test_options_are_the_functions_own(sampler):
     assert set(facts.options) <= set(USER_OPTIONS)
     assert facts.options == {name: parameters[name].default for name in facts.options}
     assert bool(facts.options) <= bool(facts.noise)  # they all are about noise
-    assert facts.stochastic in ("yes", "no", "eta > 0", "s_churn > 0")
+    assert facts.stochastic in ("never", "always", "always, --eta scales it", "with --eta", "with --s_churn")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_what_is_stochastic_is_so_by_default(sampler):
     """Or not: an option that has to be raised from 0."""
     facts = catalogue.SAMPLERS[sampler]
-    option = {"eta > 0": "eta", "s_churn > 0": "s_churn"}.get(facts.stochastic)
+    option = {"with --eta": "eta", "with --s_churn": "s_churn"}.get(facts.stochastic)
     parameters = inspect.signature(SAMPLERS[sampler]).parameters
     if option:
         assert parameters[option].default == 0
     elif "eta" in facts.options:
         assert parameters["eta"].default == (0.3 if sampler == "tcd" else 1)
-    assert (facts.stochastic == "no") == (not facts.noise)
+    assert (facts.stochastic == "never") == (not facts.noise)
 
 
 def test_options_with_a_rho_are_the_schedules_that_take_it():

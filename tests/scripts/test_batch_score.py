@@ -188,6 +188,16 @@ def test_a_dry_run_writes_nothing(batch: Command) -> None:
     assert len(result.out) == 2
 
 
+def test_json_lines_of_images(batch: Command) -> None:
+    """`--json` prints a line for each image, and of `--plan` what that found, but no name of a file."""
+    content = "prompt\na cat\na dog\n"
+    made = batch("--json", a_csv=content)
+    assert [json.loads(line)["prompt"] for line in made.out] == ["a cat", "a dog"]
+    assert len(answers(made, "a.csv")) == 2
+    (plan,) = batch("--plan", "--json", a_csv=content, folder="planned").out
+    assert json.loads(plan)["images"] == 2
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path, model: tuple[Path, Path]) -> None:
     """kill -9 in the middle; then the answers are those of a run by two processes that nobody killed."""
