@@ -347,7 +347,7 @@ def test_the_image_is_diffusers(
     )
     request = painted(mask, init_img=init, steps=10, scale=7.5, negative_prompt="a dog")
     request = inpainting.resolve(request)
-    start = drawing._image_noise(inpainting, [request]).start()
+    start = drawing._image_noise(inpainting, [request], inpainting.trajectory(request)[1]).start()
     pixels(inpainting, request)
 
     other = tiny_inpainting.diffusers_pipeline(inpainting_model[1])
