@@ -216,15 +216,14 @@ class OpenVino(Ours):
     """
 
     def __init__(self, files: dict[str, Path], precision: str):
-        from ldm.optimize.openvino import import_openvino
+        from ldm.optimize.openvino import core
 
         super().__init__(files, "full", "cpu", ("--eager",))  # its UNet and decoder are never read from disk
-        core = import_openvino().Core()
-        core.set_property({"CACHE_DIR": str(files["openvino"] / "compiled")})
+        core().set_property({"CACHE_DIR": str(files["openvino"] / "compiled")})
         hint = {"INFERENCE_PRECISION_HINT": {"full": "f32", "bf16": "bf16"}[precision]}
         parts = {"unet": self.model.model.diffusion_model, "decoder": self.model.first_stage_model.decoder}
         for name, module in parts.items():
-            compiled = core.compile_model(files["openvino"] / f"{name}.xml", "CPU", hint)
+            compiled = core().compile_model(files["openvino"] / f"{name}.xml", "CPU", hint)
             module.forward = partial(self.call, compiled.create_infer_request(), 2 if name == "unet" else 1)
 
     def call(self, request: Any, rows: int, *inputs: Any, **named: Any) -> Any:

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +70,16 @@ def import_openvino() -> ModuleType:
     import openvino
 
     return openvino
+
+
+@cache
+def core() -> Any:
+    """OpenVINO's core, one for the process and never let go of.
+
+    Its CPU plugin gives the thread that first uses it another stack for signal handlers, and unmaps that when
+    the core ends, in whatever thread that is: the next signal, such as Ctrl-C, would kill the process.
+    """
+    return import_openvino().Core()
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -175,7 +186,7 @@ class StaticShapes:
     """
 
     def __init__(self, name: str, path: Path, most: int = 2, report: Report = notice):
-        self.core = import_openvino().Core()
+        self.core = core()
         self.model = self.core.read_model(path)
         self.name, self.most, self.report = name, most, report
         self.requests: OrderedDict[tuple, Any] = OrderedDict()

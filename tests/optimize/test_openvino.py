@@ -303,6 +303,23 @@ def test_without_the_package_a_line_says_what_to_install(model: LatentDiffusion,
     assert all(map(torch.equal, outputs(model), plain))
 
 
+@pytest.mark.usefixtures("converted")
+def test_signals_are_handled_after_a_network_is_let_go_of_in_another_thread() -> None:
+    """As a service does that drops a model: the next signal killed the process without a word, as OpenVINO
+    had unmapped the stack that it had given to the first thread for signal handlers.
+    """
+    (path,) = (cache_folder() / "openvino").glob("decoder-*/model.xml")
+    code = (
+        "import gc, signal, sys, threading; from pathlib import Path; import torch;"
+        "from ldm.optimize.openvino import StaticShapes;"
+        "networks = [StaticShapes('decoder', Path(sys.argv[1]))]; networks[0](torch.zeros(1, 4, 8, 8));"
+        "thread = threading.Thread(target=networks.clear); thread.start(); thread.join(); gc.collect();"
+        "signal.signal(signal.SIGINT, lambda *_: print('handled')); signal.raise_signal(signal.SIGINT)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "handled"), done.stderr
+
+
 @pytest.mark.usefixtures("openvino")
 def test_nothing_is_reported_to_anybody() -> None:
     """Converting a model sent an event to Google Analytics, as OpenVINO does unless it is kept from it."""
