@@ -243,7 +243,11 @@ class Pipeline:
     @property
     def _alphas(self) -> np.ndarray | None:
         """The model's alphas_cumprod, [timesteps]; None if only a model that is not built yet has them."""
-        return self.model.alphas_cumprod.cpu().numpy() if "model" in self.__dict__ else self._config_alphas
+        return self._model_alphas if "model" in self.__dict__ else self._config_alphas
+
+    @cached_property
+    def _model_alphas(self) -> np.ndarray:
+        return self.model.alphas_cumprod.cpu().numpy()  # which waits for a GPU that is at work
 
     @cached_property
     def _config_alphas(self) -> np.ndarray | None:

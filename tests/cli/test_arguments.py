@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from commands import Result, refused
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from json_lines import json_lines
 from PIL import Image
@@ -238,6 +238,7 @@ VALUES = (
     command=st.sampled_from(list(COMMANDS)),
     data=json_lines(st.dictionaries(NAMES | st.text(max_size=9), VALUES, max_size=3)),
 )
+@example(command="txt2img", data=b'{"prompt": "a cat", "embedding": []}')
 def test_any_options_of_a_line_are_used_or_one_error(tmp_path_factory, command, data) -> None:
     """None is taken for another one, and nothing ends the program."""
     path, asked = tmp_path_factory.mktemp("fuzz") / "p.jsonl", COMMANDS[command]
@@ -255,7 +256,7 @@ def test_any_options_of_a_line_are_used_or_one_error(tmp_path_factory, command, 
             assert differing <= names | SET_BY_CHECKS | {"prompt"}
             assert own.prompt == line.prompt
             for name in names - SET_BY_CHECKS:
-                assert isinstance(getattr(own, name), str | int | float)
+                assert isinstance(getattr(own, name), str | int | float | tuple)
 
 
 @pytest.mark.parametrize(
