@@ -5,6 +5,8 @@ this toolkit has `--graphs`, which its users have to ask for. They are called in
 slows down slows all of them.
 """
 
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red cube on top of a blue sphere"
 SCALE = 7.5
 SIDE = 64  # latents
@@ -48,6 +51,17 @@ class Ours:
         self.model = self.pipeline.model
         self.device = self.model.device
         self.inputs: dict[int, tuple] = {}
+
+    @staticmethod
+    def command(
+        files: dict[str, Path], precision: str, device: str, flags: tuple[str, ...], steps: int, folder: Path
+    ) -> list[str]:
+        """The command that makes one image, in `folder`, with all that a user's does by default."""
+        size = ["--H", str(8 * SIDE), "--W", str(8 * SIDE), "--n_samples", "1", "--n_iter", "1"]
+        argv = ["--config", str(files["config"]), "--ckpt", str(files["weights"]), "--precision", precision]
+        argv += ["--device", device, "--safety", "off", "--outdir", str(folder), "--prompt", PROMPT, *size]
+        argv += ["--sampler", "dpmpp_2m", "--steps", str(steps), "--scale", str(SCALE), *flags]
+        return [sys.executable, str(ROOT / "scripts/txt2img.py"), *argv]
 
     def text(self) -> Any:
         return self.model.get_learned_conditioning(["", PROMPT])
@@ -82,6 +96,8 @@ class Ours:
             PROMPT, height=8 * SIDE, width=8 * SIDE, sampler="dpmpp_2m", steps=steps, scale=SCALE
         )
         for image in self.pipeline.generate([request]):
+            if image.pixels is None:
+                raise ValueError("an image came out as NaN")
             Image.fromarray(image.pixels).save(path)
 
 
@@ -212,14 +228,17 @@ class Diffusers:
 class OpenVino(Ours):
     """OpenVINO's UNet and decoder, converted for one image of one size; the rest is our plain path.
 
-    A larger batch is made one image after the other. https://docs.openvino.ai/2026/
+    A larger batch is made one image after the other. What it compiles it keeps on disk in float32 only: in
+    bfloat16 a UNet that is read from there yields NaN in two of three processes (2026.4.1, AMD Zen 5). One
+    that is compiled anew, which takes 2 s instead of 1.5, never did. https://docs.openvino.ai/2026/
     """
 
     def __init__(self, files: dict[str, Path], precision: str):
         from ldm.optimize.openvino import core
 
         super().__init__(files, "full", "cpu", ("--eager",))  # its UNet and decoder are never read from disk
-        core().set_property({"CACHE_DIR": str(files["openvino"] / "compiled")})
+        if precision == "full":
+            core().set_property({"CACHE_DIR": str(files["openvino"] / "compiled")})
         hint = {"INFERENCE_PRECISION_HINT": {"full": "f32", "bf16": "bf16"}[precision]}
         parts = {"unet": self.model.model.diffusion_model, "decoder": self.model.first_stage_model.decoder}
         for name, module in parts.items():
@@ -332,17 +351,24 @@ def resident_peak() -> int:
 class Contender:
     """A process that serves, what it took to start, and whether its parts can be called one by one."""
 
-    def __init__(self, make: Callable[..., Any], *args: Any):
+    def __init__(self, name: str, make: Callable[..., Any], *args: Any):
         context = get_context("spawn")
-        self.pipe, other = Pipe()
+        self.name, (self.pipe, other) = name, Pipe()
         self.process = context.Process(target=serve, args=(other, make, args), daemon=True)
         self.process.start()
         other.close()
-        self.load_seconds, self.has_parts = self.pipe.recv()
+        self.load_seconds, self.has_parts = self.answer("start")
 
     def call(self, method: str, *given: Any, wanted: bool = False) -> Any:
         self.pipe.send((method, given, wanted))
-        return self.pipe.recv()
+        return self.answer(method)
+
+    def answer(self, method: str) -> Any:
+        """What the process sends; a RuntimeError if it has ended, after it said why on stderr."""
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{self.name} ended in {method!r}") from None
 
     def close(self) -> None:
         self.pipe.close()
@@ -356,7 +382,7 @@ def contenders(makes: dict[str, partial]) -> Iterator[dict[str, Contender]]:
     running: dict[str, Contender] = {}
     try:
         for name, make in makes.items():
-            running[name] = Contender(make.func, *make.args)
+            running[name] = Contender(name, make.func, *make.args)
         yield running
     finally:
         for contender in running.values():
@@ -382,24 +408,31 @@ def one_image(make: Callable[..., Any], args: tuple, steps: int, path: Path) -> 
 
 
 def from_start(
-    makes: dict[str, partial], files: dict[str, Path], steps: int, path: Path
+    makes: dict[str, partial], files: dict[str, Path], steps: int, path: Path, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds from the start of a process to its end, which an image's file precedes, two by each in turn.
+    """Seconds from the start of a process to its end, after the image's file; `rounds` of each in turn.
 
+    This toolkit's process is its command, `txt2img.py`, which also writes a grid, a watermark and metadata.
     Its weights are in the page cache. The first one may find no compiled model and no chosen kernels in the
     user's cache folder, which it fills.
     """
     readings: dict[str, list[float]] = {name: [] for name in makes}
-    for _ in range(2):
+    for _ in range(rounds):
         for name, make in makes.items():
             read_through(files.get(name.split()[0], files["weights"]))
             start = time.perf_counter()
-            process = get_context("spawn").Process(target=one_image, args=(make.func, make.args, steps, path))
-            process.start()
-            process.join()
+            if make.func is Ours:
+                command = Ours.command(*make.args, steps, path.parent)
+                code = subprocess.run(command, capture_output=True).returncode
+            else:
+                given = (make.func, make.args, steps, path)
+                process = get_context("spawn").Process(target=one_image, args=given)
+                process.start()
+                process.join()
+                code = process.exitcode
             readings[name].append(time.perf_counter() - start)
-            if process.exitcode:
-                raise RuntimeError(f"{name} made no image (exit code {process.exitcode})")
+            if code:
+                raise RuntimeError(f"{name} made no image (exit code {code})")
     return readings
 
 

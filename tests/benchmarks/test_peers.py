@@ -3,6 +3,7 @@
 import importlib
 import sys
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,22 @@ def test_the_toolkit_takes_part_as_its_commands_set_it_up(files, tmp_path):
     assert ours.decode().shape == (1, 3, 64, 64)
     ours.image(2, tmp_path / "image.png")
     assert Image.open(tmp_path / "image.png").size == (64, 64)
+
+
+def test_from_its_start_the_toolkit_is_its_command(files, tmp_path):
+    """A process that only called the library lacked what a command does for a quick start and end."""
+    make = partial(peers.Ours, files, "full", "cpu", ("--eager",))
+    readings = peers.from_start({"this": make}, files, 1, tmp_path / "image.png", 2)
+    assert len(readings["this"]) == 2
+    images = list((tmp_path / "samples").glob("*.png"))
+    assert [Image.open(path).size for path in images] == [(64, 64)] * 2
+
+
+def test_a_contender_that_ends_is_named(files, tmp_path):
+    """OpenVINO's NaN on a Zen 5 was reported as `EOFError`, of nobody."""
+    missing = files | {"weights": tmp_path / "missing.ckpt"}
+    with pytest.raises(RuntimeError, match="this ended in 'start'"):
+        peers.Contender("this", peers.Ours, missing, "full", "cpu")
 
 
 @torch.no_grad()
