@@ -45,23 +45,24 @@ class Ours:
         from ldm.cli.arguments import parse
         from ldm.cli.parser import txt2img_parser
 
-        argv = ["--config", str(files["config"]), "--ckpt", str(files["weights"]), "--precision", precision]
-        argv += ["--device", device, "--safety", "off", *flags]
+        argv = self.options(files, precision, device, flags)
         self.pipeline = parse(txt2img_parser(), argv).pipeline()
         self.model = self.pipeline.model
         self.device = self.model.device
         self.inputs: dict[int, tuple] = {}
 
     @staticmethod
-    def command(
-        files: dict[str, Path], precision: str, device: str, flags: tuple[str, ...], steps: int, folder: Path
-    ) -> list[str]:
-        """The command that makes one image, in `folder`, with all that a user's does by default."""
-        size = ["--H", str(8 * SIDE), "--W", str(8 * SIDE), "--n_samples", "1", "--n_iter", "1"]
+    def options(files: dict[str, Path], precision: str, device: str, flags: tuple[str, ...]) -> list[str]:
         argv = ["--config", str(files["config"]), "--ckpt", str(files["weights"]), "--precision", precision]
-        argv += ["--device", device, "--safety", "off", "--outdir", str(folder), "--prompt", PROMPT, *size]
-        argv += ["--sampler", "dpmpp_2m", "--steps", str(steps), "--scale", str(SCALE), *flags]
-        return [sys.executable, str(ROOT / "scripts/txt2img.py"), *argv]
+        return [*argv, "--device", device, "--safety", "off", *flags]
+
+    @classmethod
+    def command(cls, *options: Any, steps: int, folder: Path) -> list[str]:
+        """The command that makes one image, in `folder`, with all that a user's does by default."""
+        argv = ["--prompt", PROMPT, "--n_samples", "1", "--n_iter", "1", "--outdir", str(folder)]
+        argv += ["--H", str(8 * SIDE), "--W", str(8 * SIDE), "--scale", str(SCALE)]
+        argv += ["--sampler", "dpmpp_2m", "--steps", str(steps)]
+        return [sys.executable, str(ROOT / "scripts/txt2img.py"), *cls.options(*options), *argv]
 
     def text(self) -> Any:
         return self.model.get_learned_conditioning(["", PROMPT])
@@ -422,7 +423,7 @@ def from_start(
             read_through(files.get(name.split()[0], files["weights"]))
             start = time.perf_counter()
             if make.func is Ours:
-                command = Ours.command(*make.args, steps, path.parent)
+                command = Ours.command(*make.args, steps=steps, folder=path.parent)
                 code = subprocess.run(command, capture_output=True).returncode
             else:
                 given = (make.func, make.args, steps, path)
