@@ -1040,7 +1040,8 @@ def parser() -> argparse.ArgumentParser:
         "--from_start",
         type=number(int, 1, 1000),
         metavar="STEPS",
-        help="let `peers` also make an image of so many steps in fresh processes (20 take minutes on a CPU)",
+        help="let `peers` also make an image of so many steps in fresh processes, as often as --repeats says "
+        "(20 take a minute or two each on a CPU)",
     )
     add("--batches", nargs="+", type=number(int, 1), help="batch sizes for `peers` (1 2; on a GPU 1 4 8 16)")
     add("--repeats", type=number(int, 1), default=5, help="readings of each time of `peers` and `ideas` (5)")

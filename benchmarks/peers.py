@@ -424,7 +424,9 @@ def from_start(
             start = time.perf_counter()
             if make.func is Ours:
                 command = Ours.command(*make.args, steps=steps, folder=path.parent)
-                code = subprocess.run(command, capture_output=True).returncode
+                done = subprocess.run(command, capture_output=True, text=True)
+                code = done.returncode
+                sys.stderr.write(done.stderr if code else "")
             else:
                 given = (make.func, make.args, steps, path)
                 process = get_context("spawn").Process(target=one_image, args=given)

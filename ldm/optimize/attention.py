@@ -60,7 +60,8 @@ def shifts(q: Tensor, k: Tensor) -> Tensor:
     of 8 from the shift.
     """
     every = SAMPLED if k.shape[2] >= SHORTEST else 1
-    largest = torch.matmul(k[:, :, ::every], q.transpose(-1, -2)).amax(-2)
+    images = zip(k[:, :, ::every], q, strict=True)  # one at a time, as over all keys it is the whole matrix
+    largest = torch.stack([torch.matmul(keys, rows.transpose(-1, -2)).amax(-2) for keys, rows in images])
     own = every > 1 and q.shape[2] == k.shape[2]
     return torch.maximum(largest, (q * k).sum(-1)) if own else largest
 
