@@ -122,7 +122,8 @@ class Ideas(Ours):
         apply = {
             "memory kept": lambda model: memory.keep_memory() and memory.return_memory(model),
             "upsampling folded": upsampling.fold_upsampling,
-            "oneDNN convolutions": layers.use_onednn_convolutions,
+            "oneDNN convolutions": lambda model: layers.use_onednn_convolutions(model, "onednn"),
+            "Winograd's convolutions": lambda model: layers.use_onednn_convolutions(model, "winograd"),
             "oneDNN linear layers": lambda model: layers.use_onednn_linears(model, packed=True),
             "attention in rows": attention.use_attention_in_rows,
             "prefix shared": guidance.share_prefix,
@@ -140,13 +141,15 @@ def combinations(precision: str, device: str) -> list[tuple[str, ...]]:
     if device != "cpu":
         more = ("keys and values kept", "timesteps kept")
         return [(), ("graphs",), *(("graphs", one) for one in more), ("compiled", "graphs")]
-    more = (
+    more = [
         "upsampling folded",
         "oneDNN convolutions",
         "oneDNN linear layers",
         "attention in rows",
         "prefix shared",
-    )
+    ]
+    if precision == "full":
+        more.insert(2, "Winograd's convolutions")
     return [(), ("memory kept",), *(("memory kept", one) for one in more)]
 
 

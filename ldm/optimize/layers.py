@@ -33,10 +33,11 @@ from ldm.optimize.packed import (
 )
 from ldm.optimize.replaced import Made
 from ldm.optimize.upsampling import fold_upsampling, folded
+from ldm.optimize.winograd import MOST, MOST_IN_LARGE_TILES, takes_winograd, winograd_conv
 from ldm.weights.header import let_go
 
 GELU = ("gelu", [], "none")  # the exact one, by the error function
-MOST_CHANNELS, MOST_PIXELS = 640, 16 * 16  # of a layer that is measured: more of them change no ratio
+MOST_CHANNELS, MOST_PIXELS = 640, 16 * 16  # of a layer that is measured: more of them change few ratios
 # Squared channels times latents, over the residual blocks of a UNet that is measured as a whole. The bundled
 # models have a twentieth to a fifth of it, v1 a hundred times as much.
 SMALL_WORK = 2e7
@@ -61,6 +62,7 @@ ATTENTIONS = ("torch", "rows")
 KERNELS = {  # for --kernels
     "torch": Kernels("torch", "torch", "torch", "torch"),
     "onednn": Kernels("onednn", "folded", "packed", "rows"),
+    "winograd": Kernels("winograd", "folded", "packed", "rows"),
 }
 FOLDED = KERNELS["torch"]._replace(upsampling="folded")  # in float32 it is the faster one everywhere
 
@@ -86,10 +88,16 @@ def packed_conv(conv: nn.Conv2d) -> Forward:
     return forward
 
 
-# a name to what gives a layer its forward; oneDNN's convolution has channels last, and weights reordered once
+def fewest_products(conv: nn.Conv2d, most: int = MOST) -> Forward:
+    """Winograd's convolution for the layers that it is worth its memory for, else `packed_conv`."""
+    return winograd_conv(conv) if takes_winograd(conv, most) else packed_conv(conv)
+
+
+# a name to what gives a layer its forward; all but torch's have channels last, and weights reordered once
 CONVOLUTIONS: dict[str, Callable[[nn.Conv2d], Forward]] = {
     "torch": lambda conv: conv.forward,
     "onednn": packed_conv,
+    "winograd": fewest_products,  # in float32 alone another one than "onednn"
 }
 
 
@@ -157,7 +165,8 @@ def has_onednn(dtype: torch.dtype) -> bool:
     close = partial(torch.allclose, rtol=1e-2, atol=1e-2)
     try:
         with torch.no_grad():
-            return close(packed_conv(conv)(image), conv(image)) and all(
+            makes = (packed_conv, winograd_conv) if dtype == torch.float32 else (packed_conv,)
+            return all(close(make(conv)(image), conv(image)) for make in makes) and all(
                 close(make(linear)(rows), linear(rows)) for make in (packed_linear, onednn_linear)
             )
     except (AttributeError, NotImplementedError, RuntimeError):
@@ -183,14 +192,20 @@ def measured(unet: UNetModel, side: int) -> list[Shape]:
     return sorted(found)
 
 
+def convolutions_for(dtype: torch.dtype) -> tuple[str, ...]:
+    """The names of convolutions that differ for weights of this type."""
+    return tuple(name for name in CONVOLUTIONS if name != "winograd" or dtype == torch.float32)
+
+
 def conv_kernels(shapes: list[Shape], dtype: torch.dtype) -> Mapping[str, Callable[[], object]]:
-    """Calls of a 3x3 convolution of each shape: torch's, and oneDNN's with channels last."""
-    runs = {name: [] for name in CONVOLUTIONS}
+    """Calls of a 3x3 convolution of each shape: torch's, and the others with channels last."""
+    runs = {name: [] for name in convolutions_for(dtype)}
     for channels, height, width in shapes:
         conv = layer_of_ones(nn.Conv2d, channels, channels, 3, padding=1, dtype=dtype)
         x = torch.ones(2, channels, height, width, dtype=dtype)
-        runs["torch"].append(partial(conv, x))
-        runs["onednn"].append(partial(packed_conv(conv), x.contiguous(memory_format=torch.channels_last)))
+        last = x.contiguous(memory_format=torch.channels_last)
+        for name, calls in runs.items():
+            calls.append(partial(CONVOLUTIONS[name](conv), x if name == "torch" else last))
     return {name: partial(_call_all, calls) for name, calls in runs.items()}
 
 
@@ -204,7 +219,7 @@ def upsampling_kernels(
             layer = Upsample(channels)
         layer.conv = layer_of_ones(nn.Conv2d, channels, channels, 3, padding=1, dtype=dtype)
         x = torch.ones(2, channels, -(-height // 4), width, dtype=dtype)
-        if convolutions == "onednn":
+        if convolutions != "torch":
             x = x.contiguous(memory_format=torch.channels_last)
         runs["folded"].append(partial(folded(layer.conv, CONVOLUTIONS[convolutions]), x))
         layer.conv.forward = CONVOLUTIONS[convolutions](layer.conv)
@@ -256,8 +271,9 @@ def choose_kernels(model: LatentDiffusion) -> Kernels:
     if width and keys >= SHORTEST and dtype in (torch.float32, torch.bfloat16):
         work = f"attention, {kind}, {keys}x{width}"
         attention = choose(work, ATTENTIONS, partial(attention_kernels, width, keys, dtype))
-    names = tuple(CONVOLUTIONS)
-    convolutions = choose(f"convolutions, {levels}", names, partial(conv_kernels, shapes, dtype))
+    names = convolutions_for(dtype)
+    work = f"convolutions by {', '.join(names)}, {levels}"
+    convolutions = choose(work, names, partial(conv_kernels, shapes, dtype))
     small = [shape for shape in shapes if shape[2] < model.image_size] or shapes  # than the latents
     upsampling = partial(upsampling_kernels, small, dtype, convolutions)
     found = Kernels(
@@ -271,6 +287,8 @@ def choose_kernels(model: LatentDiffusion) -> Kernels:
     if work > SMALL_WORK or compiled or unet.num_classes is not None:
         return found
     sets = [found, found._replace(convolutions="torch", upsampling="torch"), KERNELS["torch"]]
+    if found.convolutions == "winograd":
+        sets.insert(1, found._replace(convolutions="onednn"))
     named = {"+".join(kernels): kernels for kernels in sets}
     if len(named) == 1:
         return found
@@ -326,23 +344,27 @@ def use_kernels(model: LatentDiffusion, kernels: Kernels) -> None:
     model.kernels = kernels
     if kernels.upsampling == "folded":
         fold_upsampling(model, CONVOLUTIONS[kernels.convolutions])
-    if kernels.convolutions == "onednn":
-        use_onednn_convolutions(model)
+    if kernels.convolutions != "torch":
+        use_onednn_convolutions(model, kernels.convolutions)
     if kernels.linears != "torch":
         use_onednn_linears(model, packed=kernels.linears == "packed")
     if kernels.attention == "rows":
         use_attention_in_rows(model)
 
 
-def use_onednn_convolutions(model: LatentDiffusion) -> None:
+def use_onednn_convolutions(model: LatentDiffusion, name: str) -> None:
     """Let the UNet and the first stage of `model` compute with channels last, on weights that are packed.
 
-    The convolutions' `weight` becomes None and `state_dict` lacks it, so that none is held twice.
+    The convolutions' `weight` becomes None and `state_dict` lacks it, so that none is held twice. But for one
+    after upsampling, which is folded in already: it is called for odd sizes alone.
     """
     for network in networks(model):
+        make = CONVOLUTIONS[name]
+        if name == "winograd" and isinstance(network, Decoder):  # it works once where a UNet has many steps
+            make = partial(fewest_products, most=MOST_IN_LARGE_TILES)
         for module in network.modules():
             if type(module) is nn.Conv2d and _is_plain(module):
-                module.forward = packed_conv(module)
+                module.forward = make(module)
                 _drop_weight(module)
         network.register_forward_hook(_channels_first)
 
@@ -360,16 +382,23 @@ def use_onednn_linears(model: LatentDiffusion, packed: bool) -> None:
 
 
 def networks(model: LatentDiffusion) -> Iterator[nn.Module]:
-    """The parts of `model` that work on feature maps."""
+    """The parts of `model` that work on feature maps.
+
+    In float32 without an encoder: most commands call none, and packing would bring its weights into memory,
+    137 MB for v1. A call takes 1.08 times as long without.
+    """
     yield model.model.diffusion_model
     for module in model.first_stage_model.modules():
-        if isinstance(module, Encoder | Decoder):
+        unused = isinstance(module, Encoder) and next(module.parameters()).dtype == torch.float32
+        if isinstance(module, Encoder | Decoder) and not unused:
             yield module
 
 
 def _is_plain(layer: nn.Conv2d | nn.Linear) -> bool:
     """Whether nothing else has changed the layer, and oneDNN's operators compute what it does."""
     if "forward" in vars(layer) or layer.weight is None or layer.weight.device.type != "cpu":
+        return False
+    if "made_of_weight" in vars(layer):  # upsampling is folded in
         return False
     padded = isinstance(layer, nn.Conv2d) and (
         layer.padding_mode != "zeros" or isinstance(layer.padding, str)

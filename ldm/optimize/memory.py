@@ -61,5 +61,5 @@ def return_memory(model: nn.Module) -> None:
         decoder.register_forward_pre_hook(around)
         decoder.register_forward_hook(around, always_call=True)
         for layer in decoder.modules():
-            if isinstance(layer, first_stage.ResnetBlock | first_stage.Upsample):
+            if isinstance(layer, first_stage.ResnetBlock | first_stage.Upsample) or layer is decoder.norm_out:
                 layer.register_forward_pre_hook(within)

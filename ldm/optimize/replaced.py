@@ -18,8 +18,9 @@ State = tuple[Tensor | None, list[Any]]  # of a layer: its weight, and what is m
 class Made:
     """What `make` makes of a layer's weight: what a forward reads in place of it, as `value`.
 
-    `dense` gives the weight back, exactly, for layers that keep no other copy; it may be a matrix. `plus`
-    adds a product of two float32 matrices to what was made of a float32 weight; None where it cannot.
+    `dense` gives the weight back for layers that keep no other copy, if not exactly then to rounding; it may
+    be a matrix. `plus` adds a product of two float32 matrices to what was made of a float32 weight; None
+    where it cannot.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm.modules.diffusionmodules import model as first_stage
 from ldm.modules.diffusionmodules import openaimodel as unet
 from ldm.optimize.replaced import Made
+from ldm.weights.header import let_go
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -70,6 +71,7 @@ def fold_upsampling(model: nn.Module, make: Callable[[nn.Conv2d], Forward] = lam
         ours = isinstance(module, unet.Upsample | first_stage.Upsample)
         if ours and module.conv.weight is not None and not module.conv.weight.is_meta:
             fold = folded(module.conv, make)
+            let_go(module.conv.weight.detach())  # which odd sizes alone are computed with
             module.forward = partial(_upsample, module.conv.weight.dtype, fold, module.forward)
 
 

@@ -74,8 +74,9 @@ class RuntimeOptions:
     kernels: str = setting(
         "measured",
         "on a CPU: for each kind of layer the fastest, measured once on a machine; or all of torch's own; or "
-        "all of oneDNN's, on weights in its layout",
-        choices=("measured", "torch", "onednn"),
+        "all of oneDNN's, on weights in its layout; or those with fewer multiplications for most 3x3 "
+        "convolutions in float32",
+        choices=("measured", "torch", "onednn", "winograd"),
         group="model",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="model")

@@ -11,6 +11,8 @@ from tiny_sampling import relative_difference, tiny_model
 from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.diffusionmodules import model as first_stage
+from ldm.modules.diffusionmodules import openaimodel
 from ldm.optimize import layers
 from ldm.optimize.layers import (
     KERNELS,
@@ -100,11 +102,19 @@ def test_no_weight_is_held_beside_its_packed_copy(dtype: torch.dtype) -> None:
     model = tiny_model().to(dtype)
     use_kernels(model, KERNELS["onednn"])
     unet = model.model.diffusion_model
-    convolutions = [m for part in layers.networks(model) for m in part.modules() if type(m) is nn.Conv2d]
+    folded = [m.conv for m in model.modules() if isinstance(m, openaimodel.Upsample | first_stage.Upsample)]
+    convolutions = [
+        m
+        for part in layers.networks(model)
+        for m in part.modules()
+        if type(m) is nn.Conv2d and not any(m is conv for conv in folded)
+    ]
     linears = [m for m in unet.modules() if type(m) is nn.Linear]
     assert convolutions
     assert linears
     assert all(module.weight is None for module in (*convolutions, *linears))
+    assert all(conv.weight is not None and "forward" not in vars(conv) for conv in folded)
+    assert folded
     assert unet.dtype == dtype
 
 
@@ -148,7 +158,7 @@ def test_a_packed_layer_that_is_cast_to_float32(dtype: torch.dtype) -> None:
     assert torch.equal(conv(x), expected)
 
 
-@pytest.mark.parametrize("operator", ["packed_conv", "packed_linear", "onednn_linear"])
+@pytest.mark.parametrize("operator", ["packed_conv", "winograd_conv", "packed_linear", "onednn_linear"])
 def test_a_torch_without_the_operators_leaves_the_model_plain(
     operator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +169,8 @@ def test_a_torch_without_the_operators_leaves_the_model_plain(
     monkeypatch.setattr(layers, "has_onednn", has_onednn.__wrapped__)
     model = tiny_model()
     assert choose_kernels(model) == layers.FOLDED
-    assert not has_onednn.__wrapped__(torch.bfloat16)
+    if operator != "winograd_conv":  # which is for float32 alone
+        assert not has_onednn.__wrapped__(torch.bfloat16)
 
 
 def test_kernels_that_the_processor_lacks_are_not_used(
@@ -204,7 +215,7 @@ def test_kernels_are_chosen_by_what_they_take(
         before = torch.get_rng_state()
         found = choose_kernels(model)
         assert torch.equal(torch.get_rng_state(), before)
-        wanted = Kernels("onednn", "folded", "packed", "torch") if last else KERNELS["torch"]
+        wanted = Kernels("winograd", "folded", "packed", "torch") if last else KERNELS["torch"]
         assert found == wanted  # the miniature has too few pixels for attention in rows
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.errors import FieldError
 from ldm.images.pixels import to_float
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.optimize import norm
+from ldm.optimize import norm, winograd
 from ldm.optimize.graph import graph_unet
 from ldm.optimize.guidance import share_prefix
 from ldm.optimize.layers import FOLDED, KERNELS, has_onednn, use_kernels
@@ -29,7 +29,7 @@ Load = Callable[..., Pipeline]
 AXES = {"x": (3,), "y": (2,), "both": (3, 2)}
 
 
-@pytest.fixture(params=["eager", "folded", "onednn", "fused norms"])
+@pytest.fixture(params=["eager", "folded", "onednn", "winograd", "fused norms"])
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LatentDiffusion:
     """The miniature with plain layers, and with each kind of fast ones."""
     model = tiny_model()
@@ -38,9 +38,10 @@ def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lat
         monkeypatch.setattr(norm, "fused_group_norm", lambda: norm.plain_group_norm)
         assert fuse_norms(model)
     elif request.param != "eager":
-        if request.param == "onednn" and not has_onednn(torch.float32):
+        if request.param != "folded" and not has_onednn(torch.float32):
             pytest.skip("this processor or torch has no oneDNN")
-        use_kernels(model, KERNELS["onednn"] if request.param == "onednn" else FOLDED)
+        monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 32)  # the miniature's are few
+        use_kernels(model, KERNELS.get(request.param, FOLDED))
         share_prefix(model)
     return model
 
