@@ -19,7 +19,8 @@ from torch import nn
 from ldm.cache import cache_folder
 
 MARGIN = 0.97  # the part of the time so far that a further kernel must stay below
-ROUNDS = 2  # readings of each kernel, after one that warms it up
+ROUNDS = 2  # readings of each kernel at least, after one that warms it up
+ENOUGH = 0.05  # seconds for further rounds: a call of a millisecond is seldom at its best in the first ones
 
 
 def fingerprint_of_layers(network: nn.Module) -> str:
@@ -64,7 +65,9 @@ def fastest(kernels: Mapping[str, Callable[[], Any]]) -> str:
     times = dict.fromkeys(kernels, float("inf"))
     for call in kernels.values():
         call()
-    for _ in range(ROUNDS):
+    began, rounds = time.perf_counter(), 0
+    while rounds < ROUNDS or time.perf_counter() - began < ENOUGH:
+        rounds += 1
         for name, call in kernels.items():
             start = time.perf_counter()
             call()

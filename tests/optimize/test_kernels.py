@@ -49,6 +49,23 @@ def test_a_further_kernel_has_to_be_clearly_faster(monkeypatch: pytest.MonkeyPat
     assert fastest(clock.taking(torch=1.0, onednn=1.2, packed=0.5)) == "packed"
 
 
+def test_a_short_call_is_measured_until_it_is_at_its_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in rows was left out in one start of six: its first three calls of 2 ms were its slowest."""
+    clock = Clock(monkeypatch)
+    kernels = clock.taking(torch=2.4e-3, rows=1.8e-3)
+    rows = kernels["rows"]
+
+    def slow_at_first() -> None:
+        rows()
+        clock.now += 2e-3 if clock.calls.count("rows") <= 4 else 0
+
+    assert fastest({**kernels, "rows": slow_at_first}) == "rows"
+    assert clock.calls.count("torch") < 20
+    clock.calls.clear()
+    assert fastest(clock.taking(torch=1.0, rows=0.8)) == "rows"
+    assert clock.calls.count("torch") == 1 + module.ROUNDS  # long ones are not called more often
+
+
 def test_a_choice_is_measured_once(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     clock = Clock(monkeypatch)
     assert choose("rows", clock.taking(slow=2.0, fast=1.0)) == "fast"
