@@ -37,7 +37,8 @@ from ldm.optimize.winograd import MOST, MOST_IN_LARGE_TILES, takes_winograd, win
 from ldm.weights.header import let_go
 
 GELU = ("gelu", [], "none")  # the exact one, by the error function
-MOST_CHANNELS, MOST_PIXELS = 640, 16 * 16  # of a layer that is measured: more of them change few ratios
+MOST_CHANNELS, MOST_PIXELS = 640, 16 * 16  # of a layer that is measured: more of them change no ratio
+MOST_PIXELS_OF_CONV = 32 * 16  # of a 3x3 convolution; fewer would not fill Winograd's tiles
 # Squared channels times latents, over the residual blocks of a UNet that is measured as a whole. The bundled
 # models have a twentieth to a fifth of it, v1 a hundred times as much.
 SMALL_WORK = 2e7
@@ -98,7 +99,7 @@ def fewest_products(conv: nn.Conv2d, most: int = MOST) -> Forward:
 CONVOLUTIONS: dict[str, Callable[[nn.Conv2d], Forward]] = {
     "torch": lambda conv: conv.forward,
     "onednn": packed_conv,
-    "winograd": fewest_products,  # in float32 alone another one than "onednn"
+    "winograd": fewest_products,  # differs from "onednn" in float32 only
 }
 
 
@@ -184,11 +185,11 @@ def feature_maps(unet: UNetModel, side: int) -> Iterator[tuple[int, int]]:
                 yield layer.out_layers[-1].out_channels, side
 
 
-def measured(unet: UNetModel, side: int) -> list[Shape]:
-    """The shapes of what each level works on, cut down where a part of it says as much."""
+def measured(unet: UNetModel, side: int, pixels: int = MOST_PIXELS) -> list[Shape]:
+    """The shapes of what each level works on, cut down to a part of so many pixels, which says as much."""
     found = set()
     for channels, size in feature_maps(unet, side):
-        height = min(size, max(1, MOST_PIXELS // size))
+        height = min(size, max(1, pixels // size))
         found.add((min(channels, MOST_CHANNELS), height, size))
     return sorted(found)
 
@@ -273,8 +274,9 @@ def choose_kernels(model: LatentDiffusion) -> Kernels:
         work = f"attention, {kind}, {keys}x{width}"
         attention = choose(work, ATTENTIONS, partial(attention_kernels, width, keys, dtype))
     names = convolutions_for(dtype)
+    larger = measured(unet, model.image_size, MOST_PIXELS_OF_CONV)
     work = f"convolutions by {', '.join(names)}, {levels}"
-    convolutions = choose(work, names, partial(conv_kernels, shapes, dtype))
+    convolutions = choose(work, names, partial(conv_kernels, larger, dtype))
     small = [shape for shape in shapes if shape[2] < model.image_size] or shapes  # than the latents
     upsampling = partial(upsampling_kernels, small, dtype, convolutions)
     found = Kernels(
@@ -356,7 +358,7 @@ def use_kernels(model: LatentDiffusion, kernels: Kernels) -> None:
 
 
 def copy_small_weights(model: LatentDiffusion) -> None:
-    """Give biases and norms of `model`'s networks memory of their own.
+    """Give biases, norms and other small weights of `model`'s networks memory of their own.
 
     In a mapped file they lie between weights that are packed. To read them there would bring pages of those
     back into memory, up to 2 MB around each: 0.3 GB of v1.
@@ -368,10 +370,11 @@ def copy_small_weights(model: LatentDiffusion) -> None:
 
 
 def use_onednn_convolutions(model: LatentDiffusion, name: str) -> None:
-    """Let the UNet and the first stage of `model` compute with channels last, on weights that are packed.
+    """Let the `networks` of `model` compute with channels last, on weights that are packed.
 
-    The convolutions' `weight` becomes None and `state_dict` lacks it, so that none is held twice. But for one
-    after upsampling, which is folded in already: it is called for odd sizes alone.
+    The convolutions' `weight` becomes None and `state_dict` lacks it, so that none is held twice. One that
+    upsampling is folded into keeps its weight: odd sizes still use it, and an autoencoder that has changed
+    to float32.
     """
     for network in networks(model):
         make = CONVOLUTIONS[name]
@@ -399,8 +402,8 @@ def use_onednn_linears(model: LatentDiffusion, packed: bool) -> None:
 def networks(model: LatentDiffusion) -> Iterator[nn.Module]:
     """The parts of `model` that work on feature maps.
 
-    In float32 without an encoder: most commands call none, and packing would bring its weights into memory,
-    137 MB for v1. A call takes 1.08 times as long without.
+    An encoder in float32 is left out: most commands call none, and packing would bring its weights into
+    memory, 137 MB for v1. Unpacked, its call takes 1.08 times as long.
     """
     yield model.model.diffusion_model
     for module in model.first_stage_model.modules():

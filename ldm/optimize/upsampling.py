@@ -68,10 +68,11 @@ def fold_upsampling(model: nn.Module, make: Callable[[nn.Conv2d], Forward] = lam
     is cut to an odd size, or has another type than the weights had, the plain forward is called.
     """
     for module in model.modules():
-        ours = isinstance(module, unet.Upsample | first_stage.Upsample)
-        if ours and module.conv.weight is not None and not module.conv.weight.is_meta:
+        if not isinstance(module, unet.Upsample | first_stage.Upsample) or "forward" in vars(module):
+            continue
+        if module.conv.weight is not None and not module.conv.weight.is_meta:
             fold = folded(module.conv, make)
-            let_go(module.conv.weight.detach())  # which odd sizes alone are computed with
+            let_go(module.conv.weight.detach())  # only odd sizes and another type are computed with it
             module.forward = partial(_upsample, module.conv.weight.dtype, fold, module.forward)
 
 

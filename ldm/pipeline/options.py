@@ -74,8 +74,8 @@ class RuntimeOptions:
     kernels: str = setting(
         "measured",
         "on a CPU: for each kind of layer the fastest, measured once on a machine; or all of torch's own; or "
-        "all of oneDNN's, on weights in its layout; or those with fewer multiplications for most 3x3 "
-        "convolutions in float32",
+        "all of oneDNN's, on weights in its layout; or oneDNN's, with fewer multiplications for 3x3 "
+        "convolutions of fine maps in float32",
         choices=("measured", "torch", "onednn", "winograd"),
         group="model",
     )

@@ -146,6 +146,18 @@ def test_using_kernels_twice_is_using_them_once(dtype: torch.dtype) -> None:
         with torch.inference_mode():
             outputs.append(model.apply_model(x, torch.tensor([500.0, 3.0]), context))
     assert torch.equal(*outputs)
+    made = [vars(layer)["made_of_weight"] for layer in model.modules() if "made_of_weight" in vars(layer)]
+    assert made
+    assert all(len(of_layer) == 1 for of_layer in made)
+
+
+def test_an_encoder_in_float32_is_not_packed(dtype: torch.dtype) -> None:
+    """Most commands never call it, and its weights would no longer stay in their file."""
+    model = tiny_model().to(dtype)
+    use_kernels(model, KERNELS["onednn"])
+    convolutions = [m for m in model.first_stage_model.encoder.modules() if type(m) is nn.Conv2d]
+    assert convolutions
+    assert all((conv.weight is not None) == (dtype == torch.float32) for conv in convolutions)
 
 
 def test_layers_of_other_kinds_stay_plain(model: LatentDiffusion) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_sampling import normal, relative_difference, tiny_model
 from torch import Tensor, nn
 
-from ldm.optimize import winograd
+from ldm.optimize import layers, winograd
 from ldm.optimize.layers import KERNELS, has_onednn, use_kernels
 from ldm.optimize.replaced import Replaceable
 from ldm.optimize.winograd import LARGE_TILES, SMALL_TILES, Winograd, bands, takes_winograd, winograd_conv
@@ -154,5 +154,26 @@ def test_unet_and_decoder_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = exact.apply_model(x.double(), t, context.double())
         assert relative_difference(fast.apply_model(x, t, context), expected) < 4e-6
         assert used == {2, 4}
+        used.clear()
         image = fast.decode_first_stage(x)
         assert relative_difference(image, exact.decode_first_stage(x.double())) < 4e-6
+        assert used == {4}
+
+
+@needs_onednn
+def test_a_decoder_has_large_tiles_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It works once for an image: of layers in small tiles it would gain less than their memory is worth."""
+    monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 32)
+    for module in (winograd, layers):
+        monkeypatch.setattr(module, "MOST_IN_LARGE_TILES", 32 * 32 - 1)
+    model = tiny_model()
+    use_kernels(model, KERNELS["winograd"])
+
+    def in_tiles(network: nn.Module) -> list[nn.Module]:
+        forwards = ((layer, vars(layer).get("forward")) for layer in network.modules())
+        return [
+            layer for layer, forward in forwards if getattr(forward, "func", None) == SMALL_TILES.convolve
+        ]
+
+    assert in_tiles(model.model.diffusion_model)
+    assert not in_tiles(model.first_stage_model)

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm.errors import InputError
+from ldm.optimize import winograd
 from ldm.optimize.autocast import keep_casts
 from ldm.optimize.context import keep_context
 from ldm.optimize.graph import Recording, graph_unet
-from ldm.optimize.layers import has_onednn
+from ldm.optimize.layers import KERNELS, has_onednn
 from ldm.optimize.offload import offload
 from ldm.optimize.timesteps import keep_timesteps
 from ldm.pipeline import ImageRequest, Pipeline, RuntimeOptions
@@ -29,9 +30,7 @@ from ldm.util import instantiate_from_config
 from ldm.weights.diffusers_names import unet_to_theirs
 from ldm.weights.lora_names import flat
 
-FAST = {"onednn": {"eager": False, "kernels": "onednn"}, "torch": {"eager": False, "kernels": "torch"}} | {
-    "eager": {"eager": True}
-}
+FAST = {name: {"eager": False, "kernels": name} for name in KERNELS} | {"eager": {"eager": True}}
 
 
 def request(*loras: object, **settings: object) -> ImageRequest:
@@ -164,9 +163,12 @@ def test_peft_computes_the_same(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kernels", FAST)
-def test_images_come_back_bit_for_bit(kernels: str, load: Callable, lora: Path, other: Path) -> None:
-    if kernels == "onednn" and not has_onednn(torch.float32):
+def test_images_come_back_bit_for_bit(
+    kernels: str, load: Callable, lora: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels in ("onednn", "winograd") and not has_onednn(torch.float32):
         pytest.skip("no oneDNN here")
+    monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 32)  # the miniature's are few
     pipeline, plainly = load(**FAST[kernels]), load()
     sets = [(), (lora,), (), (f"{lora}:0.5", f"{other}:0.7:0"), (lora,), ()]
     images = [pixels(pipeline, request(*one))[0] for one in sets]
