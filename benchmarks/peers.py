@@ -122,8 +122,8 @@ class Ideas(Ours):
         apply = {
             "memory kept": lambda model: memory.keep_memory() and memory.return_memory(model),
             "upsampling folded": upsampling.fold_upsampling,
-            "oneDNN convolutions": lambda model: layers.use_onednn_convolutions(model, "onednn"),
-            "Winograd's convolutions": lambda model: layers.use_onednn_convolutions(model, "winograd"),
+            "oneDNN convolutions": lambda model: layers.use_packed_convolutions(model, "onednn"),
+            "Winograd's convolutions": lambda model: layers.use_packed_convolutions(model, "winograd"),
             "oneDNN linear layers": lambda model: layers.use_onednn_linears(model, packed=True),
             "attention in rows": attention.use_attention_in_rows,
             "prefix shared": guidance.share_prefix,

@@ -350,7 +350,7 @@ def use_kernels(model: LatentDiffusion, kernels: Kernels) -> None:
     if kernels.upsampling == "folded":
         fold_upsampling(model, CONVOLUTIONS[kernels.convolutions])
     if kernels.convolutions != "torch":
-        use_onednn_convolutions(model, kernels.convolutions)
+        use_packed_convolutions(model, kernels.convolutions)
     if kernels.linears != "torch":
         use_onednn_linears(model, packed=kernels.linears == "packed")
     if kernels.attention == "rows":
@@ -369,7 +369,7 @@ def copy_small_weights(model: LatentDiffusion) -> None:
                 parameter.data = parameter.data.clone()
 
 
-def use_onednn_convolutions(model: LatentDiffusion, name: str) -> None:
+def use_packed_convolutions(model: LatentDiffusion, name: str) -> None:
     """Let the `networks` of `model` compute with channels last, on weights that are packed.
 
     The convolutions' `weight` becomes None and `state_dict` lacks it, so that none is held twice. One that

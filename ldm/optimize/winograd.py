@@ -156,16 +156,11 @@ SMALL_TILES, LARGE_TILES = Winograd(1), Winograd(0.625, 1.5)  # with ±1 and ±2
 
 
 def even_polynomial(pairs: Sequence[float]) -> list[float]:
-    """The product of x^2 - p^2 over up to two pairs, without its first coefficient, which is 1."""
-    squares = [p**2 for p in pairs]
-    match squares:
-        case []:
-            return []
-        case [one]:
-            return [-one]
-        case [one, other]:
-            return [-one - other, one * other]
-    raise ValueError(f"{len(squares)} pairs of points")
+    """Coefficients of the product of x^2 - p^2 over the pairs, without the first one, which is 1."""
+    found = [1.0]
+    for p in pairs:
+        found = [same - p**2 * lower for same, lower in zip([*found, 0], [0, *found], strict=True)]
+    return found[1:]
 
 
 def weighted_sum(terms: Sequence[tuple[float, Tensor]], out: Tensor | None = None) -> Tensor:
