@@ -31,8 +31,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benchmark import Row, machine, markdown, package_version
 from gpu.check import Check
+from report import Row, machine, markdown, package_version
 
 from ldm.cli.entry import run
 from ldm.cli.parser import Parser, number

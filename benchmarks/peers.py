@@ -25,6 +25,7 @@ SCALE = 7.5
 SIDE = 64  # latents
 TIMESTEP = 700.0
 STEPS = 50  # of an image, for images/s
+PRECISIONS = {"full": "float32", "half": "float16", "bf16": "bfloat16"}  # our option and what it means
 
 
 def noise(batch: int, device: Any) -> Any:

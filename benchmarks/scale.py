@@ -31,7 +31,8 @@ from typing import Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benchmark import GIB, PROMPT, Row, in_fresh_process, machine, seconds, write_results
+from measuring import GIB, PROMPT, in_fresh_process, seconds
+from report import Row, machine, write_results
 
 from ldm.cli.entry import run
 from ldm.cli.parser import Parser, number

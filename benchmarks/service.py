@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benchmark import RESULTS, Row, machine, write_results
+from report import RESULTS, Row, machine, write_results
 
 from ldm.cli.entry import run
 from ldm.cli.parser import Parser, number

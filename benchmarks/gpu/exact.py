@@ -8,7 +8,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from benchmark import GIB, Row, in_fresh_process
 from gpu.check import Check, notices
 from gpu.stand_in import (
     PROMPTS,
@@ -21,7 +20,9 @@ from gpu.stand_in import (
     random_model,
     request,
 )
+from measuring import GIB, in_fresh_process
 from PIL import Image
+from report import Row
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion

@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from benchmark import GAINS, GPU_IMAGE, Row, in_fresh_process
 from gpu.check import Check
 from gpu.exact import unet_inputs
 from gpu.stand_in import (
@@ -29,8 +28,11 @@ from gpu.stand_in import (
     request,
     synchronize,
 )
+from measuring import in_fresh_process
+from parts.against_peers import GAINS, GPU_IMAGE
 from peers import Diffusers, contenders, in_turn
 from PIL import Image
+from report import Row
 
 from ldm.images.metadata import encode_image
 from ldm.images.pixels import to_uint8

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 gpu_check = importlib.import_module("gpu_check")
 Check = importlib.import_module("gpu.check").Check
-Row = importlib.import_module("benchmark").Row
+Row = importlib.import_module("report").Row
 
 SLOW = ("replay", "oom", "compiled", "diffusers_compiled", "first", "first_compiled")
 # without a GPU "diffusers" does what "diffusers_compiled" does

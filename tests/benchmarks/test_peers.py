@@ -17,7 +17,7 @@ from ldm.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 peers = importlib.import_module("peers")
-benchmark = importlib.import_module("benchmark")
+against_peers = importlib.import_module("parts.against_peers")
 
 
 @pytest.fixture
@@ -108,13 +108,13 @@ def test_a_contender_without_parts_is_measured_as_far_as_it_can_be(monkeypatch, 
     found = peers.race({}, 5, [1, 2], 1, tmp_path)
     assert "step 1" not in found["stable-diffusion.cpp"]
     assert found["openvino"]["difference"] == 1.0  # of the first contender's, as there is no eager one
-    rows = {row.what: row for row in benchmark.peer_rows("float32", found, 5, cpu=True)}
+    rows = {row.what: row for row in against_peers.peer_rows("float32", found, 5, cpu=True)}
     image = rows["float32: one image, 5 DPM-Solver++ steps, with its PNG"].measured
     assert image == "1.00 s; openvino 2.00 s (0.50x); stable-diffusion.cpp 3.00 s (0.33x)"
     assert rows["float32: decoder"].measured == "1.00 s; openvino 2.00 s (0.50x)"
     assert "float32: largest difference to `this`, of the largest output" in rows
     alone = {"stable-diffusion.cpp": found["stable-diffusion.cpp"]}  # which was a KeyError, after its minutes
-    named = {row.what for row in benchmark.peer_rows("float32", alone, 5, cpu=False)}
+    named = {row.what for row in against_peers.peer_rows("float32", alone, 5, cpu=False)}
     assert "float32: one image, 5 DPM-Solver++ steps, with its PNG" in named
     assert "float32: decoder" not in named
     peers.plot({"float32": found}, 5, "title", tmp_path / "plot.png")
@@ -122,10 +122,10 @@ def test_a_contender_without_parts_is_measured_as_far_as_it_can_be(monkeypatch, 
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "v1_weights", lambda options: tmp_path / "weights.safetensors")
+    monkeypatch.setattr(against_peers, "v1_weights", lambda options: tmp_path / "weights.safetensors")
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     options = SimpleNamespace(
         device="cpu", steps=1, batches=[1], precisions=["full"], compiled=False, peers=["openvino"], repeats=1
     )
     with pytest.raises(InputError, match="--peers openvino: can be had here: this, this --eager"):
-        benchmark.measure_peers(options)
+        against_peers.measure_peers(options)
