@@ -52,6 +52,16 @@ def check_options(options: Options, device: torch.device) -> None:
         )
 
 
+def before_loading(options: Options, device: torch.device) -> None:
+    """What a model that `apply` will be called for needs before its weights come into memory.
+
+    InputError as `check_options`.
+    """
+    check_options(options, device)
+    if device.type == "cpu" and not options.eager:
+        keep_memory()
+
+
 def apply(model: LatentDiffusion, options: Options, device: torch.device) -> None:
     """Bring `model` to `device`, with what the options ask for and what makes it fast there.
 

@@ -28,6 +28,7 @@ from ldm.optimize.packed import (
     dense_halves,
     halves_plus_product,
     pack,
+    pack_conv,
     pack_halves,
     plus_product,
 )
@@ -75,9 +76,7 @@ def packed_conv(conv: nn.Conv2d) -> Forward:
         return packed_pointwise(conv)
     padding, stride, dilation = list(conv.padding), list(conv.stride), list(conv.dilation)
     geometry = (padding, stride, dilation, conv.groups)
-    made = Made(
-        conv, lambda weight: torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry), dense
-    )
+    made = Made(conv, partial(pack_conv, geometry=geometry), dense)
 
     def forward(x: Tensor) -> Tensor:
         packed = made.value

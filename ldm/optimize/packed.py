@@ -1,4 +1,4 @@
-"""Weights of linear layers in oneDNN's order, and products of matrices that are added to them there.
+"""Weights in oneDNN's order, and products of matrices that are added to those of linear layers there.
 
 For its products oneDNN keeps a weight [o, i] in blocks of rows, each block transposed: [o / n, i, n]. A
 LoRA's up @ down can be made in this order, block by block, which is faster than making the weight dense and
@@ -20,6 +20,14 @@ EXACT = 2**24  # float32 has all whole numbers below
 def pack(weight: Tensor) -> Tensor:
     """A weight [o, i], or that of a 1x1 convolution, in oneDNN's order."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1))
+
+
+def pack_conv(weight: Tensor, geometry: Sequence, input_size: Sequence[int] | None = None) -> Tensor:
+    """A weight [o, i / groups, kh, kw] in oneDNN's order.
+
+    `geometry` is padding, stride, dilation and groups; the order is the best for `input_size`, if given.
+    """
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, input_size)
 
 
 dense = Tensor.to_dense  # of a weight in oneDNN's order, exactly

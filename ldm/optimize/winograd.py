@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.optimize.packed import pack_conv
 from ldm.optimize.replaced import Made
 
 TILES = 64  # of one image, for oneDNN: with any other number it might reorder the weights at every call
@@ -99,9 +100,8 @@ class Winograd:
         """A weight [o, i, 3, 3] at the points, in oneDNN's order for the grouped convolution."""
         o, i = weight.shape[:2]
         values = self.kernel_matrix.to(weight.dtype) @ weight.reshape(o * i, 9).t()
-        values = values.view(-1, i, 1, 1).to_mkldnn()
         example = [1, self.points**2 * i, TILES, 1]  # the order depends on the size of the input
-        return torch._C._nn.mkldnn_reorder_conv2d_weight(values, *self.geometry, example)
+        return pack_conv(values.view(-1, i, 1, 1), self.geometry, example)
 
     def dense(self, packed: Tensor) -> Tensor:
         """What `pack` was given, as a matrix [o, 9 i], to float32's rounding."""

@@ -180,9 +180,9 @@ class Pipeline:
     @cached_property
     def model(self) -> LatentDiffusion:
         """The model on its device, with its weights and what it is fast with."""
-        from ldm.optimize.apply import apply, check_options
+        from ldm.optimize.apply import apply, before_loading
 
-        check_options(self.options, self.device)
+        before_loading(self.options, self.device)
         if self.files.notice:
             notice(self.files.notice)
         # A tensor of inference mode cannot be replaced later, as a LoRA replaces weights.

@@ -193,7 +193,7 @@ def test_a_torch_without_the_operators_leaves_the_model_plain(
     operator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(layer: nn.Module) -> None:
-        raise AttributeError("module 'torch._C._nn' has no attribute 'mkldnn_reorder_conv2d_weight'")
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_convolution_weight'")
 
     monkeypatch.setattr(layers, operator, missing)
     monkeypatch.setattr(layers, "has_onednn", has_onednn.__wrapped__)

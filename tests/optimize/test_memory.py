@@ -90,7 +90,7 @@ def test_memory_is_given_back_around_large_decodes_and_before_large_layers(
         with pytest.raises(RuntimeError):
             model.first_stage_model.decoder(torch.ones(1, 5, 64, 64))
         assert calls == [0, 0]  # before a decode and after it, though it failed
-        monkeypatch.setattr(module, "LARGE_TENSOR", 4 * 32 * 64 * 64)
+        monkeypatch.setitem(module.LARGE_INPUT, torch.nn.GroupNorm, 4 * 32 * 64 * 64)
         model.decode_first_stage(torch.ones(1, 4, 8, 8))
         assert calls == [0] * 7  # the two norms of each of the last level's two blocks, and the last norm
 
