@@ -70,6 +70,7 @@ THEIRS = {
     "clip_skip": CLIP_SKIP,
 }
 NUMERAL = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{1,20})?")
+WHOLE_NUMERAL = r"[+-]?[0-9]{1,20}(\.0{1,20})?"
 MOST_CLIENTS = 1024  # whose options and last job are remembered
 # What the web UI's fields say where they ask for nothing that is not done here anyway.
 NOTHING: dict[str, tuple[Any, ...]] = {
@@ -336,7 +337,7 @@ def read_order(content: Mapping[str, Any], service: Service, client: Client, fro
     seeds, subseeds, strength = seeds_of(fields, count)
     if strength:
         values |= {"variation_seed": subseeds[0], "variation_strength": strength}
-    fields.take("include_init_images")  # which the reply looks at
+    fields.switch("include_init_images", False)  # which the reply looks at
     send_images = fields.switch("send_images", True)
     starts = [
         request_of(values | ({} if one is None else {"init_img": one}), options, task=task) for one in images
@@ -634,8 +635,12 @@ def error_body(error: ServiceError) -> dict[str, Any]:
 
 # The schema
 
-NULLABLE_TEXT, NUMBER = {"type": ["string", "null"]}, {"type": ["number", "null"]}
-WHOLE, SWITCH = {"type": ["integer", "null"]}, {"type": ["boolean", "null"]}
+NULLABLE_TEXT = {"type": ["string", "null"]}
+# As the web UI does, `Fields` takes a number as a text, too, and 0 and 1 for a switch. A pattern is for texts
+# alone.
+NUMBER = {"type": ["number", "string", "null"], "pattern": rf"^\s*{NUMERAL.pattern}\s*$"}
+WHOLE = {"type": ["integer", "string", "null"], "pattern": rf"^\s*{WHOLE_NUMERAL}\s*$"}
+SWITCH = {"enum": [True, False, 0, 1, None]}
 COMMON = {
     **dict.fromkeys(("prompt", "negative_prompt", "sampler_name", "scheduler"), NULLABLE_TEXT),
     **dict.fromkeys(("seed", "subseed", "steps", "width", "height", "batch_size", "n_iter"), WHOLE),
@@ -662,10 +667,10 @@ IMG2IMG = {
         **COMMON,
         "init_images": {"type": "array", "minItems": 1, "items": BASE64},
         "mask": BASE64 | {"type": ["string", "null"]},
-        **dict.fromkeys(("resize_mode", *BLURS, "inpaint_full_res_padding", "inpainting_fill"), WHOLE),
-        **dict.fromkeys(("inpaint_full_res", "include_init_images"), SWITCH),
-        "inpainting_mask_invert": WHOLE,
+        **dict.fromkeys(("resize_mode", "inpaint_full_res_padding", "inpainting_fill"), WHOLE),
+        **dict.fromkeys(BLURS, NUMBER),
+        **dict.fromkeys(("inpaint_full_res", "inpainting_mask_invert", "include_init_images"), SWITCH),
     },
 }
-OPTIONS = {"type": "object", "properties": {CHECKPOINT: {"type": "string"}, CLIP_SKIP: WHOLE}}
+OPTIONS = {"type": "object", "properties": {CHECKPOINT: NULLABLE_TEXT, CLIP_SKIP: WHOLE}}
 PNG_INFO = {"type": "object", "required": ["image"], "properties": {"image": BASE64}}

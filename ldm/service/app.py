@@ -24,7 +24,14 @@ from ldm import __version__
 from ldm.errors import InputError
 from ldm.log import one_line
 from ldm.service import a1111, native, openai, score
-from ldm.service.errors import BadRequest, DeadlinePassed, Refused, ServiceError, from_input_error
+from ldm.service.errors import (
+    BadRequest,
+    DeadlinePassed,
+    Refused,
+    ServiceError,
+    about_image,
+    from_input_error,
+)
 from ldm.service.guards import App, Guards, Message, Receive, Scope, Send, Tokens
 from ldm.service.inputs import shortened
 from ldm.service.jobs import Job
@@ -105,7 +112,7 @@ class Service:
         """Inside, a request for so many images, or more, is read and submitted, few requests at a time.
 
         A file of a few KB may be an image of many MB: where there is no room, or no time left, none is
-        decoded. ServiceError.
+        decoded. ServiceError. While `submit` asks moderation, another request has the place.
         """
         async with self.reading:
             most = min(timeout or self.options.deadline, self.options.deadline)
@@ -123,32 +130,55 @@ class Service:
         timeout: float | None = None,
         preview: bool = False,
     ) -> Job:
-        """The job of these requests, once moderation has let their prompts pass. ServiceError."""
-        client = self.client(http)
+        """The job of these requests, once moderation has let their prompts pass. It is called inside `room`.
+
+        ServiceError.
+        """
         try:
-            if self.moderation.enabled:
-                texts = await run_in_threadpool(self._texts, requests)
-                if error := (await self.moderation.check_prompt(texts)).error:
-                    raise error
-            job = await run_in_threadpool(
-                self.engine.submit,
-                tuple(requests),
-                client=client,
-                model=model,
-                timeout=timeout,
-                preview=preview,
-                arrived=_arrived(http),
-            )
+            async with self._passed(requests) as held:
+                job = await run_in_threadpool(
+                    self.engine.submit,
+                    tuple(requests),
+                    client=self.client(http),
+                    model=model,
+                    timeout=timeout,
+                    preview=preview,
+                    arrived=_arrived(http),
+                    held=held,
+                )
         except InputError as error:
             raise from_input_error(error, self.engine.folders) from error
         prompts = self.log.texts(request.prompt for request in requests)
         http.state.facts = {"job": job.id, "model": job.model, "images": len(requests), "prompts": prompts}
         return job
 
+    @asynccontextmanager
+    async def _passed(self, requests: Sequence[ImageRequest]) -> AsyncIterator[str | None]:
+        """Inside, moderation has let the prompts pass; gives what the engine holds for the requests until
+        then, None without moderation. ServiceError.
+
+        An answer may take seconds, in which others are read: what these requests start from is counted by
+        its bytes meanwhile, and no longer by their place.
+        """
+        if not self.moderation.enabled:
+            yield None
+            return
+        texts = await run_in_threadpool(self._texts, requests)
+        with self.engine.holding(requests) as held:
+            self.reading.release()
+            try:
+                verdict = await self.moderation.check_prompt(texts)
+            finally:
+                await self.reading.acquire()
+            if verdict.error:
+                raise verdict.error
+            yield held
+
     def _texts(self, requests: Sequence[ImageRequest]) -> list[str]:
         """What moderation is asked about. LimitExceeded for what would be refused anyway."""
-        for request in requests:
-            check_limits(request, self.options, self.options.max_pixels)
+        for k, request in enumerate(requests):
+            with about_image(k):
+                check_limits(request, self.options, self.options.max_pixels)
         return prompts_of(requests)
 
     async def finish(self, job: Job, http: Request) -> Job:

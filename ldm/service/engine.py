@@ -16,10 +16,12 @@ import secrets
 import sys
 import threading
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import FieldError, InputError
@@ -39,7 +41,15 @@ from ldm.service.batch import (
     independent,
     without_images,
 )
-from ldm.service.errors import BadRequest, Draining, LimitExceeded, QueueFull, ServiceError, from_input_error
+from ldm.service.errors import (
+    BadRequest,
+    Draining,
+    LimitExceeded,
+    QueueFull,
+    ServiceError,
+    about_image,
+    from_input_error,
+)
 from ldm.service.jobs import ENDED, Job, Jobs
 from ldm.service.limits import check_files, check_limits, check_size
 from ldm.service.models import Models, NamedModel
@@ -86,7 +96,7 @@ class Engine:
         self.to_keep: Callable[[Job], Sequence[GeneratedImage]] = _all_images  # asked in another thread
         self._queue: FairQueue[Entry] = FairQueue(self.options.queue_size)
         self._made: dict[str, dict[int, GeneratedImage]] = {}  # images of jobs that lack others
-        self._held: dict[str, int] = {}  # bytes of the images that active jobs came with
+        self._held: dict[str, int] = {}  # bytes of the images that active jobs, and `holding`, came with
         self._running = 0
         self._changed = threading.Condition()
         self._draining = self._closing = False
@@ -110,18 +120,20 @@ class Engine:
         runtime: RuntimeOptions | None = None,
         *,
         signer: Signer | None = None,
+        loras: Sequence[Path] = (),
         **choices: Any,
     ) -> Engine:
         """The engine of models, NAME=CKPT[,CONFIG] each, or of the linked or bundled one without any.
 
-        `choices` are those of `Pipeline.open`, but for those that the service's options decide. InputError.
+        `loras` may be named beside those of the options' folder, which go first. `choices` are those of
+        `Pipeline.open`, but for those that the service's options decide. InputError.
         """
         for name in FOLDERS:
             folder = getattr(options, name)
             if folder is not None and not find(folder).is_dir():
                 raise FieldError("{" + name + "} {folder} is no folder", folder=folder)
         limits = {"max_pixels": options.max_pixels, "lora_folder": options.lora_folder}
-        models = Models(named, runtime, loaded=options.loaded_models, **limits, **choices)
+        models = Models(named, runtime, loaded=options.loaded_models, loras=loras, **limits, **choices)
         return cls(models, options, signer=signer)
 
     # Its life
@@ -158,10 +170,10 @@ class Engine:
         """Whether requests are taken."""
         return self.healthy and not self._draining
 
-    def drain(self, seconds: float | None = None) -> int:
+    def drain(self, seconds: float | None = None) -> list[Job]:
         """Take no further requests, and finish those that are there within so many seconds.
 
-        The others fail with `Draining`. Returns how many these were.
+        The others fail with `Draining`. Returns their jobs.
         """
         until = time.monotonic() + (self.options.drain if seconds is None else seconds)
         with self._changed:
@@ -202,9 +214,9 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _give_up(self) -> int:
+    def _give_up(self) -> list[Job]:
         message = "the service ended before the request was finished"
-        return sum(job.fail(Draining(message)) for job in self.jobs.active())
+        return [job for job in self.jobs.active() if job.fail(Draining(message))]
 
     # Requests
 
@@ -217,16 +229,34 @@ class Engine:
         timeout: float | None = None,
         preview: bool = False,
         arrived: float | None = None,
+        held: str | None = None,
     ) -> Job:
         """The job of requests that are answered together, by the model of this name or the default one.
 
         Requests without seeds get some by chance. `timeout` in seconds is at most the service's own, and runs
-        since the request `arrived` on the clock of `time.monotonic`, by default from now on. It never waits
-        for images to be sampled. ServiceError if they cannot be served.
+        since the request `arrived` on the clock of `time.monotonic`, by default from now on. `held` is what
+        `holding` gave for them. It never waits for images to be sampled. ServiceError if they cannot be
+        served.
         """
         with self._counting_refusals():
             model = model or self.models.default
-            return self._submit(tuple(requests), client, model, timeout, preview, arrived)
+            return self._submit(tuple(requests), client, model, timeout, preview, arrived, held)
+
+    @contextmanager
+    def holding(self, requests: Sequence[ImageRequest]) -> Iterator[str]:
+        """Inside, the images that requests start from count as a job's do, although there is no job yet.
+
+        Gives a key for `submit`. QueueFull without room for them.
+        """
+        key, size = uuid.uuid4().hex, image_bytes(requests)
+        with self._counting_refusals(), self._changed:
+            self._check_bytes(size)
+            self._held[key] = size
+        try:
+            yield key
+        finally:
+            with self._changed:
+                self._held.pop(key, None)
 
     def check_room(self, client: str, images: int = 1) -> None:
         """ServiceError if a client's request for so many images would be refused now, whatever they show."""
@@ -256,6 +286,7 @@ class Engine:
         timeout: float | None,
         preview: bool,
         arrived: float | None,
+        held: str | None,
     ) -> Job:
         self._check_ready()
         self.models.open(model)
@@ -265,13 +296,14 @@ class Engine:
         self._check_count(len(requests))
         self._check_room(client, len(requests))  # before work is spent on what is refused anyway
         most_pixels = self.options.pixels_of(self.models.native_size(model))
-        for request in requests:
-            check_files(request, self.options)
-            check_limits(request, self.options, most_pixels)
-        try:
-            resolved = [self._resolved(model, request, most_pixels) for request in requests]
-        except InputError as error:
-            raise from_input_error(error, self.folders) from error
+        for k, request in enumerate(requests):
+            with about_image(k):
+                check_files(request, self.options)
+                check_limits(request, self.options, most_pixels)
+        resolved = []
+        for k, request in enumerate(requests):
+            with about_image(k):
+                resolved.append(self._resolved(model, request, most_pixels))
         first = secrets.randbelow(2**32)
         seeded = [
             request if request.seed is not None else request.twin(seed=image_seed(first, k))
@@ -287,7 +319,9 @@ class Engine:
         with self._changed:
             if self._draining:
                 raise Draining()
-            self._check_room(client, len(requests), job_bytes)
+            self._held.pop(held, None)  # the same images, which are the job's from now on
+            self._check_room(client, len(requests))
+            self._check_bytes(job_bytes)
             self._queue.put(waiting)
             self._held[job.id] = job_bytes
             self.jobs.add(job)
@@ -295,7 +329,10 @@ class Engine:
         return job
 
     def _resolved(self, model: str, request: ImageRequest, most_pixels: int) -> ImageRequest:
-        resolved, (height, width) = self.models.resolve(model, request)
+        try:
+            resolved, (height, width) = self.models.resolve(model, request)
+        except InputError as error:
+            raise from_input_error(error, self.folders) from error
         check_size(height, width, most_pixels)
         check_limits(resolved, self.options, most_pixels)
         return resolved
@@ -308,20 +345,20 @@ class Engine:
                 f"{images} images: a request may ask for {self.options.max_images} at most", status=422
             )
 
-    def _check_room(self, client: str, images: int, size: int = 0) -> None:
-        """QueueFull without room for so many images, or for the `size` in bytes of those they start from.
-
-        Whatever its size, a request may come alone.
-        """
-        each = self._seconds_per_image or FIRST_GUESS
+    def _check_room(self, client: str, images: int) -> None:
+        """QueueFull without room for so many images."""
         with self._changed:
             try:
                 self._queue.check(client, images)
             except Full as full:
-                raise QueueFull(full.excess * each) from None
+                raise QueueFull(full.excess * (self._seconds_per_image or FIRST_GUESS)) from None
+
+    def _check_bytes(self, size: int) -> None:
+        """QueueFull without room for so many bytes of images that requests start from; any may come alone."""
+        with self._changed:
             held = sum(self._held.values())
             if size and held and held + size > HELD_BYTES:
-                raise QueueFull(each)
+                raise QueueFull(self._seconds_per_image or FIRST_GUESS)
 
     def job(self, id: str, client: str) -> Job:
         """A client's job; UnknownJob if it has none of this id, whoever else may have one."""
@@ -497,7 +534,7 @@ class Engine:
         size, request = self.runtime.batch_size or BATCH, first.request
         if size != "auto":
             return min(size, self.models.fitted(first.job.model, request))
-        key = first.job.model, request.height, request.width, request.scale == 1.0, request.parts
+        key = first.job.model, request.height, request.width, request.hires, request.rows
         if key not in self._fitting:
             try:
                 pipeline = self.models.pipeline(first.job.model)
@@ -563,7 +600,7 @@ class Engine:
         for entry, image in zip(batch.entries, images, strict=True):
             if image.pixels is None:
                 message = "the image came out as NaN; other settings may do, or a precision of more bits"
-                entry.job.fail(ServiceError(message, code="not_finite"))
+                entry.job.fail(ServiceError(message, code="not_finite", number=entry.number))
             with self._changed:
                 if not entry.job.over:
                     self._made.setdefault(entry.job.id, {})[entry.number] = image

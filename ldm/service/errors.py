@@ -18,7 +18,8 @@ FOLDERS = re.compile(r"""(?<=['"])/(?:[^/'"]+/)+|(?<![\w.])/(?:[^\s/'",;:()]+/)+
 class ServiceError(Exception):
     """A request that is not served: an HTTP status, a code for programs and one line for people.
 
-    `headers` belong to the answer.
+    `headers` belong to the answer. `number` says which image of the request, from 0, it is about, if it is
+    about a single one.
     """
 
     def __init__(
@@ -28,9 +29,10 @@ class ServiceError(Exception):
         status: int = 500,
         code: str = "internal_error",
         headers: Mapping[str, str] | None = None,
+        number: int | None = None,
     ):
         super().__init__(message)
-        self.message, self.status, self.code = message, status, code
+        self.message, self.status, self.code, self.number = message, status, code, number
         self.headers: dict[str, str] = dict(headers or {})
 
     def __copy__(self) -> ServiceError:
@@ -166,6 +168,16 @@ def in_names(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except ServiceError as error:
         raise renamed(error, names) from error
+
+
+@contextmanager
+def about_image(number: int) -> Iterator[None]:
+    """Inside, errors say which image of a request they are about."""
+    try:
+        yield
+    except ServiceError as error:
+        error.number = number
+        raise
 
 
 def without_places(text: str, folders: Iterable[Path] = ()) -> str:

@@ -27,7 +27,8 @@ class Job:
     `state` is "queued", "running", "finished", "failed" or "cancelled". `images` are there once it is
     finished, in the order of `requests`; `error` once it has failed or was cancelled. `progress` is 0 … 1.
     `preview` is a PNG file of what its images look like so far, if previews were asked for. `deadline` is on
-    the clock of `time.monotonic`, `timeout` seconds after the request `arrived`, by default now.
+    the clock of `time.monotonic`, `timeout` seconds after the request `arrived`, by default now. `to_fetch`
+    has the numbers of the images that its client has still to come for, where none waits for the answer.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Job:
         self.progress = 0.0
         self.preview: bytes | None = None
         self.held_bytes = 0  # of what others keep as long as this job: encoded files of its images
+        self.to_fetch: set[int] = set()
         self._position: Callable[[Job], int] | None = None
         self._on_over: Callable[[Job], None] | None = None
         self._lock = threading.RLock()
@@ -135,7 +137,7 @@ class Job:
         return self.fail(DeadlinePassed(self.timeout))
 
     def _end(self, state: str) -> None:
-        self.state, self.ended = state, time.monotonic()
+        self.ended, self.state = time.monotonic(), state  # in this order: whoever sees its end sees when
 
     @contextmanager
     def _changing(self) -> Iterator[bool]:
@@ -189,6 +191,13 @@ class Jobs:
         """Those that are not over, in the order in which they came."""
         with self._lock:
             return [job for job in self._active.values() if not job.over]
+
+    def to_fetch(self, seconds: float) -> list[Job]:
+        """Those that ended within so many seconds, and that their clients have not come for yet."""
+        since = time.monotonic() - seconds
+        with self._lock:
+            jobs = [*self._over.values(), *self._active.values()]
+        return [job for job in jobs if job.over and job.to_fetch and job.ended > since]
 
     def tidy(self) -> None:
         """Let go of what need not be kept any more."""

@@ -72,13 +72,23 @@ class Reader(Pipeline):
 
 
 class FolderAdapters(Adapters):
-    """LoRAs whose plain names are looked for in their folder alone, and never in the working folder."""
+    """LoRAs whose plain names are looked for in their folder, then among the files `beside` it, and never in
+    the working folder.
+    """
+
+    def __init__(self, folder: str | None, beside: Sequence[Path] = ()):
+        super().__init__(folder)
+        self.beside = beside
 
     def _find(self, name: str) -> Path:
         if Path(name).name != name:
             return super()._find(name)  # a path inside the folder: `limits.check_files` saw to that
-        found = self.names().get(name.casefold())
-        return found[0] if found else file_of(name, "lora", files_in(str(self.folder), "lora"))
+        if found := self.names().get(name.casefold()):
+            return found[0]
+        known = {each.casefold(): path for path in self.beside for each in (path.name, path.stem)}
+        if found := known.get(name.casefold()):
+            return found
+        return file_of(name, "lora", [*files_in(str(self.folder), "lora"), *self.beside])
 
 
 @dataclass(frozen=True)
@@ -93,8 +103,9 @@ class Models:
     """Pipelines by name. `resolve` may be called from any thread, `pipeline` from the one that samples.
 
     Weights are read when a model is first used; at most `loaded` models have theirs in memory, and the one
-    that was used longest ago makes room. `choices` are those of `Pipeline.open`. InputError for what cannot
-    be used, as far as that can be seen without reading weights.
+    that was used longest ago makes room. `loras` may be named beside those of the folder of LoRAs, which go
+    first. `choices` are those of `Pipeline.open`. InputError for what cannot be used, as far as that can be
+    seen without reading weights.
     """
 
     def __init__(
@@ -103,9 +114,11 @@ class Models:
         runtime: RuntimeOptions | None = None,
         *,
         loaded: int = 1,
+        loras: Sequence[Path] = (),
         **choices: Any,
     ):
         self.runtime, self.most, self.choices = runtime or RuntimeOptions(), loaded, choices
+        self.loras = loras
         self._open: dict[str, OpenModel] = {}
         self._pipelines: OrderedDict[str, Pipeline] = OrderedDict()
         self.loads, self.evictions, self.load_seconds = 0, 0, 0.0
@@ -126,7 +139,7 @@ class Models:
         self._open[name] = OpenModel(reader, threading.Lock())
 
     def _adapters(self) -> Adapters:
-        return FolderAdapters(self.choices.get("lora_folder"))
+        return FolderAdapters(self.choices.get("lora_folder"), self.loras)
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -26,7 +26,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 from ldm.errors import FieldError, InputError
 from ldm.log import LOG, notice, one_line
 from ldm.pipeline.settings.guidance import CFG_PP_SCALE
-from ldm.service.errors import LimitExceeded, Refused, ServiceError
+from ldm.service.errors import LimitExceeded, Refused, ServiceError, about_image
 from ldm.service.options import ServiceOptions, is_loopback
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ LARGEST_IMAGE = 4_000_000  # bytes of one image:analyze, which takes sides of 50
 SIDES = (50, 2048)  # in pixels; what is larger than the second is scaled down to it
 
 MOST_TEXTS = 32  # that are asked about for one prompt, which may read otherwise at each step
+REQUESTS = 16  # whose prompts are asked about at a time: more would only wait within their deadlines
 THREADS = 16  # calls of a plain function at a time; one that never returns keeps its place
 LONGEST_REASON = 200  # characters
 ROUNDING = 1e-6  # of a sum of weights
@@ -97,6 +98,7 @@ class Moderation:
         close: Callable[[], Awaitable[None]] | None = None,
     ):
         self._ask, self._close = ask, close
+        self._asking = asyncio.Semaphore(REQUESTS)
         self.deadline, self.failure = deadline, failure
         self.counts: Counter[tuple[str, str]] = Counter()
         if ask:
@@ -118,9 +120,10 @@ class Moderation:
         return self._ask is not None
 
     async def check_prompt(self, texts: Iterable[str]) -> Verdict:
-        """The gravest verdict on prompts that belong together."""
+        """The gravest verdict on prompts that belong together; those of few requests are asked at a time."""
         distinct = [text for text in dict.fromkeys(texts) if text.strip()]
-        verdicts = await asyncio.gather(*(self._check(PROMPT, text) for text in distinct))
+        async with self._asking:
+            verdicts = await asyncio.gather(*(self._check(PROMPT, text) for text in distinct))
         gravest = sorted(verdicts, key=lambda verdict: (not verdict.refused, verdict.outcome == ALLOWED))
         return gravest[0] if gravest else Verdict(PROMPT, ALLOWED)
 
@@ -157,10 +160,11 @@ def prompts_of(requests: Iterable[ImageRequest]) -> list[str]:
     the texts only where an image shows them. LimitExceeded for a prompt that becomes too many texts.
     """
     texts: dict[str, str] = {}
-    for request in requests:
-        texts |= _distinct(chain((request.prompt, request.prompt_to), request.readings()))
-        if shows_negative(request):
-            texts |= _distinct(chain((request.negative_prompt,), request.readings(negative=True)))
+    for k, request in enumerate(requests):
+        with about_image(k):
+            texts |= _distinct(chain((request.prompt, request.prompt_to), request.readings()))
+            if shows_negative(request):
+                texts |= _distinct(chain((request.negative_prompt,), request.readings(negative=True)))
     return [text for folded, text in texts.items() if folded]
 
 

@@ -105,6 +105,7 @@ def routes(service: Service) -> APIRouter:
                 preview=asked.preview,
             )
         if not asked.wait:
+            job.to_fetch = set(range(asked.count))
             headers = {"Location": f"/jobs/{job.id}"}
             return JSONResponse(_state(job), status_code=202, headers=headers)
         await service.finish(job, http)
@@ -121,15 +122,17 @@ def routes(service: Service) -> APIRouter:
         """How far a job is; once it has finished, with its images."""
         found, format = service.job(id, http), format_of(format)
         if found.state != "finished":
-            return JSONResponse(_state(found))
-        return await json_answer(_finished, found, await service.files(found, format), format)
+            return JSONResponse(_seen(found))
+        answer = await json_answer(_finished, found, await service.files(found, format), format)
+        found.to_fetch.clear()
+        return answer
 
     @router.delete("/jobs/{id}", tags=["native"], responses=_answers("The job as it is now.", JOB))
     async def cancel(id: str, http: Request) -> Response:
         """Cancel a job; one that is over stays as it is."""
         found = service.job(id, http)
         await run_in_threadpool(found.cancel)
-        return JSONResponse(_state(found))
+        return JSONResponse(_seen(found))
 
     @router.get(
         "/jobs/{id}/images/{number}",
@@ -143,10 +146,12 @@ def routes(service: Service) -> APIRouter:
         """One finished image of a job, from 0, as a file."""
         found, format = service.job(id, http), format_of(format)
         if found.error:
+            found.to_fetch.clear()
             raise found.error
         if not 0 <= number < len(found.images):
             raise _nothing(f"the job has no image {number} yet; it is {found.state}", "no_image")
         file = (await service.files(found, format))[number]
+        found.to_fetch.discard(number)
         if file.error:
             raise file.error
         return Response(file.data, media_type=MEDIA_TYPES[format])
@@ -223,6 +228,14 @@ def _state(job: Job) -> dict[str, Any]:
     return found | (error_body(job.error) if job.error else {})
 
 
+def _seen(job: Job) -> dict[str, Any]:
+    """A job without its images, for its client, who has to come for nothing more where it has failed."""
+    found = _state(job)
+    if "error" in found:
+        job.to_fetch.clear()
+    return found
+
+
 def _finished(job: Job, files: tuple[OutputFile, ...], format: str) -> dict[str, Any]:
     return _state(job) | {"images": [_image(file, format) for file in files]}
 
@@ -272,7 +285,7 @@ async def _events(job: Job) -> AsyncIterator[str]:
         while True:
             changed.clear()
             over, preview = job.over, job.preview
-            yield _event("end" if over else "progress", _state(job))
+            yield _event("end" if over else "progress", _seen(job))
             if over:
                 return
             if preview is not None and preview is not shown:

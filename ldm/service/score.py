@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,7 +14,7 @@ from ldm.errors import InputError
 from ldm.images.metadata import encode_image
 from ldm.pipeline.request import ImageRequest
 from ldm.service.answers import base64_of, json_answer
-from ldm.service.errors import BadRequest, LimitExceeded, ServiceError, in_names, renamed, reworded
+from ldm.service.errors import BadRequest, LimitExceeded, ServiceError, about_image, renamed, reworded
 from ldm.service.inputs import json_object
 from ldm.service.schema import request_of
 from ldm.service.table import COLUMNS, THEIRS, Table, answer, in_words
@@ -82,9 +84,9 @@ def routes(service: Any) -> APIRouter:
         content = await json_object(http)
         async with service.room(http):
             table, requests = await run_in_threadpool(requests_of, content, service, model)
-            with in_names(THEIRS):
+            with in_lines():
                 job = await service.submit(requests, http, model=model)
-        with in_names(THEIRS):
+        with in_lines():
             await service.finish(job, http)
         files = await service.files(job)
         return await json_answer(answers_of, table, requests, files)
@@ -93,11 +95,12 @@ def routes(service: Any) -> APIRouter:
 
 
 def answers_of(table: Table, requests: list[ImageRequest], files: Any) -> list[dict[str, Any]]:
-    """The reply: the part of each line with its image. ServiceError."""
-    return [
-        answer(request.prompt, base64_of(png_of(file)), file.flagged, table.label(k))
-        for k, (request, file) in enumerate(zip(requests, files, strict=True))
-    ]
+    """The reply: the part of each line with its image. ServiceError that names the line."""
+    found = []
+    for k, (request, file) in enumerate(zip(requests, files, strict=True)):
+        with in_lines(), about_image(k):
+            found.append(answer(request.prompt, base64_of(png_of(file)), file.flagged, table.label(k)))
+    return found
 
 
 def requests_of(content: Any, service: Any, model: str | None) -> tuple[Table, list[ImageRequest]]:
@@ -116,12 +119,23 @@ def requests_of(content: Any, service: Any, model: str | None) -> tuple[Table, l
 
 
 def _request(table: Table, k: int, options: Any, task: str) -> ImageRequest:
+    with in_lines(), about_image(k):
+        try:
+            return request_of(table.values(k), options, task=task)
+        except InputError as error:
+            raise BadRequest(in_words(error)) from error
+
+
+@contextmanager
+def in_lines() -> Iterator[None]:
+    """Inside, errors name settings as the contract does, and the line of the table that they are about."""
     try:
-        return request_of(table.values(k), options, task=task)
-    except InputError as error:
-        raise BadRequest(f"data[{k}]: {in_words(error)}") from error
+        yield
     except ServiceError as error:
-        raise reworded(error, f"data[{k}]: {renamed(error, THEIRS).message}") from error
+        found = renamed(error, THEIRS)
+        if error.number is not None:
+            found = reworded(found, f"data[{error.number}]: {found.message}")
+        raise found from error
 
 
 def png_of(file: Any) -> bytes:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from types import FrameType
 
 import uvicorn
@@ -15,11 +16,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ldm.errors import FieldError
 from ldm.log import notice
 from ldm.service.app import Service, create_app
+from ldm.service.jobs import Job
 
 HEAD_SECONDS = 10.0  # in which the request line and the headers have to arrive
 WRITE_SECONDS = 60.0  # in which a client has to read on
 BACKLOG = 1000  # connections that may wait to be accepted
 LAST_ANSWERS = 10  # seconds in which answers may be sent once all jobs are over
+FETCH_SECONDS = 5.0  # in which clients may then come for jobs of `wait: false`, if they ended as late as that
 
 
 class Connection(H11Protocol):
@@ -78,7 +81,8 @@ def _stop(timer: asyncio.TimerHandle | None) -> None:
 
 class Server(uvicorn.Server):
     """Serves until a signal comes. The first one ends it once the jobs that are there have finished, or after
-    `drain` seconds; new ones are answered with 503 meanwhile. A second signal ends the process at once.
+    `drain` seconds, and once clients have come for those of `wait: false`, or had a moment to do so; new ones
+    are answered with 503 meanwhile. A second signal ends the process at once.
     """
 
     def __init__(self, service: Service):
@@ -114,8 +118,22 @@ class Server(uvicorn.Server):
         seconds = self.service.options.drain
         notice(f"{name}: jobs may finish within {seconds:g} s; a second signal ends the service at once")
         lost = self.service.engine.drain(seconds)
-        self.service.log.write("drained", unfinished_jobs=lost)
+        left = self._await_clients()
+        self.service.log.write(
+            "drained",
+            unfinished_jobs=len(lost),
+            unfinished=[job.id for job in lost] or None,
+            not_fetched=[job.id for job in left] or None,
+        )
         self.should_exit = True
+
+    def _await_clients(self) -> list[Job]:
+        """Wait a moment for clients to come for jobs that have just ended. Returns those that are left."""
+        left, until = self.service.engine.jobs.to_fetch(FETCH_SECONDS), time.monotonic() + FETCH_SECONDS
+        while left and time.monotonic() < until:
+            time.sleep(0.05)
+            left = [job for job in left if job.to_fetch]
+        return left
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ def command_line(
     files: ModelFiles | None = None,
     runtime: RuntimeOptions | None = None,
     lora_folder: str | None = None,
+    loras: Iterable[str] = (),
     safety: str = "auto",
     further: Iterable[str] = (),
     script: str | None = None,
@@ -38,11 +40,17 @@ def command_line(
 
     The request is the one that the page made, before the model decides on what it leaves open. Images stand
     under the names of `INPUT_FILES`. `files` are the model's, and `lora_folder` has the LoRAs that prompts
-    name. `further` are words behind all others.
+    name, or else `loras` has their files. `further` are words behind all others.
     """
     words = ["python", near(ROOT / "scripts" / (script or task.command))]
     settings = settings_of(type(request))
     given = changed(request) | {name: getattr(request, name) for name in ALWAYS}
+    further = list(further)
+    names_loras = request.prompt_syntax == A1111 and any(map(TAG.search, (request.prompt, *further)))
+    if not names_loras or (lora_folder and find(lora_folder) == find(LORA_FOLDER)):
+        lora_folder = None  # there commands look by themselves
+    if lora_folder:
+        given["prompt"], *further = with_paths((request.prompt, *further), loras, find(lora_folder))
     if request.sampler == "ddim" and not request.eta:
         given.pop("eta", None)
     for name, value in given.items():
@@ -59,13 +67,33 @@ def command_line(
     for name, value in changed(runtime or RuntimeOptions()).items():
         if name not in NO_IMAGE_CHANGES:
             words += [f"--{name}"] if value is True else _option(f"--{name}", _text(value))
-    further = list(further)
-    names_loras = request.prompt_syntax == A1111 and any(map(TAG.search, (request.prompt, *further)))
-    if names_loras and lora_folder and find(lora_folder) != find(LORA_FOLDER):
+    if lora_folder:
         words += _option("--lora_folder", near(find(lora_folder)))
     if safety != "auto":
         words += ["--safety", safety]
     return shlex.join([*words, *further])
+
+
+def with_paths(texts: Iterable[str], loras: Iterable[str], folder: Path) -> list[str]:
+    """Texts with the paths of those LoRAs that they name and that lie outside of a folder, in which alone a
+    command looks for names. What lies in the folder goes first.
+    """
+
+    def is_inside(file: str) -> bool:
+        return find(file).absolute().parent == folder.absolute()
+
+    paths = {
+        name.casefold(): None if is_inside(file) else file
+        for file in sorted(loras, key=is_inside)  # the last one of a name counts
+        for name in (Path(file).name, Path(file).stem)
+    }
+
+    def spelled(match: re.Match[str]) -> str:
+        name, colon, weights = match[1].partition(":")
+        path = paths.get(name.strip().casefold())
+        return match[0] if path is None else f"<lora:{path}{colon}{weights}>"
+
+    return [TAG.sub(spelled, text) for text in texts]
 
 
 def _model_options(task: Task, files: ModelFiles | None) -> list[str]:

@@ -36,12 +36,11 @@ class Files:
         """What lies in the folders, beside what came with this repository. InputError for a folder that is
         given and is none.
         """
-        loras, controls = ([find(path) for path in paths] for paths in (BUNDLED_LORAS, BUNDLED_CONTROLS))
         return cls(
-            {path.name: near(path) for path in loras if path.exists()}
+            {path.name: near(path) for path in bundled(BUNDLED_LORAS)}
             | _inside("lora_folder", lora_folder, [f".{one}" for one in SUFFIXES], LORA_FOLDER),
             _inside("embedding_folder", embedding_folder, EMBEDDINGS),
-            {path.parent.name: near(path) for path in controls if path.exists()}
+            {path.parent.name: near(path) for path in bundled(BUNDLED_CONTROLS)}
             | _inside("control_folder", control_folder, WEIGHT_FILES),
         )
 
@@ -74,6 +73,11 @@ class Files:
         for lora in request.loras:
             if lora.file not in self.loras.values() and lora.file.casefold() not in known:
                 path_of("LoRA", lora.file, self.loras)
+
+
+def bundled(files: Iterable[str]) -> list[Path]:
+    """Those of the repository's files that are there."""
+    return [path for path in map(find, files) if path.exists()]
 
 
 def path_of(what: str, name: str, known: Mapping[str, str]) -> str:

@@ -557,6 +557,7 @@ class Page:
             files=reader.files,
             runtime=self.engine.runtime,
             lora_folder=self.engine.options.lora_folder,
+            loras=self.files.loras.values(),
             safety=self.engine.models.choices.get("safety", "auto"),
         )
         if order.sheet is not None:

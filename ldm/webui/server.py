@@ -20,7 +20,7 @@ from ldm.errors import InputError
 from ldm.service.guards import is_foreign
 from ldm.service.models import NamedModel, bundled_models, name_of
 from ldm.service.options import ServiceOptions, is_loopback
-from ldm.webui.files import LORA_FOLDER, Files
+from ldm.webui.files import BUNDLED_LORAS, LORA_FOLDER, Files, bundled
 from ldm.webui.options import PageOptions, password_check, read_users
 from ldm.weights.loading import ABLE, choose_model, find
 
@@ -159,7 +159,8 @@ def open_engine(
     if folder is None and find(LORA_FOLDER).is_dir():
         folder = LORA_FOLDER
     options = replace(options, lora_folder=folder, offered=files.paths)
-    engine = Engine.open(page_models(named), options, runtime, **choices)
+    # prompts name them as they name those of the folder
+    engine = Engine.open(page_models(named), options, runtime, loras=bundled(BUNDLED_LORAS), **choices)
     return engine, files
 
 

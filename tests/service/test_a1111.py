@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema_rs
 import numpy as np
 import pytest
 import tiny
@@ -22,7 +23,16 @@ from ldm.pipeline.infotext import a1111_sampling
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.sampling import catalogue
-from ldm.service.a1111 import scheduler_label, scheduler_name
+from ldm.service.a1111 import (
+    IMG2IMG,
+    NUMBER,
+    SWITCH,
+    TXT2IMG,
+    WHOLE,
+    Fields,
+    scheduler_label,
+    scheduler_name,
+)
 from ldm.service.engine import Engine
 from ldm.service.errors import BadRequest
 
@@ -494,3 +504,49 @@ def test_errors_name_the_web_uis_fields(url: str, path: str, body: dict[str, Any
     "denoising_strength 0.75 without init_images", of which the one was added and the other given.
     """
     assert post(url, path, prompt="a", **body, **SIZE).json()["detail"].startswith(words)
+
+
+# The schema
+
+
+@pytest.mark.parametrize("read", ["number", "whole", "switch"])
+def test_the_schema_allows_what_is_taken(read: str) -> None:
+    """It allowed neither numbers as texts nor 0 and 1 for a switch, which the web UI's clients send."""
+    kind = {"number": NUMBER, "whole": WHOLE, "switch": SWITCH}[read]
+    limits = (False,) if read == "switch" else (None, -100, 100)
+    values = [7, 0, 1, -1.0, 7.5, True, False, None, [], {}, "true", "", "seven", "7e1", "NaN", "+", "7."]
+    values += ["7", " 7 ", "-7", "+7", "7.0", "7.00", "7.5", "007", "7 7", "７", "7\n"]
+    for value in values:
+        try:
+            getattr(Fields({"x": value}), read)("x", *limits)
+            taken = True
+        except BadRequest:
+            taken = False
+        assert jsonschema_rs.validator_for(kind).is_valid(value) is taken, value
+
+
+def test_the_schema_has_every_number_and_switch_as_it_is_read(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`inpainting_mask_invert` was said to be any whole number, and the mask's blur to be a whole one."""
+    seen: dict[str, dict] = {}
+    for read, kind in (("number", NUMBER), ("whole", WHOLE), ("switch", SWITCH)):
+        plain = getattr(Fields, read)
+
+        def spy(self: Fields, name: str, *more: Any, plain: Any = plain, kind: dict = kind) -> Any:
+            seen[name] = kind
+            return plain(self, name, *more)
+
+        monkeypatch.setattr(Fields, read, spy)
+    image = base64_png(Image.new("RGB", (16, 16)))
+    asked = {
+        "txt2img": {"enable_hr": False},
+        "img2img": {"init_images": [image], "mask": image, "denoising_strength": 0.9},
+    }
+    for path, schema in (("txt2img", TXT2IMG), ("img2img", IMG2IMG)):
+        seen.clear()
+        assert post(url, path, prompt="a", **SIZE, **asked[path]).status_code == 200
+        seen.pop("CLIP_stop_at_last_layers")  # of override_settings
+        found = {name: each for name, each in schema["properties"].items() if each in (NUMBER, WHOLE, SWITCH)}
+        assert found == {name: kind for name, kind in seen.items() if name in schema["properties"]}
+        assert set(seen) - set(found) <= {"include_init_images"}  # there, and of no use, in txt2img

@@ -4,14 +4,17 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tiny_service
 from fastapi import Request
 from fastapi.testclient import TestClient
+from live_service import serving
 
 from ldm.service import a1111, native, openai, score
 from ldm.service.app import READ_AT_A_TIME, Service, contract_of, create_app, in_words
@@ -311,6 +314,31 @@ def moderated(engine: Engine, objects_to: str) -> Service:
     service = Service(engine, engine.options, moderation=Moderation(ask), log=JsonLog())
     service.asked = asked
     return service
+
+
+def test_slow_moderation_keeps_nobody_from_being_read(engine: Engine) -> None:
+    """Eight requests whose prompts moderation was slow about kept all others from being read, or refused."""
+    asked, released = [], threading.Event()
+
+    async def ask(what: str, content: object) -> None:
+        asked.append(content)
+        while what == "prompt" and "slow" in content and not released.is_set():
+            await asyncio.sleep(0.005)
+
+    def post(url: str, prompt: str) -> int:
+        return httpx.post(f"{url}/generate", json={"prompt": prompt, "steps": 1}, timeout=60).status_code
+
+    service = Service(engine, engine.options, moderation=Moderation(ask, deadline=60), log=JsonLog())
+    with serving(service) as (_, url), ThreadPoolExecutor(READ_AT_A_TIME) as pool:
+        slow = [pool.submit(post, url, f"slow {k}") for k in range(READ_AT_A_TIME)]
+        try:
+            while len(asked) < READ_AT_A_TIME:
+                time.sleep(0.005)
+            assert post(url, "quick") == 200
+            assert not any(one.done() for one in slow)
+        finally:
+            released.set()
+        assert [one.result() for one in slow] == [200] * READ_AT_A_TIME
 
 
 def test_a_refused_prompt_is_not_sampled(engine: Engine) -> None:

@@ -258,6 +258,33 @@ def test_the_images_that_requests_start_from_have_a_limit(
     images_of(engine.submit([from_photo((64, 64))], client="a"))  # however large, alone it may come
 
 
+def test_images_are_held_before_there_is_a_job(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of requests that moderation was still asked about did not count, but for their number."""
+    monkeypatch.setattr("ldm.service.engine.HELD_BYTES", 4 * 16 * 16)
+    refused = engine.counters["requests_refused"]
+    with engine.holding([from_photo()]) as first:
+        with pytest.raises(QueueFull), engine.holding([from_photo()]):
+            pass
+        with pytest.raises(QueueFull):
+            engine.submit([from_photo()], client="b")
+        images_of(engine.submit([from_photo((32, 32))], client="a", held=first))  # counts once
+        assert engine.counters["requests_refused"] == refused + 2
+    assert engine._held == {}
+    with engine.holding([request()]), engine.holding([from_photo()]):
+        pass
+
+
+def test_an_error_says_which_image_it_is_about(engine: Engine) -> None:
+    """Of a table with many lines nobody knew which one the engine had refused."""
+    for bad in (request(steps=501), request(height=12, width=16), request(init_img="a.png", strength=0.5)):
+        with pytest.raises(ServiceError) as caught:
+            engine.submit([request(), bad], client="a")
+        assert caught.value.number == 1
+    with pytest.raises(ServiceError) as caught:
+        engine.submit([request()], client="a", model="three")
+    assert caught.value.number is None
+
+
 def from_photo(size: tuple[int, int] = (16, 16)) -> ImageRequest:
     return request(init_img=photo(size), strength=0.5, height=16, width=16)
 
@@ -701,7 +728,7 @@ def test_what_has_not_been_checked_is_not_shown(
 
 def test_draining_finishes_what_is_there_and_takes_nothing_new(model: tuple[Path, Path]) -> None:
     with running(model) as engine:
-        left: list[int] = []
+        left: list[list[Job]] = []
         with held(engine) as first:
             waits = engine.submit([request()] * 3, client="a")
             thread = threading.Thread(target=lambda: left.append(engine.drain(PATIENCE)))
@@ -713,14 +740,14 @@ def test_draining_finishes_what_is_there_and_takes_nothing_new(model: tuple[Path
                 engine.submit([request()], client="b")
             assert caught.value.status == 503
         thread.join()
-        assert left == [0]
+        assert left == [[]]
         assert (first.state, waits.state) == ("finished", "finished")
 
 
 def test_what_does_not_finish_in_time_is_given_up(model: tuple[Path, Path]) -> None:
     with running(model) as engine, held(engine) as first:
         waits = engine.submit([request()], client="a")
-        assert engine.drain(0) == 2
+        assert engine.drain(0) == [first, waits]
         for job in (first, waits):
             assert isinstance(failed(job), Draining)
         assert engine.queue_length == 0
@@ -939,6 +966,27 @@ def test_a_batch_as_large_as_fits_is_found_once(
         images_of(engine.submit([request(seed=k) for k in range(6)], client="a"))
     assert [len(batch) for batch in batches] == [2, 2, 2]
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"scale": 1.0}, {"scale": 1.0, "cfg_pp": True}),
+        ({"height": 16, "width": 16}, {"height": 16, "width": 16, "hires": 2.0, "hires_upscaler": "lanczos"}),
+    ],
+    ids=["CFG++", "a second pass"],
+)
+def test_what_takes_more_memory_is_tried_by_itself(
+    model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, first: dict, second: dict
+) -> None:
+    """CFG++ at a scale of 1 is guided, and a second pass larger: both came in batches that fit without."""
+    asked: list[ImageRequest] = []
+    with tiny_service.engine(model, runtime=RuntimeOptions(device="cpu", batch_size="auto")) as engine:
+        pipeline = engine.models.pipeline("tiny")
+        monkeypatch.setattr(pipeline, "fitting_batch", lambda requests, most: asked.extend(requests) or 2)
+        for values in (first, second, first, second):
+            images_of(engine.submit([request(sampler="euler", **values)], client="a"))
+    assert len(asked) == 2
 
 
 @pytest.mark.slow

@@ -147,3 +147,22 @@ def test_a_plain_name_is_looked_for_in_its_folder_alone(
 def test_what_only_the_weights_could_say_is_an_error(model: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match="does not say enough about its model"):
         models(model).reader("one").model  # noqa: B018
+
+
+def test_a_lora_may_lie_beside_the_folder_which_goes_first(model: tuple[Path, Path], tmp_path: Path) -> None:
+    """With a folder of one's own a bundled LoRA could not be named in a prompt."""
+    folder, beside = tmp_path / "own", tmp_path / "bundled"
+    for place, names in ((folder, ("ink",)), (beside, ("ink", "Few-Steps"))):
+        place.mkdir()
+        for name in names:
+            (place / f"{name}.safetensors").touch()
+    given = sorted(beside.iterdir())
+    found = models(model, "one", lora_folder=str(folder), loras=given).reader("one").adapters
+    assert found.find("Ink") == folder / "ink.safetensors"
+    for name in ("few-steps", "Few-Steps.safetensors"):
+        assert found.find(name) == beside / "Few-Steps.safetensors"
+    with pytest.raises(BadRequest, match='lora: there is no "oil"; this service has ink, Few-Steps, ink'):
+        found.find("oil")
+    alone = models(model, "one", lora_folder=str(folder)).reader("one").adapters
+    with pytest.raises(BadRequest, match=r"this service has ink$"):
+        alone.find("few-steps")

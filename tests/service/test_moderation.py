@@ -19,7 +19,15 @@ from PIL import Image
 from ldm.errors import InputError
 from ldm.pipeline.request import ImageRequest
 from ldm.service.errors import LimitExceeded
-from ldm.service.moderation import API_VERSION, KEY, LARGEST_IMAGE, Moderation, fitted, prompts_of
+from ldm.service.moderation import (
+    API_VERSION,
+    KEY,
+    LARGEST_IMAGE,
+    REQUESTS,
+    Moderation,
+    fitted,
+    prompts_of,
+)
 from ldm.service.options import ServiceOptions
 
 AZURE = "https://name.cognitiveservices.azure.com"
@@ -270,6 +278,24 @@ def test_threads_that_never_return_are_not_followed_by_ever_more() -> None:
         assert len(started) == THREADS
     finally:
         release.set()
+
+
+def test_prompts_of_few_requests_are_asked_about_at_a_time() -> None:
+    """All at once they would wait for the hook within their deadlines, and fail without having been asked."""
+    running, most = [], []
+
+    async def slow(what: str, content: Any) -> None:
+        running.append(1)
+        most.append(len(running))
+        await asyncio.sleep(0.01)
+        running.pop()
+
+    async def ask() -> list[Any]:
+        hook = Moderation(slow)
+        return await asyncio.gather(*(hook.check_prompt([str(k)]) for k in range(REQUESTS + 5)))
+
+    assert {verdict.outcome for verdict in asyncio.run(ask())} == {"allowed"}
+    assert max(most) == REQUESTS
 
 
 @pytest.mark.parametrize(

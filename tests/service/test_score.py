@@ -10,6 +10,7 @@ import pytest
 from live_service import base64_png, live, pixels
 from PIL import Image
 
+from ldm.pipeline import pipeline as pipeline_module
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import ImageRequest
 from ldm.pipeline.safety import Safety
@@ -127,7 +128,8 @@ def test_what_is_unwanted_comes_as_a_black_image(
             {"parameters": {"num_inference_steps": 999}},
             "num_inference_steps: 999 are more",
         ),
-        (["prompt", "H"], [["a", 17]], {}, "height 17 is not a multiple of 8"),
+        (["prompt", "H"], [["a", 16], ["b", 17]], {}, "data[1]: height 17 is not a multiple of 8"),
+        (["prompt", "steps"], [["a", 1], ["b", 999]], {}, "data[1]: num_inference_steps: 999 are more"),
         (["prompt"], ["a"], {"parameters": {"sampler": "Eulr"}}, "Eulr is not known"),
         (["prompt"], ["\0"], {}, "NUL"),
     ],
@@ -141,6 +143,20 @@ def test_bad_input_is_named_in_the_contracts_form(
     assert words in response.json()["message"]
     assert "\n" not in response.json()["message"]
     assert images(score(served[0], ["prompt"], ["a cat"]))  # the queue goes on
+
+
+def test_a_line_that_fails_is_named(
+    served: tuple[httpx.Client, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine said of a line did not say of which."""
+    plain = pipeline_module.finite_images
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pipeline_module, "finite_images", lambda x: [k != 1 and ok for k, ok in enumerate(plain(x))]
+        )
+        response = score(served[0], ["prompt"], ["a", "b", "c"])
+    assert response.json()["message"].startswith("data[1]: the image came out as NaN")
+    assert images(score(served[0], ["prompt"], ["a", "b", "c"]))
 
 
 @pytest.mark.parametrize(

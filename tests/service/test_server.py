@@ -6,10 +6,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 import tiny_service
 from live_service import serving
@@ -18,6 +21,7 @@ from ldm.errors import FieldError
 from ldm.service import server as servers
 from ldm.service.app import Service
 from ldm.service.engine import Engine
+from ldm.service.jobs import Job
 from ldm.service.logs import JsonLog
 from ldm.service.server import Server, listen, url_of
 
@@ -167,7 +171,7 @@ def test_the_first_signal_drains_and_the_second_ends_at_once(
     draining, go, ended = threading.Event(), threading.Event(), []
 
     class Slow(Engine):
-        def drain(self, seconds: float | None = None) -> int:
+        def drain(self, seconds: float | None = None) -> list[Job]:
             draining.set()
             assert go.wait(20)
             return super().drain(seconds)
@@ -185,3 +189,87 @@ def test_the_first_signal_drains_and_the_second_ends_at_once(
     go.set()
     while not server.should_exit:
         time.sleep(0.005)
+
+
+@contextmanager
+def ending(model: tuple[Path, Path], log: Path, **options: Any) -> Iterator[tuple[Server, httpx.Client]]:
+    """A server for each test, as it ends in it, and a client of it."""
+    with (
+        tiny_service.running(model, **options) as engine,
+        serving(Service(engine, engine.options, log=JsonLog(str(log)))) as (server, url),
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        yield server, client
+
+
+def asked(client: httpx.Client, **values: Any) -> str:
+    """The place of a job that its client does not wait for."""
+    answer = client.post("/generate", json={"prompt": "a", "steps": 1, "wait": False} | values)
+    return answer.headers["location"]
+
+
+def drained(server: Server, log: Path) -> dict[str, Any]:
+    """The facts that the log has of the end, once that has come."""
+    while not server.should_exit:
+        time.sleep(0.005)
+    (line,) = (line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "drained")
+    return {name: value for name, value in line.items() if name not in ("time", "event")}
+
+
+def test_accepted_jobs_are_finished_and_fetched_before_the_end(
+    model: tuple[Path, Path], tmp_path: Path, gate: threading.Event
+) -> None:
+    """The service ended as soon as the last image was made, before its client could come for it."""
+    log = tmp_path / "log.jsonl"
+    with ending(model, log) as (server, client):
+        running, waits = asked(client), asked(client, width=32, count=2)
+        server.handle_exit(signal.SIGTERM, None)
+        while client.get("/ready").status_code == 200:
+            pass
+        gate.set()
+        for place in (running, waits):
+            while (job := client.get(place).json())["state"] != "finished":
+                assert job["state"] in ("queued", "running")
+            if place == running:
+                time.sleep(0.2)  # a client that asks now and then
+                assert not server.should_exit
+        assert [image["image"] is not None for image in job["images"]] == [True, True]
+        assert drained(server, log) == {"unfinished_jobs": 0}
+
+
+def test_a_lost_job_is_logged_and_its_client_told(
+    model: tuple[Path, Path], tmp_path: Path, gate: threading.Event
+) -> None:
+    """Nothing said which jobs had been lost: the log had their number, and the client no answer."""
+    log = tmp_path / "log.jsonl"
+    with ending(model, log, drain=0) as (server, client):
+        places = [asked(client), asked(client, width=32)]
+        server.handle_exit(signal.SIGTERM, None)
+        for place in places:
+            while (job := client.get(place).json())["state"] != "failed":
+                pass
+            assert job["error"]["code"] == "draining"
+        lost = [place.removeprefix("/jobs/") for place in places]
+        assert drained(server, log) == {"unfinished_jobs": 2, "unfinished": lost}
+        gate.set()
+
+
+def test_a_job_that_nobody_comes_for_delays_the_end_for_a_moment(
+    model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ended earlier does not, and neither do images that were fetched one by one."""
+    monkeypatch.setattr(servers, "FETCH_SECONDS", 0.3)
+    log = tmp_path / "log.jsonl"
+    with ending(model, log) as (server, client):
+        jobs = server.service.engine.jobs
+        early, fetched = asked(client), asked(client, count=2)
+        for place in (early, fetched):
+            jobs.get(place.removeprefix("/jobs/"), "127.0.0.1").wait(60)
+        for number in (0, 1):
+            assert client.get(f"{fetched}/images/{number}").status_code == 200
+        time.sleep(0.3)
+        left = asked(client)
+        start = time.monotonic()
+        server.handle_exit(signal.SIGTERM, None)
+        assert drained(server, log) == {"unfinished_jobs": 0, "not_fetched": [left.removeprefix("/jobs/")]}
+        assert time.monotonic() - start >= 0.3

@@ -10,12 +10,14 @@ from commands import Result
 from PIL import Image
 
 from ldm.cli import arguments, parser
+from ldm.pipeline.adapters import Adapters
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import IMAGE_SETTINGS, ImageRequest
 from ldm.pipeline.settings.control import Control
 from ldm.webui.command import INPUT_FILES, command_line, input_images
 from ldm.webui.controls import controls, request_of
+from ldm.webui.files import Files
 from ldm.webui.page import image_of
 from ldm.webui.sheets import SCRIPT, Axis, sheet_of
 from ldm.webui.tasks import ENLARGE, IMAGE, OVER_DEPTH, PAINT, TASKS, TEXT, Task
@@ -122,6 +124,32 @@ def test_a_lora_of_the_prompt_is_looked_for_where_the_page_does(
     assert given.get("lora_folder") == (folder if named else None)
     plain = parsed(command_line(TEXT, asked(TEXT, {}), lora_folder=folder)).given
     assert plain.get("lora_folder") is None
+
+
+def test_the_command_finds_a_lora_that_lies_beside_the_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command looks in one folder alone: of an own LoRA and the bundled one it found only the first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    for name in ("ink", "lora"):
+        (tmp_path / "own" / f"{name}.safetensors").touch()
+    loras = Files.found("own").loras.values()
+    path = next(one for one in loras if one.endswith("few-steps.safetensors"))
+    prompt = "a <lora:ink:0.5> <lyco: Few-Steps:te=0.5:unet=1> <lora:lora> <lora:few-steps.safetensors>"
+    request = asked(TEXT, {"prompt": prompt, "prompt_syntax": "a1111"})
+    further = ["--x", "prompt", "b <lora:few-steps:1>"]
+    line = command_line(TEXT, request, lora_folder="own", loras=loras, further=further)
+    words = shlex.split(line)
+    wanted = f"a <lora:ink:0.5> <lora:{path}:te=0.5:unet=1> <lora:lora> <lora:{path}>"
+    assert words[words.index("--prompt") + 1] == wanted
+    assert words[words.index("--lora_folder") + 1] == "own"
+    assert words[-1] == f"b <lora:{path}:1>"
+    assert Adapters("own").find(path).samefile(path)
+    (tmp_path / "own" / "few-steps.pt").touch()  # an own one of the name goes first
+    for given in ({"lora_folder": "own"}, {"lora_folder": "models/loras"}):
+        words = shlex.split(command_line(TEXT, request, loras=Files.found("own").loras.values(), **given))
+        assert "<lyco: Few-Steps:te=0.5:unet=1>" in words[words.index("--prompt") + 1]
 
 
 def test_the_command_checks_images_alike() -> None:

@@ -34,12 +34,22 @@ from starlette.testclient import TestClient
 from ldm.errors import InputError
 from ldm.pipeline.infotext import read_settings
 from ldm.pipeline.options import RuntimeOptions
+from ldm.pipeline.request import ImageRequest
 from ldm.service.engine import Engine
+from ldm.service.limits import check_files
 from ldm.service.models import NamedModel
 from ldm.service.options import ServiceOptions
 from ldm.webui.files import Files
-from ldm.webui.options import PageOptions
-from ldm.webui.server import BESIDE_FILE, CLOSED, create_app, page_models, private_folder, serve
+from ldm.webui.options import PageLimits, PageOptions
+from ldm.webui.server import (
+    BESIDE_FILE,
+    CLOSED,
+    create_app,
+    open_engine,
+    page_models,
+    private_folder,
+    serve,
+)
 from ldm.weights.hashes import same_model
 
 ROOT = Path(__file__).parents[2]
@@ -432,6 +442,24 @@ def test_a_port_in_use_is_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port}: Address already in use"):
             serve(None, PageOptions(port=port), print)
+
+
+def test_a_prompt_may_name_the_bundled_lora_beside_an_own_folder(tmp_path: Path) -> None:
+    """The page offered it in its list, and said of a prompt that names it that it was not there."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    options = PageLimits(lora_folder=str(folder))
+    named = ["scenes-64=models/scenes-64/model.safetensors"]
+    engine, files = open_engine(named, options, RuntimeOptions(device="cpu"), safety="off")
+    request = ImageRequest("a cube <lora:few-steps:1>", prompt_syntax="a1111", sampler="tcd")
+    files.check(request)
+    check_files(request, engine.options)
+    engine.models.resolve("scenes-64", request)
+    (bundled,) = engine.models.reader("scenes-64").adapters.files
+    assert bundled.name == "few-steps.safetensors"
+    (folder / "few-steps.safetensors").write_bytes(b"")  # an own one of the name goes first
+    with pytest.raises(InputError, match="few-steps"):
+        engine.models.resolve("scenes-64", request)
 
 
 def test_without_a_choice_every_task_has_a_model() -> None:
