@@ -30,6 +30,7 @@ from ldm.cli.sources import files_inside
 from ldm.errors import InputError
 from ldm.fields import settings_of
 from ldm.log import notice, problem
+from ldm.pipeline.infotext import without_folders
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import DEPTH, IMAGE_SETTINGS, UPSCALE, ImageRequest, image_seed
 from ldm.runs.options import RunOptions
@@ -240,12 +241,9 @@ def prompt_of(table: contract.Table, k: int) -> str:
 # Requests
 
 
-def add_requests(scoring: Scoring, sources: Sequence[Source], pipeline: "Pipeline", seed: int) -> None:
-    """The request of each line, resolved and with its seed, or its fault.
-
-    A line without a seed has the run's plus its number among all lines, whatever becomes of the others.
-    """
-    number = images = 0
+def add_requests(scoring: Scoring, sources: Sequence[Source], pipeline: "Pipeline") -> None:
+    """The request of each line, resolved, or its fault."""
+    images = 0
     for source in sources:
         for k, line in enumerate(source.lines):
             try:
@@ -257,14 +255,28 @@ def add_requests(scoring: Scoring, sources: Sequence[Source], pipeline: "Pipelin
                         values[name] = image_source(values[name], theirs, source.path.parent, scoring.run)
                 request = ImageRequest(**values)
                 pipeline.check_size(request)
-                request = pipeline.resolve(request)
-                if request.seed is None:
-                    request = request.twin(seed=image_seed(seed, number))
-                line.request = request
+                line.request = pipeline.resolve(request)
                 line.image, images = images, images + 1
             except InputError as error:
                 line.fault = contract.in_words(error)
-            number += 1
+
+
+def add_seeds(options: RunOptions, lines: Sequence[Line]) -> int:
+    """Give each line's request a seed, if it has none of its own. Returns the run's.
+
+    It is the run's plus the line's number among all lines, whatever becomes of the others.
+    """
+    from ldm.runs.manifest import chosen_seed
+
+    first = next((line.request for line in lines if line.request is not None), None)
+    known = {} if first is None else without_folders(first.settings())
+    seed, is_new = chosen_seed(options, {name: known[name] for name in known if name != "seed"})
+    if is_new:
+        notice(f"seed {seed}")
+    for number, line in enumerate(lines):
+        if line.request is not None and line.request.seed is None:
+            line.request = line.request.twin(seed=image_seed(seed, number))
+    return seed
 
 
 def image_source(given: str, name: str, folder: Path, options: RunOptions) -> Any:
@@ -389,17 +401,15 @@ def main(argv: list[str] | None = None) -> int:
     scoring = parse(sys.argv[1:] if argv is None else argv)
     sources = [] if is_follower() else [read_source(path) for path in input_files(scoring.args.input)]
 
-    from ldm.runs.manifest import chosen_seed
+    from ldm.images.outputs import resumable
     from ldm.runs.run import run  # imports torch: only now, as the files have been read
 
     pipeline = scoring.pipeline()
     if is_follower():  # which gets its requests from the leader
         return run(pipeline, (), scoring.run)
-    seed, is_new = chosen_seed(scoring.run)
-    if is_new:
-        notice(f"seed {seed}")
-    add_requests(scoring, sources, pipeline, seed)
+    add_requests(scoring, sources, pipeline)
     lines = [line for source in sources for line in source.lines]
+    seed = add_seeds(scoring.run, lines)
     faulty = report_faults(lines)
     requests = [line.request for line in lines if line.request is not None]
     if scoring.run.dry_run or scoring.run.plan:
@@ -414,7 +424,8 @@ def main(argv: list[str] | None = None) -> int:
         if code not in (0, 1):
             return code
         made = results(Path(scoring.run.outdir), own[0])
-    write_answers(scoring, sources, made)
+    with resumable():
+        write_answers(scoring, sources, made)
     if faulty:
         problem(f"{faulty} of {len(lines)} lines have no image, because of their faults")
     return 1 if faulty else code

@@ -187,6 +187,9 @@ def _axis(flag: str, words: list[str], options: parser.Parser, command: argument
 
 def main(argv: list[str] | None = None) -> int:
     table = parse(sys.argv[1:] if argv is None else argv)
+    models, worst = table.models(), 0
+    for command, _ in models:  # before the first image, and before torch is imported
+        command.check_files()
 
     import numpy as np
 
@@ -194,15 +197,14 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.runs.writer import Sheet
 
     images: dict[int, np.ndarray] = {}
-    models, worst = table.models(), 0
     for command, _ in models:  # before the first image
         check_weights(command)
     for number, (command, cells) in enumerate(models, 1):
         last = number == len(models)
 
-        def draw(made: list, cells: list[int] = cells, last: bool = last) -> list:
+        def draw(made: list, ended: bool, cells: list[int] = cells, last: bool = last) -> list:
             images.update(zip(cells, made, strict=True))
-            return pages(table, images) if last else []
+            return pages(table, images) if last or ended else []
 
         pipeline = command.pipeline()
 
@@ -218,6 +220,8 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.nullcontext() if shown else contextlib.redirect_stdout(io.StringIO()):
             code = run(pipeline, requests(), command.run, Sheet(draw))
         if code > 1:
+            if not shown:
+                print(command.run.outdir)
             return code
         worst = max(worst, code)
     return worst
@@ -234,13 +238,16 @@ def check_weights(command: arguments.Arguments) -> None:
 
 
 def pages(table: Table, images: Mapping[int, Any]) -> list:
-    """A drawing for each page of a table's images, by the cells' numbers."""
+    """A drawing for each page of a table's images, by the cells' numbers; cells without one are black."""
+    import numpy as np
+
     from ldm.images.pixels import of_one_size
     from ldm.images.sheets import contact_sheet
     from ldm.runs.writer import Drawing
 
     x, y, z = table.x, table.y, table.z
-    even = of_one_size([images[k] for k in range(len(table.cells))])
+    black = np.zeros_like(next(iter(images.values())))
+    even = of_one_size([images.get(k, black) for k in range(len(table.cells))])
     columns, drawings = len(x.values), []
     for page in range(len(z.values) if z else 1):
         first = page * columns * len(y.values)

@@ -12,6 +12,7 @@ from ldm.cli.parser import inpaint_parser
 
 def main(argv: list[str] | None = None) -> int:
     command = arguments.parse(inpaint_parser(), sys.argv[1:] if argv is None else argv)
+    command.check_files()
 
     from ldm.runs.run import run  # imports torch: only now, as all arguments are checked
 

@@ -112,6 +112,7 @@ def _frames(places: Sequence[tuple[str, int]], frames: int, loop: bool) -> list[
 
 def main(argv: list[str] | None = None) -> int:
     command, requests, fps = parse(sys.argv[1:] if argv is None else argv)
+    command.check_files()
 
     from ldm.runs.processes import find_place
     from ldm.runs.run import run
@@ -126,11 +127,9 @@ def main(argv: list[str] | None = None) -> int:
 def film(outdir: Path, fps: int, unsaved: bool) -> int:
     """Write the frames of the folder's last run as a video, if ffmpeg is there. Returns the exit code.
 
-    It replaces no video but that of the same run, which was taken up again.
+    It replaces no video but that of the same run, which was taken up again. A video that lacks a frame would
+    pass for whole, so that there is none if a frame cannot be read any more.
     """
-    import numpy as np
-
-    from ldm.images.metadata import open_image
     from ldm.images.outputs import rename_to_new
     from ldm.runs.manifest import RUNS, append
 
@@ -141,22 +140,40 @@ def film(outdir: Path, fps: int, unsaved: bool) -> int:
         notice(f"there is no ffmpeg: the frames are in {outdir / 'samples'}, and there is no {VIDEO}")
         return 0
     run, files, video = _last_run(outdir)
+    temporary = outdir / f".{VIDEO}.tmp.mp4"
+    try:
+        if reason := _encode(ffmpeg, files, fps, temporary):
+            problem(f"ffmpeg made no {VIDEO}: {reason}")
+            return 1
+        if video is not None:
+            temporary.replace(outdir / video)
+            return 0
+        path = rename_to_new(temporary, outdir / VIDEO)
+    except InputError as error:
+        problem(f"no {VIDEO}: {error}; if it is gone, the same command with --resume makes both")
+        return 1
+    finally:
+        temporary.unlink(missing_ok=True)
+    append(outdir / RUNS, {"run": run, "video": path.name})
+    if path.name != VIDEO:
+        notice(f"{outdir / VIDEO} was there before: this walk's video is {path.name}")
+    return 0
+
+
+def _encode(ffmpeg: str, files: Sequence[Path], fps: int, target: Path) -> str:
+    """Write a video of the frames. Returns why ffmpeg made none, or "".
+
+    InputError for a frame that cannot be read.
+    """
+    import numpy as np
+
+    from ldm.images.metadata import open_image
+
     with open_image(files[0]) as first:
         width, height = first.size
-    temporary = outdir / f".{VIDEO}.tmp.mp4"
-    words = [
-        ffmpeg,
-        "-y",
-        "-loglevel",
-        "error",
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{width}x{height}",
-    ]
-    words += ["-r", str(fps), "-i", "-", "-pix_fmt", "yuv420p", str(temporary)]
+    words = [ffmpeg, "-y", "-loglevel", "error"]
+    words += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    words += ["-pix_fmt", "yuv420p", str(target)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             for file in files:
@@ -165,19 +182,10 @@ def film(outdir: Path, fps: int, unsaved: bool) -> int:
         except BrokenPipeError:
             pass  # it has ended, and says why
         _, errors = process.communicate()
-    if process.returncode:
-        reason = errors.decode(errors="replace").strip().splitlines()
-        problem(f"ffmpeg made no {VIDEO}: {reason[-1] if reason else f'exit code {process.returncode}'}")
-        temporary.unlink(missing_ok=True)
-        return 1
-    if video is not None:
-        temporary.replace(outdir / video)
-        return 0
-    path = rename_to_new(temporary, outdir / VIDEO)
-    append(outdir / RUNS, {"run": run, "video": path.name})
-    if path.name != VIDEO:
-        notice(f"{outdir / VIDEO} was there before: this walk's video is {path.name}")
-    return 0
+    if not process.returncode:
+        return ""
+    reason = errors.decode(errors="replace").strip().splitlines()
+    return reason[-1] if reason else f"exit code {process.returncode}"
 
 
 def _last_run(outdir: Path) -> tuple[str, list[Path], str | None]:

@@ -67,6 +67,13 @@ def mini_v1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
+def weights_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is refused before the checkpoint's values are read."""
+    unread = "ldm.pipeline.pipeline.load_model"
+    monkeypatch.setattr(unread, lambda *_, **__: pytest.fail("the checkpoint is read"))
+
+
+@pytest.fixture
 def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Result]:

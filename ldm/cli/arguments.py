@@ -21,6 +21,7 @@ from ldm.runs.options import RunOptions
 from ldm.runs.processes import is_follower
 from ldm.weights.description import describe
 from ldm.weights.families import FAMILIES
+from ldm.weights.files import check_file
 from ldm.weights.loading import (
     ABLE,
     LAION_CONFIG,
@@ -162,6 +163,11 @@ class Arguments:
     def config(self) -> dict[str, Any]:
         """The `model:` section of the chosen model's YAML."""
         return read_config(self.files.config)
+
+    def check_files(self) -> None:
+        """InputError if there is no checkpoint, which need not wait for torch, either."""
+        if not self.given.get("model"):
+            check_file(self.files.weights)
 
     def variant(self, own: Mapping[str, Any]) -> ImageRequest:
         """The request with other values for some settings, as users write them. FieldError."""

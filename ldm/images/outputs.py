@@ -43,8 +43,19 @@ def cannot_write(path: Path, error: OSError) -> CannotWrite:
     """What to raise where a file, or into a folder, could not be written."""
     reason = "a file has that name" if isinstance(error, FileExistsError) else error.strerror
     full = error.errno in FULL
-    advice = "make room, and --resume makes what is missing" if full else "choose another folder"
+    advice = "make room" if full else "choose another folder"
     return CannotWrite(f"cannot write to {path.absolute()}: {reason}; {advice}", full)
+
+
+@contextmanager
+def resumable(can_resume: bool = True) -> Iterator[None]:
+    """A full disk's error in the block says that the run can be taken up again, if it can."""
+    try:
+        yield
+    except CannotWrite as error:
+        if not (error.full and can_resume):
+            raise
+        raise CannotWrite(f"{error}, and --resume makes what is missing", full=True) from error
 
 
 class OutputFolder:

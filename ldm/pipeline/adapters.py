@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.errors import FieldError, InputError
 from ldm.log import notice
@@ -313,8 +312,7 @@ class Adapters:
         """Keep what was made for a set, and for the one before if there is room, as they may take turns."""
         self._kept.pop(wanted, None)
         self._kept[wanted] = states
-        size = 4 * sum(math.prod(self.replaced[name].shape) for name in states)  # of float32
-        room = host_memory()[1] > SPARE * size
+        room = host_memory()[1] > SPARE * bytes_of(states.values())
         while len(self._kept) > (KEPT if room else 1):
             self._kept.popitem(last=False)
 
@@ -370,6 +368,13 @@ def _in_folder(folder: Path, name: str) -> Path | None:
         listed = ", ".join(path.name for path in found[:SHOWN])
         raise InputError(f"{name!r} is the name of {len(found)} files in {folder}: {listed}")
     return found[0] if found else None
+
+
+def bytes_of(made: Any) -> int:
+    """Bytes of what is made of weights, as `State` has it: tensors, in any order, and collections of them."""
+    if isinstance(made, Tensor):
+        return made.nbytes
+    return sum(map(bytes_of, made)) if isinstance(made, Iterable) else 0
 
 
 def in_place(model: LatentDiffusion) -> bool:

@@ -6,7 +6,8 @@ so that it does not depend on how many numbers the first pass drew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,17 @@ def second_pass(request: ImageRequest, factor: int) -> ImageRequest:
         **dict.fromkeys(PASSES),
         **{name: None if seed is None else second_seed(seed) for name, seed in seeds.items()},
     )
+
+
+@contextmanager
+def naming_hires_steps(one: ImageRequest, request: ImageRequest) -> Iterator[None]:
+    """In errors about `one` pass of a request its steps have the name of the option that gave them."""
+    try:
+        yield
+    except FieldError as error:
+        if one is request or request.hires_steps is None:
+            raise
+        raise FieldError(error.template.replace("{steps}", "{hires_steps}"), **error.values) from error
 
 
 def check_second_pass(request: ImageRequest, factor: int, max_pixels: int, upscalers: PixelUpscalers) -> None:

@@ -338,7 +338,8 @@ class Pipeline:
             if request.guided:
                 guided_steps(each.steps_to_run, request.guidance_start, request.guidance_end)
             if self._alphas is not None:
-                self.trajectory(each)
+                with passes.naming_hires_steps(each, request):
+                    self.trajectory(each)
         if request.tiling != "none" or request.panorama:
             seams.check_seams(request, self.options, self.device)
 

@@ -112,7 +112,7 @@ class Sort:
             "final size": (last.width, last.height),
             "second pass": request.second_steps > 0,
             "sampler": request.sampler,
-            "guided": request.scale != 1.0,
+            "guided": request.guided,
             "texts": request.parts,
             "controls": len(request.controls),
             "init image": request.init_img is not None,

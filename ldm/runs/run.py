@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.images.outputs import CannotWrite, OutputFolder
+from ldm.images.outputs import CannotWrite, OutputFolder, resumable
 from ldm.images.preview import Preview, factors_of
 from ldm.log import LOG, log_to, notice, problem
 from ldm.pipeline.memory import peak_memory
@@ -105,7 +105,7 @@ def run(
         if writer.save_grids:
             writer.page_size = page_size(map(pipeline.image_size, requests), writer.columns)
         report = ReportOptions(options.json, bar=not options.quiet)
-        with Interrupt() as interrupt, writer:
+        with resumable(can_resume(writer)), Interrupt() as interrupt, writer:
             if todo:
                 preview = preview_of(pipeline, folder, options)
                 watch = Stopwatch()
@@ -181,8 +181,9 @@ def conclusion(record: RunRecord, writer: ImageWriter, interrupt: Interrupt, opt
     missing = record.missing()
     failed = record.failed.intersection(missing)
     if left := len(missing) - len(failed):
-        resumable = writer.save_images and writer.sheet is None
-        advice = "; the same command with --resume makes them" if resumable else ""
+        advice = "; the same command with --resume makes them" if can_resume(writer) else ""
+        if writer.sheet and writer.save_grids:
+            advice = ", and black on the sheet"
         notice(f"{left} of {record.images} images are missing{advice}")
     if failed:
         problem(f"{len(failed)} of {record.images} images failed: manifest.jsonl says which")
@@ -191,6 +192,11 @@ def conclusion(record: RunRecord, writer: ImageWriter, interrupt: Interrupt, opt
     if not options.json:
         print(options.outdir)
     return 130 if interrupt.asked else 1 if missing or record.lost or writer.lacking else 0
+
+
+def can_resume(writer: ImageWriter) -> bool:
+    """Whether --resume takes up the run of a writer."""
+    return writer.save_images and writer.sheet is None
 
 
 def choices(

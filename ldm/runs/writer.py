@@ -34,9 +34,12 @@ class Drawing(NamedTuple):
 
 @dataclass(frozen=True)
 class Sheet:
-    """Drawings of all images of a run in place of grids: `draw` of the images, uint8 [H, W, 3], in order."""
+    """Drawings of all images of a run in place of grids: `draw` of the images, uint8 [H, W, 3], in order.
 
-    draw: Callable[[list[np.ndarray]], Sequence[Drawing]]
+    It is told, too, whether the run `ended` early, so that those that are missing, and black, never come.
+    """
+
+    draw: Callable[[list[np.ndarray], bool], Sequence[Drawing]]
 
 
 def page_size(sizes: Iterable[tuple[int, int]], columns: int) -> int:
@@ -51,7 +54,8 @@ class ImageWriter:
 
     `grid_settings` gives the settings of a grid of the images of these numbers, and `page_size` is how many
     images a grid has at most. As a context manager it saves at the end, however that comes, a grid of the
-    images that are in no file yet. `lacking` counts the grids that could not be made.
+    images that are in no file yet, or the sheet, which no later run could draw. `lacking` counts the grids
+    that could not be made.
     """
 
     def __init__(
@@ -72,8 +76,7 @@ class ImageWriter:
         self.save_depths, self.save_controls = depths, controls
         self.grid_settings: Callable[[Sequence[int]], dict[str, Any]] = lambda numbers: {}
         self.page_size, self.lacking = PAGE, 0
-        self.page: dict[int, np.ndarray] = {}  # of images that are not saved
-        self.kept: dict[int, np.ndarray] = {}  # for the sheet
+        self.page: dict[int, np.ndarray] = {}  # of images that are not saved, or the sheet's
 
     def add(
         self,
@@ -94,7 +97,7 @@ class ImageWriter:
         """
         file = None
         if self.sheet:
-            self.kept[k] = image
+            self.page[k] = image
         if self.save_images:
             marked = Watermarker.of(settings["watermark"])(image, painted)
             resumed = self.record.resumed
@@ -124,12 +127,16 @@ class ImageWriter:
         if not self.save_grids:
             return
         if self.sheet:
-            self._save_sheet(self.grid_settings(range(self.record.images)))
+            self._save_sheet(ended=False)
         elif self.save_images:
             self._save_grids()
 
     def _save_unsaved(self) -> None:
-        """Save a grid of the images that are in no file yet."""
+        """Save a grid of the images that are in no file yet, or the sheet if it has not been saved."""
+        if self.sheet:
+            if self.page and self.save_grids:
+                self._save_sheet(ended=True)
+            return
         page, self.page = self.page, {}
         if page:
             with self._reported(f"no grid of images {min(page)} to {max(page)}"):
@@ -169,10 +176,12 @@ class ImageWriter:
     def texts(self, settings: dict[str, Any]) -> tuple[str, str] | None:
         return image_texts(settings) if self.metadata else None
 
-    def _save_sheet(self, settings: dict[str, Any]) -> None:
-        """An image that came to nothing is black."""
+    def _save_sheet(self, ended: bool) -> None:
+        """An image that came to nothing, or that is missing where the run `ended` early, is black."""
+        settings = self.grid_settings(range(self.record.images))
+        made, self.page = self.page, {}
         black = np.zeros((settings["height"], settings["width"], 3), np.uint8)
-        for page in self.sheet.draw([self.kept.get(k, black) for k in range(self.record.images)]):
+        for page in self.sheet.draw([made.get(k, black) for k in range(self.record.images)], ended):
             with self._reported(f"no {page.name or 'sheet'}"):
                 drawn = Watermarker.of(settings["watermark"])(page.image)
                 facts = settings | page.facts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ Report = Callable[[int], Any]  # is given the count of bytes that were written s
 
 FORMATS = ("safetensors", "ckpt", "diffusers")
 SUFFIXES = {".safetensors": "safetensors", ".ckpt": "ckpt", ".pt": "ckpt", ".pth": "ckpt"}
+# What bitsandbytes keeps beside the bytes of a weight that it has quantised, to read them by.
+TABLES = re.compile(r".+\.((nested_)?(absmax|quant_map)|SCB)")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # torch's names
 
 
@@ -101,13 +104,15 @@ def precision_of(name: str, tensor: Tensor, precision: str | None) -> torch.dtyp
     """The dtype to write a tensor in; None keeps its own.
 
     What a model computes itself keeps its precision as well: rounded schedules are of no use to anyone.
-    Single numbers, such as the latents' scale, are not rounded either.
+    Single numbers, such as the latents' scale, are not rounded either, nor are the tables of quantised
+    weights, whose bytes stay as well.
     """
     import torch
 
     from ldm.weights.checkpoint import COMPUTED
 
-    if precision is None or not tensor.is_floating_point() or COMPUTED.fullmatch(name):
+    kept = COMPUTED.fullmatch(name) or TABLES.fullmatch(name)
+    if precision is None or not tensor.is_floating_point() or kept:
         return tensor.dtype
     wanted = getattr(torch, PRECISIONS[precision])
     return wanted if tensor.shape else torch.promote_types(tensor.dtype, wanted)

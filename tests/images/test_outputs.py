@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.errors import InputError
 from ldm.images import outputs
 from ldm.images.metadata import read_texts
-from ldm.images.outputs import OutputFolder
+from ldm.images.outputs import CannotWrite, OutputFolder, cannot_write, resumable
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ("a cat\nSteps: 50", '{"prompt": "a cat"}')
@@ -34,7 +34,7 @@ def start_writer(outdir: Path, count: int, link: str = "os.link") -> subprocess.
     script = f"""
 import errno, os, sys
 import numpy as np
-from ldm.images.outputs import OutputFolder
+from ldm.images.outputs import CannotWrite, OutputFolder, cannot_write, resumable
 def no_links(*_): raise OSError(errno.EPERM, "Operation not permitted")
 os.link = {link}
 folder = OutputFolder(sys.argv[1])
@@ -221,6 +221,15 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
             folder.save_image(image(), TEXTS)
     assert files(tmp_path) == []
     assert folder.save_image(image(), TEXTS).name == "00000.png"
+
+
+@pytest.mark.parametrize("can_resume", [True, False])
+def test_a_full_disk_advises_resume_where_there_is_one(can_resume):
+    """It did so as well with --skip_save, and for compare.py and the service, which have no --resume."""
+    for number, advice in [(errno.ENOSPC, "make room"), (errno.EACCES, "choose another folder")]:
+        advice += ", and --resume makes what is missing" * (can_resume and number == errno.ENOSPC)
+        with pytest.raises(CannotWrite, match=rf"; {advice}$"), resumable(can_resume):
+            raise cannot_write(Path("a"), OSError(number, os.strerror(number)))
 
 
 def test_folders_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatch):

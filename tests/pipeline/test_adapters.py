@@ -1,4 +1,5 @@
 import copy
+import math
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from ldm.optimize.offload import offload
 from ldm.optimize.timesteps import keep_timesteps
 from ldm.pipeline import ImageRequest, Pipeline, RuntimeOptions
 from ldm.pipeline import adapters as adapters_module
-from ldm.pipeline.adapters import Adapters, changeable, lora_hash
+from ldm.pipeline.adapters import Adapters, bytes_of, changeable, lora_hash
 from ldm.pipeline.infotext import image_texts
 from ldm.util import instantiate_from_config
 from ldm.weights.diffusers_names import unet_to_theirs
@@ -179,6 +180,25 @@ def test_images_come_back_bit_for_bit(
         expected = pixels(plainly, request(*one))[0]
         assert np.abs(image - expected).max() <= 1
     assert np.abs(images[1] - images[0]).max() > 5
+
+
+@pytest.mark.parametrize("kernels", FAST)
+def test_the_memory_of_what_is_kept(kernels: str, load: Callable, lora: Path, monkeypatch) -> None:
+    """Of a 3x3 kernel nine values were counted, where Winograd's tiles keep 16 or 36."""
+    if kernels in ("onednn", "winograd") and not has_onednn(torch.float32):
+        pytest.skip("no oneDNN here")
+    monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 32)  # the miniature's are few
+    pipeline = load(**FAST[kernels])
+    pixels(pipeline, request(lora))
+    states = pipeline.adapters._kept.popitem()[1]
+    ratios = set()
+    for name, state in states.items():
+        replaced = pipeline.adapters.replaced[name]
+        if len(replaced.shape) == 4 and replaced.shape[2:] == (3, 3) and not replaced.is_kept:
+            ratios.add(bytes_of(state) * 9 // (4 * math.prod(replaced.shape)))
+        assert bytes_of(state) >= 4 * math.prod(replaced.shape)
+    assert ratios >= {"winograd": {36}, "onednn": {9}}.get(kernels, set())
+    assert bytes_of(states.values()) == sum(map(bytes_of, states.values()))
 
 
 def test_the_text_encoder_has_a_weight_of_its_own(load: Callable, lora: Path) -> None:

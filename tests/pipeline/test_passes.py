@@ -217,6 +217,15 @@ def test_a_second_pass_without_a_guided_step_is_refused_at_once(load: Load) -> N
     assert image.pixels is not None
 
 
+@pytest.mark.parametrize(("own", "named"), [({}, "steps"), ({"hires_steps": 1000}, "hires_steps")])
+def test_levels_too_near_name_the_steps_that_were_given(load: Load, own: dict, named: str) -> None:
+    """It named --steps, also where --hires_steps decided how near the levels of the second pass are."""
+    pipeline = load()
+    given = {"sampler": "dpmpp_sde", "schedule": "polyexponential", "rho": 5, "hires_strength": 1.0}
+    with pytest.raises(FieldError, match=rf"take fewer {named} or a rho nearer to 1$"):
+        pipeline.resolve(one(steps=4 if own else 1000, **given, **own))
+
+
 def test_a_batch_is_tried_with_its_second_pass(load: Load, monkeypatch) -> None:
     sizes, plain = [], LatentDiffusion.decode_first_stage
     monkeypatch.setattr(

@@ -66,6 +66,16 @@ def test_a_stopwatch_counts_the_steps_after_the_first(monkeypatch: pytest.Monkey
     assert watch.batches == [((0, 1), 3.0, 0.5)]
 
 
+def test_cfg_plus_plus_is_guided_at_any_scale(pipeline: Pipeline) -> None:
+    """At scale 1, where it calls the model with both texts, too, its speed was that of one text alone."""
+    given = {"sampler": "euler", "scale": 1.0, "steps": 4}
+    plain, guided = (
+        Sort.of(pipeline, pipeline.resolve(ImageRequest("x", cfg_pp=cfg_pp, **given)), 1)
+        for cfg_pp in (False, True)
+    )
+    assert (dict(plain.facts)["guided"], dict(guided.facts)["guided"]) == (False, True)
+
+
 def test_a_batch_in_parts() -> None:
     assert _parts(BatchTime((), 3.0, 0.5), 4) == (0.5, 1.0)
     assert _parts(BatchTime((), 3.0, None), 1) == (3.0, 0.0)

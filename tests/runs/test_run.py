@@ -1,5 +1,6 @@
 """A run as a whole: batch sizes, what --resume takes up and what it refuses, exit codes."""
 
+import errno
 import json
 import signal
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from commands import Result
 from run_helpers import data, manifest
 
 from ldm.errors import InputError
-from ldm.images.outputs import OutputFolder
+from ldm.images.outputs import OutputFolder, cannot_write
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import memory
 from ldm.pipeline.infotext import read_metadata
@@ -205,6 +206,22 @@ def test_an_interrupted_run_says_how_it_goes_on(txt2img: Command) -> None:
     result = txt2img("--n_iter", 3, "--n_samples", 2)
     assert (result.code, [name for name in result.files if "grid" in name]) == (130, [])
     assert result.err[-1].endswith(" of 6 images are missing; the same command with --resume makes them")
+
+
+@pytest.mark.parametrize("argv", [[], ["--skip_save"]])
+def test_a_full_disk_advises_what_the_command_can_do(
+    txt2img: Command, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    """It advised --resume, too, where --skip_save refuses that."""
+
+    def full(*_: object) -> None:
+        raise cannot_write(Path("a"), OSError(errno.ENOSPC, "No space left on device"))
+
+    monkeypatch.setattr(OutputFolder, "_encoded", full)
+    result = txt2img(*argv)
+    advice = "make room" if argv else "make room, and --resume makes what is missing"
+    assert result.code == 2
+    assert result.err[-1].endswith(f"a: No space left on device; {advice}")
 
 
 def test_a_page_has_its_own_prompts(

@@ -108,7 +108,8 @@ def test_a_sheet_stands_for_the_grids(tmp_path: Path, record: RunRecord) -> None
     """In the order of the images; one that came to nothing is black."""
     seen = []
 
-    def draw(images: list[np.ndarray]) -> list[Drawing]:
+    def draw(images: list[np.ndarray], ended: bool) -> list[Drawing]:
+        assert not ended
         seen.extend(images)
         return [Drawing(noise(32, 32), {"x": "steps"}), Drawing(noise(32, 32), {"x": "seed"}, "sheet-1")]
 
@@ -122,6 +123,25 @@ def test_a_sheet_stands_for_the_grids(tmp_path: Path, record: RunRecord) -> None
     assert not seen[2].any()
     assert read_metadata(tmp_path / "grid-0000.png") == SETTINGS | {"x": "steps"}
     assert read_metadata(tmp_path / "sheet-1.png") == SETTINGS | {"x": "seed"}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_sheet_is_drawn_once_however_the_run_ends(
+    tmp_path: Path, record: RunRecord, finished: bool
+) -> None:
+    """A run that was interrupted had no sheet, with --skip_save nothing at all."""
+    drawn = []
+
+    def draw(images: list[np.ndarray], ended: bool) -> list[Drawing]:
+        drawn.append((ended, [bool(image.any()) for image in images]))
+        return []
+
+    with ImageWriter(OutputFolder(tmp_path), record, images=False, sheet=Sheet(draw)) as writer:
+        writer.grid_settings = lambda numbers: SETTINGS.copy()
+        writer.add(3, noise(), SETTINGS, {}, "3")
+        if finished:
+            writer.finish()
+    assert drawn == [(not finished, [False, False, False, True, False])]
 
 
 def test_a_grid_has_the_settings_of_its_own_images(tmp_path: Path, record: RunRecord, monkeypatch) -> None:

@@ -162,6 +162,21 @@ def test_a_run_that_is_there_is_not_made_again(batch: Command) -> None:
     assert found == ["samples/00002.png", "samples/00003.png"]
 
 
+def test_a_drawn_seed_is_that_of_the_run_that_is_taken_up(batch: Command) -> None:
+    """It was that of the folder's last run, and the command refused the run before that one."""
+    first, second = {"a_csv": "prompt,scale\na cat,\n,x\na dog,\n"}, {"a_csv": "prompt\na bird\n"}
+    (line,) = (line for line in batch("--seed", -1, **first).err if line.startswith("seed "))
+    made = batch("--seed", -1, **second)  # into the same folder
+    seeds = [settings["seed"] for settings in made.settings]
+    assert (seeds[1] - seeds[0], f"seed {seeds[0]}") == (2, line)
+    for path in made.paths:
+        path.unlink()
+    for files in (first, second):
+        again = batch("--seed", -1, "--resume", **files)
+        assert not [line for line in again.err if line.startswith("seed ")]
+    assert [settings["seed"] for settings in again.settings] == seeds
+
+
 def test_answers_are_of_the_commands_own_run(batch: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of another run that had started in the folder meanwhile were answered for our prompts."""
     from ldm.runs import run as runs

@@ -259,8 +259,9 @@ def test_the_help_promises_no_folder(capsys: pytest.CaptureFixture[str]) -> None
         assert ("or a folder of such images" in text) == promised
 
 
-def test_an_interrupted_sheet_advises_no_resume(compare: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It advised the same command with --resume, which compare.py refuses."""
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single Ctrl-C while the first batch is decoded."""
     plain = LatentDiffusion.decode_first_stage
 
     def decode(self, latents):
@@ -269,6 +270,32 @@ def test_an_interrupted_sheet_advises_no_resume(compare: Command, monkeypatch: p
         return plain(self, latents)
 
     monkeypatch.setattr(LatentDiffusion, "decode_first_stage", decode)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_an_interrupted_sheet_advises_no_resume(compare: Command) -> None:
+    """It advised the same command with --resume, which compare.py refuses."""
     result = compare("--x", "steps", 1, 2, 3, "--y", "scale", 1, 2)
     assert result.code == 130
-    assert result.err[-1].endswith(" of 6 images are missing")
+    assert result.err[-1].endswith(" of 6 images are missing, and black on the sheet")
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_an_interrupted_sheet_has_what_was_made(
+    compare: Command, model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """With --skip_save nothing was left; and of the first of several models not even the folder's name."""
+    other = shutil.copy(model[1], tmp_path / "other.safetensors")
+    argv = ["--x", "ckpt", model[1], other, "--y", "steps", 1, 2, 3, "--skip_save", "--n_samples", 1]
+    result = compare(*argv)
+    assert (result.code, result.files, result.out) == (130, ["grid-0000.png"], [str(result.folder)])
+    sheet = np.asarray(Image.open(result.folder / "grid-0000.png").convert("RGB"))
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 32  # an image, beside the labels and black cells
+
+
+def test_a_model_that_is_missing_is_refused_before_the_first_image(
+    compare: Command, model: tuple[Path, Path]
+) -> None:
+    """The images of the models before it were made, and with --skip_save they were lost."""
+    result = compare("--x", "ckpt", model[1], "nowhere.ckpt", "--y", "steps", 1, 2)
+    refused(result, "no checkpoint at", "nowhere.ckpt")

@@ -334,8 +334,9 @@ def test_lines_bring_their_own_images(command, model, init, tmp_path):
         ("--max_pixels 100", "384 pixels"),
     ],
 )
+@pytest.mark.usefixtures("weights_unread")
 def test_bad_arguments(img2img, argv, words) -> None:
-    refused(img2img("--ckpt", "nowhere.ckpt", *argv.split()), words)
+    refused(img2img(*argv.split()), words)
 
 
 @pytest.mark.parametrize(
@@ -343,9 +344,10 @@ def test_bad_arguments(img2img, argv, words) -> None:
     [b"", b"<html>not an image</html>", b"\x89PNG\r\n\x1a\n" + bytes(40)],
     ids=["empty", "html", "broken"],
 )
+@pytest.mark.usefixtures("weights_unread")
 def test_broken_init_images(img2img, tmp_path, data) -> None:
     (tmp_path / "bad.png").write_bytes(data)
-    refused(img2img("--init-img", tmp_path / "bad.png", "--ckpt", "nowhere.ckpt"), "bad.png")
+    refused(img2img("--init-img", tmp_path / "bad.png"), "bad.png")
 
 
 @pytest.mark.parametrize("flag", ["--C 5", "--f 16"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from commands import Result, effective, lines, pixels, refused
+from commands import SCRIPTS, Result, effective, lines, pixels, refused
 from golden_files import case, golden_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -325,6 +325,18 @@ def write_bad_checkpoint(kind: str, path: Path, weights: Path) -> None:
             write_v2(path)
         case "line\nend":
             path.touch()
+
+
+@pytest.mark.parametrize("name", ["txt2img", "walk", "compare"])
+def test_a_missing_checkpoint_is_refused_before_torch_is_imported(name, model):
+    """With --config it was looked for only by what reads it, a second and a half later."""
+    own = {"walk": ["--prompts", "a", "b"], "compare": ["--x", "steps", "1", "--y", "scale", "1"]}
+    argv = [*own.get(name, []), "--config", str(model[0]), "--ckpt", "nowhere.ckpt"]
+    code = f"import sys; sys.path[:0] = [{str(SCRIPTS)!r}]; import {name}; from ldm.cli import entry\n"
+    code += f"code = entry.run({name}.main, {argv}); sys.exit(99 if 'torch' in sys.modules else code)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "error: no checkpoint at" in ended.stderr
 
 
 @pytest.mark.parametrize(

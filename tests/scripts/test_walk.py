@@ -76,13 +76,18 @@ def test_the_way_of_a_loop() -> None:
     assert all("variation_seed" not in frame for frame in frames)
 
 
-def test_a_video_where_ffmpeg_is(walk: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for ffmpeg counts the bytes of the frames."""
+@pytest.fixture
+def ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for ffmpeg, which counts the bytes of the frames."""
     (tmp_path / "bin").mkdir()
     ffmpeg = tmp_path / "bin" / "ffmpeg"
     ffmpeg.write_text('#!/bin/sh\nfor last; do :; done\n/usr/bin/wc -c > "$last"\n')
     ffmpeg.chmod(ffmpeg.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return ffmpeg
+
+
+def test_a_video_where_ffmpeg_is(walk: Command, ffmpeg: Path) -> None:
     made = walk(*WALK, "--fps", 5)
     assert (made.code, [line for line in made.err if "ffmpeg" in line]) == (0, [])
     assert int((made.folder / "walk.mp4").read_text()) == 5 * made.images[0].size
@@ -92,15 +97,32 @@ def test_a_video_where_ffmpeg_is(walk: Command, tmp_path: Path, monkeypatch: pyt
     assert "ffmpeg made no walk.mp4: no codec" in failed.err
 
 
-def test_a_video_replaces_none_of_another_walk(
-    walk: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.usefixtures("ffmpeg")
+def test_a_frame_that_is_deleted_meanwhile(
+    walk: Command, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
+    """The walk ended with "error: cannot read the image", with 2, and left a part of a video behind."""
+    film = script("walk").film
+
+    def weeded(outdir: Path, *args: object) -> int:
+        (outdir / f"samples/{number:05}.png").unlink()
+        return film(outdir, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script("walk"), "film", weeded)
+        made = walk(*WALK)
+    assert (made.code, len(made.paths)) == (1, 4)
+    assert made.err[-1].startswith("no walk.mp4: cannot read the image ")
+    assert made.err[-1].endswith("; if it is gone, the same command with --resume makes both")
+    assert not [name for name in made.files if "walk" in name]
+    again = walk(*WALK, "--resume")
+    assert (again.code, len(again.paths), "walk.mp4" in again.files) == (0, 5, True)
+
+
+@pytest.mark.usefixtures("ffmpeg")
+def test_a_video_replaces_none_of_another_walk(walk: Command) -> None:
     """A second walk into the same folder replaced the first one's video without a word."""
-    (tmp_path / "bin").mkdir()
-    ffmpeg = tmp_path / "bin" / "ffmpeg"
-    ffmpeg.write_text('#!/bin/sh\nfor last; do :; done\n/usr/bin/wc -c > "$last"\n')
-    ffmpeg.chmod(ffmpeg.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     first = walk(*WALK)
     frame = first.images[0].size
     second = walk(*WALK[:-1], 6)

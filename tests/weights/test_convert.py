@@ -331,6 +331,17 @@ def test_small_floats_and_scales_are_carried_as_they_are(tmp_path: Path) -> None
         )
 
 
+@pytest.mark.parametrize("target", ["out.safetensors", "out.ckpt"])
+def test_tables_of_quantised_weights_are_not_rounded(tmp_path: Path, target: str) -> None:
+    """`--precision fp16` rounded the tables of bitsandbytes, by which its bytes are read: no use any more."""
+    tables = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB")
+    state = {f"b.weight.{name}": torch.rand(16) for name in tables}
+    state |= {"b.weight": torch.randint(0, 255, (8, 1), dtype=torch.uint8), "b.bias": torch.rand(4)}
+    save_file(state, source := tmp_path / "nf4.safetensors")
+    found = read_state_dict(run(source, tmp_path / target, precision="fp16"))
+    assert_same(found, state | {"b.bias": state["b.bias"].half()})
+
+
 def test_a_files_metadata_stay_without_its_hashes(tmp_path: Path) -> None:
     source = tmp_path / "a.safetensors"
     save_file(checkpoint("v1"), source, {"prediction_type": "v", "sshs_model_hash": "12", "format": "pt"})
