@@ -96,6 +96,8 @@ def apply(model: LatentDiffusion, options: Options, device: torch.device) -> Non
         if options.low_vram:
             notice("--low_vram: on a CPU there is only one memory, and nothing to save")
         model.to(device)
+        if device.type == "cpu" and not options.eager and keep_memory():
+            return_memory(model)
         if ours and not options.eager:
             speed_up(model, options, device)
     if options.deepcache > 1:
@@ -113,8 +115,6 @@ def speed_up(model: LatentDiffusion, options: Options, device: torch.device) -> 
     elif options.compile:
         compile_model(model)
     if device.type == "cpu":
-        if keep_memory():
-            return_memory(model)
         use_kernels(model, KERNELS.get(options.kernels) or choose_kernels(model))
         share_prefix(model)
     if device.type == "cuda" and (options.graphs or options.compile):

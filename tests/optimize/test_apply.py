@@ -155,7 +155,7 @@ def test_the_unet_of_another_package_stays_as_it_is(other: LatentDiffusion, noti
     apply(other, options(compile=True, graphs=True, kernels="onednn"), CPU)
     assert [line.split()[0] for line in notices] == ["--compile", "--graphs", "--kernels"]
     assert all("OtherUNet" in line for line in notices)
-    assert not overridden(other)
+    assert not overridden(other.model)  # whereas a large decode gives memory back, whatever the UNet
 
 
 @pytest.mark.parametrize("changes", [{"tome": 0.5}, {"deepcache": 2}])
