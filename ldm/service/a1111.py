@@ -124,8 +124,8 @@ class Fields:
     def _numeral(self, name: str, default: float | None) -> Any:
         """A number, which the web UI also takes as a text; anything else stays as it is."""
         value = self.take(name, default)
-        if isinstance(value, str) and NUMERAL.fullmatch(value.strip()):
-            return float(value) if "." in value else int(value)
+        if isinstance(value, str) and NUMERAL.fullmatch(text := value.strip()):
+            return float(text) if "." in text else int(text)
         return value
 
     def number(self, name: str, default: float | None, low: float, high: float) -> Any:

@@ -115,11 +115,15 @@ class Service:
         decoded. ServiceError. While `submit` asks moderation, another request has the place.
         """
         async with self.reading:
-            most = min(timeout or self.options.deadline, self.options.deadline)
-            if _arrived(http) + most < time.monotonic():
-                raise DeadlinePassed(most)
-            self.engine.check_room(self.client(http), images)
+            self._check_room(http, images, timeout)
             yield
+
+    def _check_room(self, http: Request, images: int, timeout: float | None) -> None:
+        """ServiceError if a request for so many images has no time left, or the engine would refuse it."""
+        most = min(timeout or self.options.deadline, self.options.deadline)
+        if _arrived(http) + most < time.monotonic():
+            raise DeadlinePassed(most)
+        self.engine.check_room(self.client(http), images)
 
     async def submit(
         self,
@@ -135,44 +139,43 @@ class Service:
         ServiceError.
         """
         try:
-            async with self._passed(requests) as held:
-                job = await run_in_threadpool(
-                    self.engine.submit,
-                    tuple(requests),
-                    client=self.client(http),
-                    model=model,
-                    timeout=timeout,
-                    preview=preview,
-                    arrived=_arrived(http),
-                    held=held,
-                )
+            if self.moderation.enabled:
+                await self._moderate(requests, http, timeout)
+            job = await run_in_threadpool(
+                self.engine.submit,
+                tuple(requests),
+                client=self.client(http),
+                model=model,
+                timeout=timeout,
+                preview=preview,
+                arrived=_arrived(http),
+            )
         except InputError as error:
             raise from_input_error(error, self.engine.folders) from error
         prompts = self.log.texts(request.prompt for request in requests)
         http.state.facts = {"job": job.id, "model": job.model, "images": len(requests), "prompts": prompts}
         return job
 
-    @asynccontextmanager
-    async def _passed(self, requests: Sequence[ImageRequest]) -> AsyncIterator[str | None]:
-        """Inside, moderation has let the prompts pass; gives what the engine holds for the requests until
-        then, None without moderation. ServiceError.
+    async def _moderate(self, requests: Sequence[ImageRequest], http: Request, timeout: float | None) -> None:
+        """Returns once moderation has let the prompts pass. ServiceError.
 
         An answer may take seconds, in which others are read: what these requests start from is counted by
-        its bytes meanwhile, and no longer by their place.
+        its bytes meanwhile, and no longer by their place. Nothing is asked for requests that would be refused
+        by now.
         """
-        if not self.moderation.enabled:
-            yield None
-            return
+
+        def still_useful() -> None:
+            self._check_room(http, len(requests), timeout)
+
         texts = await run_in_threadpool(self._texts, requests)
-        with self.engine.holding(requests) as held:
+        with self.engine.holding(requests):
             self.reading.release()
             try:
-                verdict = await self.moderation.check_prompt(texts)
+                verdict = await self.moderation.check_prompt(texts, still_useful)
             finally:
                 await self.reading.acquire()
-            if verdict.error:
-                raise verdict.error
-            yield held
+        if verdict.error:
+            raise verdict.error
 
     def _texts(self, requests: Sequence[ImageRequest]) -> list[str]:
         """What moderation is asked about. LimitExceeded for what would be refused anyway."""

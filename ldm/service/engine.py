@@ -229,34 +229,32 @@ class Engine:
         timeout: float | None = None,
         preview: bool = False,
         arrived: float | None = None,
-        held: str | None = None,
     ) -> Job:
         """The job of requests that are answered together, by the model of this name or the default one.
 
         Requests without seeds get some by chance. `timeout` in seconds is at most the service's own, and runs
-        since the request `arrived` on the clock of `time.monotonic`, by default from now on. `held` is what
-        `holding` gave for them. It never waits for images to be sampled. ServiceError if they cannot be
-        served.
+        since the request `arrived` on the clock of `time.monotonic`, by default from now on. It never waits
+        for images to be sampled. ServiceError if they cannot be served.
         """
         with self._counting_refusals():
             model = model or self.models.default
-            return self._submit(tuple(requests), client, model, timeout, preview, arrived, held)
+            return self._submit(tuple(requests), client, model, timeout, preview, arrived)
 
     @contextmanager
-    def holding(self, requests: Sequence[ImageRequest]) -> Iterator[str]:
+    def holding(self, requests: Sequence[ImageRequest]) -> Iterator[None]:
         """Inside, the images that requests start from count as a job's do, although there is no job yet.
 
-        Gives a key for `submit`. QueueFull without room for them.
+        QueueFull without room for them.
         """
         key, size = uuid.uuid4().hex, image_bytes(requests)
         with self._counting_refusals(), self._changed:
             self._check_bytes(size)
             self._held[key] = size
         try:
-            yield key
+            yield
         finally:
             with self._changed:
-                self._held.pop(key, None)
+                del self._held[key]
 
     def check_room(self, client: str, images: int = 1) -> None:
         """ServiceError if a client's request for so many images would be refused now, whatever they show."""
@@ -286,7 +284,6 @@ class Engine:
         timeout: float | None,
         preview: bool,
         arrived: float | None,
-        held: str | None,
     ) -> Job:
         self._check_ready()
         self.models.open(model)
@@ -296,13 +293,11 @@ class Engine:
         self._check_count(len(requests))
         self._check_room(client, len(requests))  # before work is spent on what is refused anyway
         most_pixels = self.options.pixels_of(self.models.native_size(model))
+        resolved = []
         for k, request in enumerate(requests):
             with about_image(k):
                 check_files(request, self.options)
                 check_limits(request, self.options, most_pixels)
-        resolved = []
-        for k, request in enumerate(requests):
-            with about_image(k):
                 resolved.append(self._resolved(model, request, most_pixels))
         first = secrets.randbelow(2**32)
         seeded = [
@@ -319,7 +314,6 @@ class Engine:
         with self._changed:
             if self._draining:
                 raise Draining()
-            self._held.pop(held, None)  # the same images, which are the job's from now on
             self._check_room(client, len(requests))
             self._check_bytes(job_bytes)
             self._queue.put(waiting)

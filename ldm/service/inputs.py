@@ -132,7 +132,7 @@ def file_of(name: Any, field: str, there: Sequence[Path]) -> Path:
     for path in there:
         if name in (path.name, path.stem):
             return path
-    known = ", ".join(path.stem for path in there[:20]) or "none"
+    known = ", ".join(list(dict.fromkeys(path.stem for path in there))[:20]) or "none"
     raise BadRequest(f"{field}: there is no {shortened(name)}; this service has {known}")
 
 

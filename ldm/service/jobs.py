@@ -192,9 +192,8 @@ class Jobs:
         with self._lock:
             return [job for job in self._active.values() if not job.over]
 
-    def to_fetch(self, seconds: float) -> list[Job]:
-        """Those that ended within so many seconds, and that their clients have not come for yet."""
-        since = time.monotonic() - seconds
+    def to_fetch(self, since: float) -> list[Job]:
+        """Those that ended after `since`, by `time.monotonic`, and that their clients have not come for."""
         with self._lock:
             jobs = [*self._over.values(), *self._active.values()]
         return [job for job in jobs if job.over and job.to_fetch and job.ended > since]

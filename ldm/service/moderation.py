@@ -45,8 +45,10 @@ LARGEST_IMAGE = 4_000_000  # bytes of one image:analyze, which takes sides of 50
 SIDES = (50, 2048)  # in pixels; what is larger than the second is scaled down to it
 
 MOST_TEXTS = 32  # that are asked about for one prompt, which may read otherwise at each step
-REQUESTS = 16  # whose prompts are asked about at a time: more would only wait within their deadlines
 THREADS = 16  # calls of a plain function at a time; one that never returns keeps its place
+# Questions about prompts at a time. More would only wait for a thread within their deadlines, and the other
+# threads are left for images, which have been sampled already.
+PROMPTS = THREADS // 2
 LONGEST_REASON = 200  # characters
 ROUNDING = 1e-6  # of a sum of weights
 
@@ -98,7 +100,7 @@ class Moderation:
         close: Callable[[], Awaitable[None]] | None = None,
     ):
         self._ask, self._close = ask, close
-        self._asking = asyncio.Semaphore(REQUESTS)
+        self._places = asyncio.Semaphore(PROMPTS)
         self.deadline, self.failure = deadline, failure
         self.counts: Counter[tuple[str, str]] = Counter()
         if ask:
@@ -119,13 +121,35 @@ class Moderation:
     def enabled(self) -> bool:
         return self._ask is not None
 
-    async def check_prompt(self, texts: Iterable[str]) -> Verdict:
-        """The gravest verdict on prompts that belong together; those of few requests are asked at a time."""
-        distinct = [text for text in dict.fromkeys(texts) if text.strip()]
-        async with self._asking:
-            verdicts = await asyncio.gather(*(self._check(PROMPT, text) for text in distinct))
+    async def check_prompt(self, texts: Iterable[str], before: Callable[[], None] = lambda: None) -> Verdict:
+        """The gravest verdict on prompts that belong together.
+
+        Few prompts are asked about at a time, and the others wait as long as it takes: `before` is called
+        before each question, and may raise where the answer is of no use any more.
+        """
+        asked: list[asyncio.Task[Verdict]] = []
+        try:
+            for text in dict.fromkeys(texts):
+                if text.strip():
+                    asked.append(await self._begin(text, before))
+            verdicts = await asyncio.gather(*asked)
+        finally:
+            for question in asked:
+                question.cancel()  # one that is over stays as it is
         gravest = sorted(verdicts, key=lambda verdict: (not verdict.refused, verdict.outcome == ALLOWED))
         return gravest[0] if gravest else Verdict(PROMPT, ALLOWED)
+
+    async def _begin(self, text: str, before: Callable[[], None]) -> asyncio.Task[Verdict]:
+        """The question about a prompt, once there is a place for it."""
+        await self._places.acquire()
+        try:
+            before()
+        except BaseException:
+            self._places.release()
+            raise
+        question = asyncio.create_task(self._check(PROMPT, text))
+        question.add_done_callback(lambda _: self._places.release())
+        return question
 
     async def check_image(self, png: bytes) -> Verdict:
         """The verdict on an image, given as a PNG file."""

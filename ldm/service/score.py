@@ -128,7 +128,7 @@ def _request(table: Table, k: int, options: Any, task: str) -> ImageRequest:
 
 @contextmanager
 def in_lines() -> Iterator[None]:
-    """Inside, errors name settings as the contract does, and the line of the table that they are about."""
+    """Inside, errors name settings as the contract does, and the table's line where they are about one."""
     try:
         yield
     except ServiceError as error:

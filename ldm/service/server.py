@@ -22,7 +22,8 @@ HEAD_SECONDS = 10.0  # in which the request line and the headers have to arrive
 WRITE_SECONDS = 60.0  # in which a client has to read on
 BACKLOG = 1000  # connections that may wait to be accepted
 LAST_ANSWERS = 10  # seconds in which answers may be sent once all jobs are over
-FETCH_SECONDS = 5.0  # in which clients may then come for jobs of `wait: false`, if they ended as late as that
+# in which clients may then come for jobs of `wait: false` that ended since the signal, or as long before it
+FETCH_SECONDS = 5.0
 
 
 class Connection(H11Protocol):
@@ -117,8 +118,9 @@ class Server(uvicorn.Server):
     def _drain(self, name: str) -> None:
         seconds = self.service.options.drain
         notice(f"{name}: jobs may finish within {seconds:g} s; a second signal ends the service at once")
+        since = time.monotonic() - FETCH_SECONDS
         lost = self.service.engine.drain(seconds)
-        left = self._await_clients()
+        left = self._await_clients(since)
         self.service.log.write(
             "drained",
             unfinished_jobs=len(lost),
@@ -127,9 +129,9 @@ class Server(uvicorn.Server):
         )
         self.should_exit = True
 
-    def _await_clients(self) -> list[Job]:
-        """Wait a moment for clients to come for jobs that have just ended. Returns those that are left."""
-        left, until = self.service.engine.jobs.to_fetch(FETCH_SECONDS), time.monotonic() + FETCH_SECONDS
+    def _await_clients(self, since: float) -> list[Job]:
+        """Wait a moment for clients to come for jobs that ended after `since`. Returns those left over."""
+        left, until = self.service.engine.jobs.to_fetch(since), time.monotonic() + FETCH_SECONDS
         while left and time.monotonic() < until:
             time.sleep(0.05)
             left = [job for job in left if job.to_fetch]

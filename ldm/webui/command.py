@@ -75,23 +75,23 @@ def command_line(
 
 
 def with_paths(texts: Iterable[str], loras: Iterable[str], folder: Path) -> list[str]:
-    """Texts with the paths of those LoRAs that they name and that lie outside of a folder, in which alone a
-    command looks for names. What lies in the folder goes first.
+    """Texts with the paths of those LoRAs that they name and that lie neither in a folder nor below it, where
+    alone a command looks for names. What lies there goes first.
     """
+    from ldm.pipeline.adapters import Adapters  # imports torch
 
-    def is_inside(file: str) -> bool:
-        return find(file).absolute().parent == folder.absolute()
-
+    inside = Adapters(folder).names()
     paths = {
-        name.casefold(): None if is_inside(file) else file
-        for file in sorted(loras, key=is_inside)  # the last one of a name counts
+        name.casefold(): file
+        for file in loras
         for name in (Path(file).name, Path(file).stem)
+        if name.casefold() not in inside
     }
 
     def spelled(match: re.Match[str]) -> str:
         name, colon, weights = match[1].partition(":")
         path = paths.get(name.strip().casefold())
-        return match[0] if path is None else f"<lora:{path}{colon}{weights}>"
+        return f"<lora:{path}{colon}{weights}>" if path else match[0]
 
     return [TAG.sub(spelled, text) for text in texts]
 

@@ -322,11 +322,11 @@ def test_slow_moderation_keeps_nobody_from_being_read(engine: Engine) -> None:
 
     async def ask(what: str, content: object) -> None:
         asked.append(content)
-        while what == "prompt" and "slow" in content and not released.is_set():
+        while what == "prompt" and not released.is_set():
             await asyncio.sleep(0.005)
 
-    def post(url: str, prompt: str) -> int:
-        return httpx.post(f"{url}/generate", json={"prompt": prompt, "steps": 1}, timeout=60).status_code
+    def post(url: str, prompt: str, steps: int = 1) -> int:
+        return httpx.post(f"{url}/generate", json={"prompt": prompt, "steps": steps}, timeout=60).status_code
 
     service = Service(engine, engine.options, moderation=Moderation(ask, deadline=60), log=JsonLog())
     with serving(service) as (_, url), ThreadPoolExecutor(READ_AT_A_TIME) as pool:
@@ -334,11 +334,49 @@ def test_slow_moderation_keeps_nobody_from_being_read(engine: Engine) -> None:
         try:
             while len(asked) < READ_AT_A_TIME:
                 time.sleep(0.005)
-            assert post(url, "quick") == 200
+            assert post(url, "too many steps", 100_000) == 422
             assert not any(one.done() for one in slow)
         finally:
             released.set()
         assert [one.result() for one in slow] == [200] * READ_AT_A_TIME
+
+
+def test_what_is_too_late_is_not_asked_about(
+    model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that waited for moderation were still asked about when they were past their deadlines, or when
+    the service ended, which then had a plain text for them.
+    """
+    monkeypatch.setattr("ldm.service.moderation.PROMPTS", 1)
+    asked, released = [], threading.Event()
+
+    async def ask(what: str, content: object) -> None:
+        asked.append(content)
+        while not released.is_set():
+            await asyncio.sleep(0.005)
+
+    def post(url: str, prompt: str, **values: Any) -> tuple[int, str]:
+        body = {"prompt": prompt, "steps": 1} | values
+        answer = httpx.post(f"{url}/generate", json=body, timeout=60)
+        return answer.status_code, answer.json()["error"]["code"]
+
+    with tiny_service.running(model) as engine, ThreadPoolExecutor(3) as pool:
+        service = Service(engine, engine.options, moderation=Moderation(ask, deadline=60), log=JsonLog())
+        with serving(service) as (_, url):
+            try:
+                first = pool.submit(post, url, "first")
+                while not asked:
+                    time.sleep(0.005)
+                late, waits = pool.submit(post, url, "late", timeout=0.2), pool.submit(post, url, "waits")
+                while len(engine._held) < 3:  # all wait for their answers
+                    time.sleep(0.005)
+                time.sleep(0.2)
+                engine.drain(0)
+            finally:
+                released.set()
+            assert late.result() == (504, "deadline_passed")
+            assert first.result() == waits.result() == (503, "draining")
+    assert asked == ["first"]
 
 
 def test_a_refused_prompt_is_not_sampled(engine: Engine) -> None:

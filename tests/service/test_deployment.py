@@ -14,7 +14,9 @@ import yaml
 
 from ldm.cli.parser import serve_parser
 from ldm.fields import settings_of
+from ldm.service.engine import LAST_LAYER
 from ldm.service.options import ServiceOptions
+from ldm.service.server import FETCH_SECONDS, LAST_ANSWERS
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
@@ -23,6 +25,7 @@ COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 KUBERNETES = {one["kind"]: one for one in yaml.safe_load_all((ROOT / "deploy/kubernetes.yaml").read_text())}
 POD = KUBERNETES["Deployment"]["spec"]["template"]["spec"]
 CONTAINER = POD["containers"][0]
+LAST_SECONDS = FETCH_SECONDS + LAST_ANSWERS + LAST_LAYER  # which an end may take beside its --drain
 
 
 def lines_of(instruction: str, last_stage: bool = False) -> list[str]:
@@ -186,7 +189,7 @@ def test_compose_services_are_confined(name: str) -> None:
     assert all(port.startswith("127.0.0.1:") and port.endswith(":8000") for port in service["ports"])
     assert not service.get("privileged")
     options = service_options(*service["command"])
-    assert int(service["stop_grace_period"].removesuffix("s")) > options.drain
+    assert int(service["stop_grace_period"].removesuffix("s")) > options.drain + LAST_SECONDS
     volumes = dict(volume.split(":")[:2] for volume in service["volumes"][:2])
     assert set(volumes) == set(COMPOSE["volumes"])
     assert options.keep in volumes.values()
@@ -214,7 +217,7 @@ def test_a_pod_has_a_gpu_and_a_read_only_root() -> None:
 def test_a_pod_has_time_to_drain() -> None:
     options = service_options(*CONTAINER["args"])
     seconds = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert POD["terminationGracePeriodSeconds"] > seconds + options.drain
+    assert POD["terminationGracePeriodSeconds"] > seconds + options.drain + LAST_SECONDS
 
 
 def test_probes_ask_routes_that_need_no_token() -> None:

@@ -23,8 +23,10 @@ from ldm.service.moderation import (
     API_VERSION,
     KEY,
     LARGEST_IMAGE,
-    REQUESTS,
+    PROMPTS,
+    THREADS,
     Moderation,
+    asker,
     fitted,
     prompts_of,
 )
@@ -238,8 +240,6 @@ def test_a_function_that_blocks_stops_neither_the_event_loop_nor_the_answer() ->
     def blocks(what: str, content: Any) -> None:
         release.wait(30)
 
-    from ldm.service.moderation import asker
-
     async def ask() -> Any:
         hook = Moderation(asker(blocks), deadline=0.05)
 
@@ -261,8 +261,6 @@ def test_a_function_that_blocks_stops_neither_the_event_loop_nor_the_answer() ->
 
 
 def test_threads_that_never_return_are_not_followed_by_ever_more() -> None:
-    from ldm.service.moderation import THREADS, asker
-
     release, started = threading.Event(), []
 
     def blocks(what: str, content: Any) -> None:
@@ -280,8 +278,10 @@ def test_threads_that_never_return_are_not_followed_by_ever_more() -> None:
         release.set()
 
 
-def test_prompts_of_few_requests_are_asked_about_at_a_time() -> None:
-    """All at once they would wait for the hook within their deadlines, and fail without having been asked."""
+def test_few_prompts_are_asked_about_at_a_time() -> None:
+    """Prompts of 16 requests, two texts each, waited for a thread within their deadlines: half of them failed
+    without having been asked about.
+    """
     running, most = [], []
 
     async def slow(what: str, content: Any) -> None:
@@ -292,10 +292,59 @@ def test_prompts_of_few_requests_are_asked_about_at_a_time() -> None:
 
     async def ask() -> list[Any]:
         hook = Moderation(slow)
-        return await asyncio.gather(*(hook.check_prompt([str(k)]) for k in range(REQUESTS + 5)))
+        return await asyncio.gather(*(hook.check_prompt([f"a {k}", f"b {k}"]) for k in range(THREADS)))
 
     assert {verdict.outcome for verdict in asyncio.run(ask())} == {"allowed"}
-    assert max(most) == REQUESTS
+    assert max(most) == PROMPTS
+
+
+def test_images_do_not_wait_for_prompts() -> None:
+    """Prompts took all threads, so that an image that had been sampled was lost without being asked about."""
+    release = threading.Event()
+
+    def slow(what: str, content: Any) -> None:
+        if what == "prompt":
+            release.wait(30)
+
+    async def ask() -> tuple[Any, list[Any]]:
+        hook = Moderation(asker(slow), deadline=20)
+        prompts = [asyncio.create_task(hook.check_prompt([f"a {k}", f"b {k}"])) for k in range(THREADS)]
+        await asyncio.sleep(0.1)
+        image = await hook.check_image(b"")
+        assert not any(prompt.done() for prompt in prompts)
+        release.set()
+        return image, await asyncio.gather(*prompts)
+
+    try:
+        image, prompts = asyncio.run(ask())
+    finally:
+        release.set()
+    assert {verdict.outcome for verdict in (image, *prompts)} == {"allowed"}
+
+
+def test_what_is_of_no_use_any_more_is_not_asked_about() -> None:
+    """Nothing was looked at again after the wait for a place. What `before` raises ends all questions."""
+    asked, raised = [], []
+
+    async def hook(what: str, content: Any) -> None:
+        asked.append(content)
+        await asyncio.sleep(0.01)
+
+    def before() -> None:
+        if len(asked) >= PROMPTS:
+            raised.append(1)
+            raise TimeoutError("too late")
+
+    async def ask() -> None:
+        moderation = Moderation(hook)
+        with pytest.raises(TimeoutError, match="too late"):
+            await moderation.check_prompt(map(str, range(PROMPTS + 5)), before)
+        verdict = await moderation.check_prompt(map(str, range(PROMPTS + 5)))  # all places are free again
+        assert verdict.outcome == "allowed"
+
+    asyncio.run(ask())
+    assert len(raised) == 1
+    assert len(asked) == 2 * PROMPTS + 5
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_a_lost_job_is_logged_and_its_client_told(
 def test_a_job_that_nobody_comes_for_delays_the_end_for_a_moment(
     model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that ended earlier does not, and neither do images that were fetched one by one."""
+    """One that ended well before the signal does not, and neither do images that were fetched one by one."""
     monkeypatch.setattr(servers, "FETCH_SECONDS", 0.3)
     log = tmp_path / "log.jsonl"
     with ending(model, log) as (server, client):
@@ -273,3 +273,24 @@ def test_a_job_that_nobody_comes_for_delays_the_end_for_a_moment(
         server.handle_exit(signal.SIGTERM, None)
         assert drained(server, log) == {"unfinished_jobs": 0, "not_fetched": [left.removeprefix("/jobs/")]}
         assert time.monotonic() - start >= 0.3
+
+
+def test_a_job_that_ended_early_in_the_drain_is_waited_for(
+    model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ended more than a moment before the drain did was neither waited for nor logged."""
+    monkeypatch.setattr(servers, "FETCH_SECONDS", 0.3)
+    log = tmp_path / "log.jsonl"
+    with ending(model, log) as (server, client):
+        engine, plain = server.service.engine, server.service.engine.drain
+
+        def drain(seconds: float) -> list[Job]:
+            lost = plain(seconds)
+            time.sleep(0.6)  # as if another job had still been sampled
+            return lost
+
+        monkeypatch.setattr(engine, "drain", drain)
+        left = asked(client).removeprefix("/jobs/")
+        engine.jobs.get(left, "127.0.0.1").wait(60)
+        server.handle_exit(signal.SIGTERM, None)
+        assert drained(server, log) == {"unfinished_jobs": 0, "not_fetched": [left]}

@@ -152,6 +152,20 @@ def test_the_command_finds_a_lora_that_lies_beside_the_own_folder(
         assert "<lyco: Few-Steps:te=0.5:unet=1>" in words[words.index("--prompt") + 1]
 
 
+@pytest.mark.parametrize("name", ["few-steps", "Few-Steps.safetensors"])
+def test_a_lora_below_the_own_folder_goes_first(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page drew with the own one and the command with the bundled one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "sub").mkdir(parents=True)
+    (tmp_path / "own" / "sub" / "few-steps.safetensors").touch()
+    request = asked(TEXT, {"prompt": f"a <lora:{name}:0.5>", "prompt_syntax": "a1111"})
+    loras = Files.found("own").loras.values()
+    words = shlex.split(command_line(TEXT, request, lora_folder="own", loras=loras))
+    assert words[words.index("--prompt") + 1] == request.prompt
+
+
 def test_the_command_checks_images_alike() -> None:
     """What the page had blackened, or not, the command did otherwise."""
     assert parsed(command_line(TEXT, asked(TEXT, {}), safety="off")).run.safety == "off"
