@@ -268,9 +268,12 @@ def add_seeds(options: RunOptions, lines: Sequence[Line]) -> int:
     """
     from ldm.runs.manifest import chosen_seed
 
+    known = dict.fromkeys(settings_of(ImageRequest))  # a run's settings lack those that are left out
     first = next((line.request for line in lines if line.request is not None), None)
-    known = {} if first is None else without_folders(first.settings())
-    seed, is_new = chosen_seed(options, {name: known[name] for name in known if name != "seed"})
+    if first is not None:
+        known |= without_folders(first.settings())
+    del known["seed"]
+    seed, is_new = chosen_seed(options, known)
     if is_new:
         notice(f"seed {seed}")
     for number, line in enumerate(lines):

@@ -228,10 +228,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_weights(command: arguments.Arguments) -> None:
-    """InputError if a file lacks the weights, raw or averaged, that are asked for."""
+    """InputError if a file lacks the weights, raw or averaged, or is no autoencoder, that is asked for."""
     from ldm.weights.checkpoint import pick_weights
     from ldm.weights.header import read_header
+    from ldm.weights.vae import check_vae
 
+    if vae := command.given.get("vae"):
+        check_vae(vae, command.config)
     if command.weights is not None:
         tensors = read_header(command.files.weights).tensors
         pick_weights(tensors, command.weights, path=command.files.weights, names=tensors)

@@ -165,7 +165,7 @@ class Arguments:
         return read_config(self.files.config)
 
     def check_files(self) -> None:
-        """InputError if there is no checkpoint, which need not wait for torch, either."""
+        """InputError if there is no checkpoint. It needs no torch."""
         if not self.given.get("model"):
             check_file(self.files.weights)
 

@@ -182,7 +182,7 @@ def conclusion(record: RunRecord, writer: ImageWriter, interrupt: Interrupt, opt
     failed = record.failed.intersection(missing)
     if left := len(missing) - len(failed):
         advice = "; the same command with --resume makes them" if can_resume(writer) else ""
-        if writer.sheet and writer.save_grids:
+        if writer.sheet_saved:
             advice = ", and black on the sheet"
         notice(f"{left} of {record.images} images are missing{advice}")
     if failed:

@@ -55,7 +55,7 @@ class ImageWriter:
     `grid_settings` gives the settings of a grid of the images of these numbers, and `page_size` is how many
     images a grid has at most. As a context manager it saves at the end, however that comes, a grid of the
     images that are in no file yet, or the sheet, which no later run could draw. `lacking` counts the grids
-    that could not be made.
+    that could not be made, and `sheet_saved` says whether the sheet, or a page of it, is there.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ImageWriter:
         self.save_images, self.save_grids, self.metadata, self.columns = images, grids, metadata, columns
         self.save_depths, self.save_controls = depths, controls
         self.grid_settings: Callable[[Sequence[int]], dict[str, Any]] = lambda numbers: {}
-        self.page_size, self.lacking = PAGE, 0
+        self.page_size, self.lacking, self.sheet_saved = PAGE, 0, False
         self.page: dict[int, np.ndarray] = {}  # of images that are not saved, or the sheet's
 
     def add(
@@ -96,7 +96,7 @@ class ImageWriter:
         the pixels that may have the watermark. `controls` are what its ControlNets saw, uint8 [h, w, 3].
         """
         file = None
-        if self.sheet:
+        if self.sheet and self.save_grids:
             self.page[k] = image
         if self.save_images:
             marked = Watermarker.of(settings["watermark"])(image, painted)
@@ -134,7 +134,7 @@ class ImageWriter:
     def _save_unsaved(self) -> None:
         """Save a grid of the images that are in no file yet, or the sheet if it has not been saved."""
         if self.sheet:
-            if self.page and self.save_grids:
+            if self.page:
                 self._save_sheet(ended=True)
             return
         page, self.page = self.page, {}
@@ -186,6 +186,7 @@ class ImageWriter:
                 drawn = Watermarker.of(settings["watermark"])(page.image)
                 facts = settings | page.facts
                 self.folder.save_grid(drawn, self.texts(facts), page.name, facts)
+                self.sheet_saved = True
 
     def _save_page(self, images: list[np.ndarray], settings: dict[str, Any]) -> Path:
         grid = make_grid(of_one_size(images), self.columns)

@@ -34,7 +34,7 @@ def start_writer(outdir: Path, count: int, link: str = "os.link") -> subprocess.
     script = f"""
 import errno, os, sys
 import numpy as np
-from ldm.images.outputs import CannotWrite, OutputFolder, cannot_write, resumable
+from ldm.images.outputs import OutputFolder
 def no_links(*_): raise OSError(errno.EPERM, "Operation not permitted")
 os.link = {link}
 folder = OutputFolder(sys.argv[1])

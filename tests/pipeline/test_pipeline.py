@@ -111,7 +111,7 @@ def test_levels_that_are_too_near_are_refused_before_a_model_is_read(model: tupl
     with pytest.raises(FieldError, match=r"too near for dpmpp_2m_sde; take other sigmas$"):
         pipeline.resolve(ImageRequest("a cat", **near))
     even = {"sampler": "dpmpp_sde", "schedule": "polyexponential", "rho": 20.0}
-    with pytest.raises(FieldError, match=r"take fewer steps or a rho nearer to 1$"):
+    with pytest.raises(FieldError, match=r"take fewer hires_steps or a rho nearer to 1$"):
         pipeline.resolve(ImageRequest("a cat", steps=2, hires=2.0, hires_steps=900, **even))
     assert "model" not in vars(pipeline)
     before, alphas = pipeline._alphas, pipeline.model.alphas_cumprod

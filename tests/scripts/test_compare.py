@@ -299,3 +299,4 @@ def test_a_model_that_is_missing_is_refused_before_the_first_image(
     """The images of the models before it were made, and with --skip_save they were lost."""
     result = compare("--x", "ckpt", model[1], "nowhere.ckpt", "--y", "steps", 1, 2)
     refused(result, "no checkpoint at", "nowhere.ckpt")
+    refused(compare("--x", "vae", model[1], "nowhere.pt", "--y", "steps", 1, 2), "nowhere.pt")
