@@ -27,13 +27,46 @@ def read_state_dict(path: str | Path) -> State:
     writing to one never reaches the file, and the file must stay unchanged while they live. A `state_dict` or
     `model` wrapper is removed. Whatever is not a tensor is dropped, and so are tensors of dtypes that no
     weight can have (quantised ones). The weights of a folder have the names that they have in single files.
+    Weights in float8 with scales of their own, as ComfyUI writes them, are multiplied by these, in float32.
 
     Raises InputError for a file that is missing, another folder, empty, cut short, damaged, of another kind,
     or that carries code.
     """
     if is_diffusers_folder(path):
         return read_folder(Path(path), read_state_dict)
-    return read_header(path).map()
+    return scaled(read_header(path).map(), path)
+
+
+# Beside `a.weight` in float8: its factor, in two spellings, and what a product in float8 needs besides.
+SCALE = re.compile(r"(?P<layer>.+)\.(scale_weight|weight_scale)")
+OF_FLOAT8 = ("scale_weight", "weight_scale", "scale_input", "input_scale", "comfy_quant")
+MARK = re.compile(r"(.+\.)?scaled_fp8")  # of a file with such weights
+
+
+def scaled(state: State, path: str | Path) -> State:
+    """The weights of a file, those in float8 that have a scale multiplied by it; without the scales.
+
+    A scale is one number for a tensor or for each of its output channels (ComfyUI, QUANTIZATION.md).
+    InputError for one of another shape, such as those of blocks.
+    """
+    state = dict(state)
+    for name in list(state):
+        match = SCALE.fullmatch(name)
+        weight = f"{match['layer']}.weight" if match else ""
+        if weight not in state or not str(state[weight].dtype).startswith("torch.float8"):
+            continue
+        values, scale = state[weight], state[name].float()
+        if scale.numel() not in (1, *values.shape[:1]):
+            raise InputError(
+                f"{path}: {name} has shape {list(scale.shape)}, for a weight of shape {list(values.shape)}; "
+                "a scale for the tensor or for each output channel can be read"
+            )
+        of_channels = (-1, *[1] * (values.ndim - 1))
+        state[weight] = values.float() * scale.reshape(() if scale.numel() == 1 else of_channels)
+        for other in OF_FLOAT8:
+            state.pop(f"{match['layer']}.{other}", None)
+        let_go(values)
+    return {name: t for name, t in state.items() if not MARK.fullmatch(name)}
 
 
 EMA_COUNTERS = {"model_ema.decay", "model_ema.num_updates"}  # which sd-v1-4.ckpt has without any average

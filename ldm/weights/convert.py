@@ -170,7 +170,8 @@ def _metadata(header: Header, stated: str | None, other: Path | None) -> dict[st
     The size of a bundled model's images is added: its file need not state it, as it is known by its
     content. A merged model takes that of the one that it was merged with.
     """
-    kept = {name: text for name, text in header.metadata.items() if "hash" not in name and name != "format"}
+    gone = ("format", "_quantization_metadata")  # weights with scales of their own are written without them
+    kept = {name: text for name, text in header.metadata.items() if "hash" not in name and name not in gone}
     if stated and not any(str(kept.get(name)).lower() in NAMES_OF[stated] for name in METADATA):
         kept[PREDICTION] = NAMES_OF[stated][0]  # of a marker, a name, or a YAML file that stays behind
     size = (other and _size(read_header(other))) or _size(header)
