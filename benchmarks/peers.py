@@ -19,8 +19,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PROMPT = "a red cube on top of a blue sphere"
+from measuring import PROMPT, memory
+
+from ldm.weights.loading import ROOT
+
 SCALE = 7.5
 SIDE = 64  # latents
 TIMESTEP = 700.0
@@ -338,7 +340,7 @@ def serve(pipe: Connection, make: Callable[..., Any], args: tuple) -> None:
         except EOFError:
             return
         if method == "peak":
-            pipe.send(torch.cuda.max_memory_allocated() if cuda else resident_peak())
+            pipe.send(torch.cuda.max_memory_allocated() if cuda else memory()["peak"])
             continue
         with torch.inference_mode() if method != "image" else torch.no_grad():
             start = time.perf_counter()
@@ -346,11 +348,6 @@ def serve(pipe: Connection, make: Callable[..., Any], args: tuple) -> None:
             wait()
             seconds = time.perf_counter() - start
         pipe.send((seconds, result.float().cpu().numpy() if wanted else None))
-
-
-def resident_peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 class Contender:

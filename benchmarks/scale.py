@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measuring import GIB, PROMPT, in_fresh_process, seconds
+from measuring import GIB, PROMPT, in_fresh_process, memory, seconds
 from report import Row, machine, write_results
 
 from ldm.cli.entry import run
@@ -398,12 +398,6 @@ def simulate_both(
 # a million images
 
 
-def peak() -> int:
-    """Bytes of memory that this process has used at most."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-
-
 def plan_million(lines: int, images: int) -> dict[str, float]:
     """Seconds and peak memory from the requests of a prompt file to the job that the workers are given."""
     from ldm.runs.manifest import RunRecord
@@ -428,7 +422,7 @@ def plan_million(lines: int, images: int) -> dict[str, float]:
         found: dict[str, float] = {}
         found["seconds"] = seconds(plan)
     assert found["images"] == images
-    return found | {"peak": peak()}
+    return found | {"peak": memory()["peak"]}
 
 
 def resume_million(images: int, workers: int, outdir: Path | None) -> dict[str, float]:
@@ -461,7 +455,7 @@ def resume_million(images: int, workers: int, outdir: Path | None) -> dict[str, 
         with again.ending():
             found["seconds"] = seconds(decide)
         assert found["batches"]
-    return found | {"peak": peak()}
+    return found | {"peak": memory()["peak"]}
 
 
 def write_lines(files: Sequence[Path], run_id: str, images: int) -> int:

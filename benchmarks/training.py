@@ -23,7 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from peers import SIDE, resident_peak
+from measuring import memory
+from peers import SIDE
 
 from ldm.weights.loading import ROOT, V1_CONFIG
 
@@ -113,7 +114,7 @@ def serve(
         optimizer.zero_grad()
         losses.append(loss.item())
         readings.append(time.perf_counter() - start)
-    pipe.send((losses[0], readings[1:], torch.cuda.max_memory_allocated() if cuda else resident_peak()))
+    pipe.send((losses[0], readings[1:], torch.cuda.max_memory_allocated() if cuda else memory()["peak"]))
 
 
 def main() -> None:
