@@ -347,7 +347,7 @@ def model_loads(title: str, config: Path, weights: Path) -> Findings:
 
     weights = _shown(weights)
     state = read_state_dict(weights)
-    dtype = state[UNET_INPUT].dtype if UNET_INPUT in state else None  # the file's: nothing is copied
+    dtype = state[UNET_INPUT].dtype if UNET_INPUT in state else None  # the file's: little is copied
     model = loading.load_model(loading.read_config(config), weights, dtype=dtype)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     what = f"{size:.0f} million weights, all there, model hash {file_hash(weights)}"

@@ -30,7 +30,7 @@ from ldm.pipeline.request import ImageRequest
 from ldm.sampling import Discretization, Trajectory
 from ldm.sampling.denoiser import DiffusionModel, timestep_of
 from ldm.util import instantiate_from_config
-from ldm.weights.checkpoint import read_state_dict
+from ldm.weights.checkpoint import load_weights, read_state_dict
 from ldm.weights.controlnet import check_controlnet, load_controlnet, weights_file
 from ldm.weights.hashes import quick_hash
 from ldm.weights.loading import bundled_family, choose_model, read_config
@@ -363,11 +363,11 @@ def load_estimator(config: Mapping[str, Any], weights: Path) -> nn.Module:
         estimator = instantiate_from_config(config)
     prefix = "depth_model."
     state = {
-        name.removeprefix(prefix): t.float()
+        name.removeprefix(prefix): t
         for name, t in read_state_dict(weights).items()
         if name.startswith(prefix)
     }
-    estimator.load_state_dict(state, assign=True)
+    load_weights(estimator, state, path=weights, dtype=torch.float32)
     return estimator.eval().requires_grad_(False)
 
 

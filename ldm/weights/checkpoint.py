@@ -15,6 +15,7 @@ from ldm.errors import InputError
 from ldm.log import notice
 from ldm.weights.diffusers_layout import is_diffusers_folder, read_folder
 from ldm.weights.families import family_of, identify, in_words
+from ldm.weights.float8 import multiplied, split_scales
 from ldm.weights.header import let_go, read_header
 
 State = dict[str, Tensor]
@@ -27,46 +28,13 @@ def read_state_dict(path: str | Path) -> State:
     writing to one never reaches the file, and the file must stay unchanged while they live. A `state_dict` or
     `model` wrapper is removed. Whatever is not a tensor is dropped, and so are tensors of dtypes that no
     weight can have (quantised ones). The weights of a folder have the names that they have in single files.
-    Weights in float8 with scales of their own, as ComfyUI writes them, are multiplied by these, in float32.
 
     Raises InputError for a file that is missing, another folder, empty, cut short, damaged, of another kind,
     or that carries code.
     """
     if is_diffusers_folder(path):
         return read_folder(Path(path), read_state_dict)
-    return scaled(read_header(path).map(), path)
-
-
-# Beside `a.weight` in float8: its factor, in two spellings, and what a product in float8 needs besides.
-SCALE = re.compile(r"(?P<layer>.+)\.(scale_weight|weight_scale)")
-OF_FLOAT8 = ("scale_weight", "weight_scale", "scale_input", "input_scale", "comfy_quant")
-MARK = re.compile(r"(.+\.)?scaled_fp8")  # of a file with such weights
-
-
-def scaled(state: State, path: str | Path) -> State:
-    """The weights of a file, those in float8 that have a scale multiplied by it; without the scales.
-
-    A scale is one number for a tensor or for each of its output channels (ComfyUI, QUANTIZATION.md).
-    InputError for one of another shape, such as those of blocks.
-    """
-    state = dict(state)
-    for name in list(state):
-        match = SCALE.fullmatch(name)
-        weight = f"{match['layer']}.weight" if match else ""
-        if weight not in state or not str(state[weight].dtype).startswith("torch.float8"):
-            continue
-        values, scale = state[weight], state[name].float()
-        if scale.numel() not in (1, *values.shape[:1]):
-            raise InputError(
-                f"{path}: {name} has shape {list(scale.shape)}, for a weight of shape {list(values.shape)}; "
-                "a scale for the tensor or for each output channel can be read"
-            )
-        of_channels = (-1, *[1] * (values.ndim - 1))
-        state[weight] = values.float() * scale.reshape(() if scale.numel() == 1 else of_channels)
-        for other in OF_FLOAT8:
-            state.pop(f"{match['layer']}.{other}", None)
-        let_go(values)
-    return {name: t for name, t in state.items() if not MARK.fullmatch(name)}
+    return read_header(path).map()
 
 
 EMA_COUNTERS = {"model_ema.decay", "model_ema.num_updates"}  # which sd-v1-4.ckpt has without any average
@@ -207,28 +175,35 @@ def load_weights(
 ) -> None:
     """Assign every weight of `model`, built on the meta device: none is initialised or held twice.
 
-    Floating-point weights become `dtype` (None: stay as stored); those that are already stay mapped.
-    `requires_grad` stays as the model was built.
+    Floating-point weights become `dtype` (None: stay as stored); those that are already stay mapped. Those in
+    float8 that have a scale are multiplied by it (None: they become float32). `requires_grad` stays as the
+    model was built.
 
     Weights that the model does not have (merges carry `embedding_manager.*` and the like) are left out, with
-    a notice. Raises InputError as `check_weights`.
+    a notice. Raises InputError as `check_weights` and `split_scales`.
     """
+    state, scales = split_scales(state, path)
     given, unknown = check_weights(model, state, path=path)
     if unknown:
         first = ", ".join(repr(name[:80]) for name in unknown[:3]) + (", …" if len(unknown) > 3 else "")
         notice(f"{path}: {len(unknown)} of its weights are not of this model and are left out ({first})")
 
-    def convert(tensor: Tensor) -> Tensor:
+    wanted = {name: t for name, t in model.state_dict().items() if not COMPUTED.fullmatch(name)}
+    scales = {_respell(name, wanted): scale for name, scale in scales.items()}
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        if name in scales:
+            return multiplied(tensor, scales[name], dtype or torch.float32)
         if dtype in (None, tensor.dtype) or not tensor.is_floating_point():
             return tensor
-        converted = tensor.to(dtype)
+        result = tensor.to(dtype)
         let_go(tensor)
-        return converted
+        return result
 
-    wanted = {name: t for name, t in model.state_dict().items() if not COMPUTED.fullmatch(name)}
     zero = torch.zeros((), dtype=dtype)  # expanded it takes no memory
     filled = {name: given[name] if name in given else zero.expand(t.shape) for name, t in wanted.items()}
-    model.load_state_dict({name: convert(t) for name, t in filled.items()}, strict=False, assign=True)
+    converted = {name: convert(name, t) for name, t in filled.items()}
+    model.load_state_dict(converted, strict=False, assign=True)
     hollow = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if hollow:
         raise RuntimeError(f"{len(hollow)} tensors of the model are left without values (first {hollow[0]})")

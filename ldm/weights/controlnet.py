@@ -13,7 +13,8 @@ from ldm.weights.diffusers_configs import unet_config, write_json
 from ldm.weights.diffusers_layout import read_json, weight_files
 from ldm.weights.families import Shapes, identify, recognise
 from ldm.weights.files import exists, user_file
-from ldm.weights.header import let_go, read_header
+from ldm.weights.float8 import split_scales
+from ldm.weights.header import read_header
 from ldm.weights.writing import write_safetensors, written_whole
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def check_controlnet(path: str | Path, config: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     tensors = _read(path, lambda file: dict(read_header(file).tensors))
-    state = to_ours(tensors)
+    state, _ = split_scales(to_ours(tensors), path)
     if "input_hint_block.0.weight" not in state:
         raise InputError(f"{path} looks like {identify(tensors)}, and is no ControlNet")
     if "difference" in tensors:
@@ -143,14 +144,10 @@ def check_controlnet(path: str | Path, config: Mapping[str, Any]) -> None:
 
 def load_controlnet(path: str | Path, config: Mapping[str, Any], dtype: torch.dtype) -> ControlNet:
     """A checked file's ControlNet on the CPU with weights in `dtype`, mapped where they have it."""
-    state = to_ours(_read(Path(path), lambda file: read_header(file).map()))
+    from ldm.weights.checkpoint import load_weights, read_state_dict
+
     net = network(config)
-    filled = {}
-    for name in net.state_dict():
-        filled[name] = state[name].to(dtype)
-        if filled[name] is not state[name]:
-            let_go(state[name])
-    net.load_state_dict(filled, assign=True)
+    load_weights(net, to_ours(_read(Path(path), read_state_dict)), path=path, dtype=dtype)
     return net.requires_grad_(False)
 
 

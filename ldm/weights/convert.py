@@ -12,6 +12,7 @@ from ldm.errors import InputError
 from ldm.log import notice
 from ldm.weights.description import prediction_of
 from ldm.weights.families import family_of, variants
+from ldm.weights.float8 import SCALE, without_scales
 from ldm.weights.header import Header, read_header
 from ldm.weights.loading import bundled_family, choose_model, load_model, model_without_values, read_config
 from ldm.weights.prediction import (
@@ -73,7 +74,7 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
     state = read_state_dict(job.source)
     if job.vae:
         with_vae(state, job.vae)
-    state = _picked(state, job, config)
+    state = without_scales(_picked(state, job, config), job.source)
     if job.other:
         unet = [name for name in state if name.startswith("model.")]
         others = [_to_merge(read_state_dict(path), path, job, unet) for path in (job.other, job.base) if path]
@@ -82,7 +83,7 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
         paths = tuple(path for path in (job.source, job.other, job.base) if path)
         state = merge(state, others[0], job.ratio, *others[1:], paths=paths)
     if job.vae:
-        state = with_vae(state, job.vae)
+        state = without_scales(with_vae(state, job.vae), job.vae)
 
     if config is None:
         if header.path.is_dir() and "scale_factor" in header.tensors:
@@ -98,7 +99,9 @@ def convert(job: Conversion, progress: Callable[[int], AbstractContextManager[Re
                 state = {**state, **markers(stated or "eps", "ztsnr" in state)}
                 write_ckpt(state, path, job.precision, facts, report)
             else:
-                write_safetensors(state, path, job.precision, _metadata(header, stated, job.other), report)
+                write_safetensors(
+                    state, path, job.precision, _metadata(header, state, stated, job.other), report
+                )
         return
     state = with_text_model(state)
     # a folder's configs are made for the whole model
@@ -142,8 +145,8 @@ def _to_merge(state: State, path: Path, job: Conversion, unet: Sequence[str]) ->
 
     which = job.weights or ("raw" if job.to == "diffusers" else None)
     if which is None or (which == "ema" and not averages_in(state)):
-        return state
-    return pick_weights(state, which, path=path, names=unet)
+        return without_scales(state, path)
+    return without_scales(pick_weights(state, which, path=path, names=unet), path)
 
 
 def _stated_prediction(header: Header) -> str | None:
@@ -164,13 +167,15 @@ def _check_predictions(own: str | None, others: Sequence[Path], source: Path) ->
             raise InputError(f"{source} predicts {own} and {path} {found}: their sum would predict neither")
 
 
-def _metadata(header: Header, stated: str | None, other: Path | None) -> dict[str, str]:
-    """What a file's metadata still say of its weights: not the hashes that some trainers write there.
+def _metadata(header: Header, state: State, stated: str | None, other: Path | None) -> dict[str, str]:
+    """What a file's metadata still say of the weights `state`: not the hashes that some trainers write there.
 
     The size of a bundled model's images is added: its file need not state it, as it is known by its
     content. A merged model takes that of the one that it was merged with.
     """
-    gone = ("format", "_quantization_metadata")  # weights with scales of their own are written without them
+    gone = {"format"}
+    if not any(SCALE.fullmatch(name) for name in state):  # all weights have been multiplied by theirs
+        gone.add("_quantization_metadata")
     kept = {name: text for name, text in header.metadata.items() if "hash" not in name and name not in gone}
     if stated and not any(str(kept.get(name)).lower() in NAMES_OF[stated] for name in METADATA):
         kept[PREDICTION] = NAMES_OF[stated][0]  # of a marker, a name, or a YAML file that stays behind

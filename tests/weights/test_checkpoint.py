@@ -61,34 +61,6 @@ def test_float8_and_unsigned(tmp_path, legacy):
     assert torch.equal(found["b"], state["b"])
 
 
-@pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])
-@pytest.mark.parametrize("scale", [torch.tensor(0.25), torch.tensor([0.5]), torch.tensor([0.5, 2.0, 3.0])])
-def test_float8_with_scales(tmp_path, spelling, scale):
-    """The scales were left out as unknown weights, so that the model had weights of another size."""
-    weight = torch.randn(3, 4, 1, 1).to(torch.float8_e4m3fn)
-    state = {
-        "a.weight": weight,
-        f"a.{spelling}": scale,
-        "a.input_scale": torch.ones(()),
-        "a.bias": torch.ones(3),
-    }
-    state |= {"b.weight": torch.ones(2, dtype=torch.float16), "b.scale_weight": torch.tensor(2.0)}
-    state |= {"model.scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
-    found = read_state_dict(save(state, tmp_path / "w.safetensors", "safetensors"))
-    assert found.keys() == {"a.weight", "a.bias", "b.weight", "b.scale_weight"}
-    factors = scale.reshape(-1, 1, 1, 1) if scale.numel() > 1 else scale
-    assert torch.equal(found["a.weight"], weight.float() * factors)
-    assert found["a.weight"].shape == weight.shape
-    assert torch.equal(found["b.weight"], state["b.weight"])
-
-
-def test_float8_with_scales_of_blocks(tmp_path):
-    """They were left out, too; that file cannot be used."""
-    state = {"a.weight": torch.randn(4, 64).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(4, 2)}
-    path = save(state, tmp_path / "w.safetensors", "safetensors")
-    assert "a.weight_scale has shape [4, 2], for a weight of shape [4, 64]" in refusal(path)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 def test_parameters_views_and_shared_storage(tmp_path, legacy):
     base = torch.randn(4, 6)

@@ -46,6 +46,16 @@ def test_the_dtype_is_the_model_s(tmp_path: Path) -> None:
     assert torch.equal(weight, bare()["zero_convs.0.0.weight"].half().float())
 
 
+def test_float8_with_scales(tmp_path: Path) -> None:
+    """The scales were left out, so that the ControlNet added hints of another strength."""
+    state, name = bare(), "zero_convs.0.0.weight"
+    values = torch.randn_like(state[name]).to(torch.float8_e4m3fn)
+    path = tmp_path / "net.safetensors"
+    save_file(state | {name: values, "zero_convs.0.0.scale_weight": torch.tensor(0.25)}, path)
+    check_controlnet(path, V1)
+    assert torch.equal(load_controlnet(path, V1, torch.float32).state_dict()[name], values.float() / 4)
+
+
 def wider(state: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
     """A ControlNet for a text encoder of another width."""
     narrow = [name for name in state if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
