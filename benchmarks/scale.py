@@ -5,7 +5,7 @@ Every simulated worker is a process that runs the real code of a run: it takes i
 server, counts its steps, and records each image in the manifest. Only the model is replaced, by sleep, and
 the image files stay empty, because what is in them is each worker's own work. The same workers without
 bookkeeping, which sleep and create those files, are the comparison: what that costs on few cores is no loss.
-With `--outdir` in memory (/dev/shm) nobody waits for a disk, and what is lost is bookkeeping alone.
+With `--outdir` in memory (/dev/shm) nobody waits for a disk.
 
 Simulated workers share the cores of one machine, real ones bring theirs. So a second row has a few workers,
 which wait for no core, and puts the load of all the others on what workers share: the counter server has
