@@ -242,7 +242,9 @@ def prompt_of(table: contract.Table, k: int) -> str:
 
 
 def add_requests(scoring: Scoring, sources: Sequence[Source], pipeline: "Pipeline") -> None:
-    """The request of each line, resolved, or its fault."""
+    """The request of each line, resolved, or its fault. CannotWrite if its init image cannot be kept."""
+    from ldm.images.outputs import CannotWrite
+
     images = 0
     for source in sources:
         for k, line in enumerate(source.lines):
@@ -257,6 +259,8 @@ def add_requests(scoring: Scoring, sources: Sequence[Source], pipeline: "Pipelin
                 pipeline.check_size(request)
                 line.request = pipeline.resolve(request)
                 line.image, images = images, images + 1
+            except CannotWrite:  # no line's fault: the others would find the disk as full
+                raise
             except InputError as error:
                 line.fault = contract.in_words(error)
 

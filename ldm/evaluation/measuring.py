@@ -53,7 +53,7 @@ def sample(
     )
     requests = (replace(like, prompt=prompt) for prompt in prompts)
     with contextlib.redirect_stdout(io.StringIO()):  # the folder's name, which is no result here
-        return run(pipeline, requests, options)
+        return run(pipeline, requests, options, again="the same command")
 
 
 def sampled_files(folder: Path, count: int) -> list[Path | None]:

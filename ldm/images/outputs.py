@@ -28,6 +28,7 @@ NO_LINKS = (
     *(errno.EINVAL, errno.EMLINK, errno.EXDEV),
 )
 NO_SETTINGS: Mapping[str, Any] = {}
+AGAIN = "the same command with --resume"  # makes what a run has left
 LEFT_BEHIND = 60  # seconds after which a temporary file belongs to no living process: each writes for moments
 
 
@@ -48,14 +49,14 @@ def cannot_write(path: Path, error: OSError) -> CannotWrite:
 
 
 @contextmanager
-def resumable(can_resume: bool = True) -> Iterator[None]:
-    """A full disk's error in the block says that the run can be taken up again, if it can."""
+def resumable(by: str | None = AGAIN) -> Iterator[None]:
+    """A full disk's error in the block says what takes the run up again; `by` is None where nothing does."""
     try:
         yield
     except CannotWrite as error:
-        if not (error.full and can_resume):
+        if not (error.full and by):
             raise
-        raise CannotWrite(f"{error}, and --resume makes what is missing", full=True) from error
+        raise CannotWrite(f"{error}, and {by} makes what is missing", full=True) from error
 
 
 class OutputFolder:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.images.outputs import CannotWrite, OutputFolder, resumable
+from ldm.images.outputs import AGAIN, CannotWrite, OutputFolder, resumable
 from ldm.images.preview import Preview, factors_of
 from ldm.log import LOG, log_to, notice, problem
 from ldm.pipeline.memory import peak_memory
@@ -38,12 +38,14 @@ def run(
     options: RunOptions,
     sheet: Sheet | None = None,
     started: Callable[[str], object] | None = None,
+    again: str = AGAIN,
 ) -> int:
     """Make the images of a round of requests, `n_iter` times over, into an output folder.
 
     Returns the exit code: 1 if an image could not be made or saved, 130 if the user ended the run. The
     requests are read by the process with rank 0 alone, which plans for all. A `sheet` is drawn in place of
     grids. `started` gets the run's id, by which the folder's files know it, before the first image.
+    `again` is told the user as what makes the images that are missing.
     """
     team = Team(find_place(options.devices, options.num_nodes))
     log_to(None if options.dry_run else options.log_file, options.quiet or not team.leads)
@@ -105,7 +107,7 @@ def run(
         if writer.save_grids:
             writer.page_size = page_size(map(pipeline.image_size, requests), writer.columns)
         report = ReportOptions(options.json, bar=not options.quiet)
-        with resumable(can_resume(writer)), Interrupt() as interrupt, writer:
+        with resumable(again if can_resume(writer) else None), Interrupt() as interrupt, writer:
             if todo:
                 preview = preview_of(pipeline, folder, options)
                 watch = Stopwatch()
@@ -126,7 +128,7 @@ def run(
         if todo:
             record_costs(record, meter, None if interrupt.asked else expected)
     report_peak(pipeline, bool(todo))
-    return conclusion(record, writer, interrupt, options)
+    return conclusion(record, writer, interrupt, options, again)
 
 
 def report_forecast(
@@ -176,12 +178,14 @@ def follow(pipeline: Pipeline, options: RunOptions, team: Team) -> int:
     return 0
 
 
-def conclusion(record: RunRecord, writer: ImageWriter, interrupt: Interrupt, options: RunOptions) -> int:
+def conclusion(
+    record: RunRecord, writer: ImageWriter, interrupt: Interrupt, options: RunOptions, again: str
+) -> int:
     """The exit code, after a line for images that are not there; the folder's name on stdout."""
     missing = record.missing()
     failed = record.failed.intersection(missing)
     if left := len(missing) - len(failed):
-        advice = "; the same command with --resume makes them" if can_resume(writer) else ""
+        advice = f"; {again} makes them" if can_resume(writer) else ""
         if writer.sheet_saved:
             advice = ", and black on the sheet"
         notice(f"{left} of {record.images} images are missing{advice}")

@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.errors import InputError
 from ldm.images import outputs
 from ldm.images.metadata import read_texts
-from ldm.images.outputs import CannotWrite, OutputFolder, cannot_write, resumable
+from ldm.images.outputs import AGAIN, CannotWrite, OutputFolder, cannot_write, resumable
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ("a cat\nSteps: 50", '{"prompt": "a cat"}')
@@ -223,12 +223,12 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
     assert folder.save_image(image(), TEXTS).name == "00000.png"
 
 
-@pytest.mark.parametrize("can_resume", [True, False])
-def test_a_full_disk_advises_resume_where_there_is_one(can_resume):
-    """It did so as well with --skip_save, and for compare.py and the service, which have no --resume."""
+@pytest.mark.parametrize("by", [AGAIN, "the same command", None])
+def test_a_full_disk_advises_what_takes_a_run_up_again(by):
+    """--resume, too, with --skip_save, and for compare.py, evaluate.py and the service, which have none."""
     for number, advice in [(errno.ENOSPC, "make room"), (errno.EACCES, "choose another folder")]:
-        advice += ", and --resume makes what is missing" * (can_resume and number == errno.ENOSPC)
-        with pytest.raises(CannotWrite, match=rf"; {advice}$"), resumable(can_resume):
+        advice += f", and {by} makes what is missing" if by and number == errno.ENOSPC else ""
+        with pytest.raises(CannotWrite, match=rf"; {advice}$"), resumable(by):
             raise cannot_write(Path("a"), OSError(number, os.strerror(number)))
 
 

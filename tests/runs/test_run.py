@@ -14,7 +14,7 @@ from commands import Result
 from run_helpers import data, manifest
 
 from ldm.errors import InputError
-from ldm.images.outputs import OutputFolder, cannot_write
+from ldm.images.outputs import AGAIN, OutputFolder, cannot_write
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import memory
 from ldm.pipeline.infotext import read_metadata
@@ -219,7 +219,7 @@ def test_a_full_disk_advises_what_the_command_can_do(
 
     monkeypatch.setattr(OutputFolder, "_encoded", full)
     result = txt2img(*argv)
-    advice = "make room" if argv else "make room, and --resume makes what is missing"
+    advice = "make room" if argv else f"make room, and {AGAIN} makes what is missing"
     assert result.code == 2
     assert result.err[-1].endswith(f"a: No space left on device; {advice}")
 

@@ -1,6 +1,8 @@
 """`scripts/batch_score.py`: files of prompts in, images and files of answers out."""
 
+import errno
 import json
+import os
 import signal
 import stat
 import subprocess
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import SCRIPTS, Result, pixels, refused
+from commands import SCRIPTS, Result, pixels, refused, script
 from live_service import base64_png, decoded
 from PIL import Image
 from run_helpers import wait_for
@@ -202,6 +204,19 @@ def test_a_dry_run_writes_nothing(batch: Command) -> None:
     result = batch("--dry_run", a_csv=content)
     assert (result.code, result.files) == (0, [])
     assert len(result.out) == 2
+
+
+def test_a_full_disk_is_no_fault_of_a_line(batch: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line with an image in base64 was reported as faulty, and the others were made."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(script("batch_score"), "write_whole", full)
+    result = batch(a_csv=f"prompt,image\na cat,{base64_png(Image.new('RGB', (64, 64)))}\na dog,\n")
+    assert (result.code, result.files) == (2, [])
+    (message,) = result.err
+    assert message.endswith(".png: No space left on device; make room")
 
 
 def test_json_lines_of_images(batch: Command) -> None:

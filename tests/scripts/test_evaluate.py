@@ -1,6 +1,7 @@
 """`scripts/evaluate.py`: points over scales and checkpoints, resumed where they ended, errors in a line."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.errors import InputError
 from ldm.evaluation import clip_score, fid, measuring, protocol
+from ldm.images.outputs import OutputFolder, cannot_write
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.runs.manifest import read_manifest
 from ldm.scenes.detector import Detector, save_detector
@@ -325,6 +327,20 @@ def test_nan_images_are_counted(evaluate: Command, monkeypatch: pytest.MonkeyPat
     assert result.code == 1
     assert rows(result)[0]["missing"] == "1"
     assert "1 images came out as NaN" in result.err[-1]
+
+
+def test_a_full_disk_advises_what_the_command_can_do(
+    evaluate: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It advised --resume, which evaluate.py has not: the same command goes on by itself."""
+
+    def full(*_: object) -> None:
+        raise cannot_write(Path("a"), OSError(errno.ENOSPC, "No space left on device"))
+
+    monkeypatch.setattr(OutputFolder, "_encoded", full)
+    result = evaluate("--scales", 2)
+    assert result.code == 2
+    assert result.err[-1].endswith("make room, and the same command makes what is missing")
 
 
 def test_samplers_of_the_cards(files: Path, tmp_path: Path) -> None:
