@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,7 +22,7 @@ from ldm.optimize.replaced import Replaceable, State
 from ldm.pipeline.memory import host_memory
 from ldm.pipeline.request import ImageRequest
 from ldm.pipeline.settings.adapters import SUFFIXES, NamedLora
-from ldm.weights.files import exists, user_file
+from ldm.weights.files import exists, files_below, user_file
 from ldm.weights.hashes import FileHash
 from ldm.weights.header import read_header
 from ldm.weights.loading import find
@@ -132,7 +131,7 @@ class Adapters:
         found: dict[str, list[Path]] = {}
         if not exists(self.folder) or not self.folder.is_dir():
             return found
-        for path in _weights_among(_files_below(self.folder)):
+        for path in _weights_among(files_below(self.folder)):
             inside = path.relative_to(self.folder)
             for name in {path.name, path.stem, str(inside), str(inside.with_suffix(""))}:
                 found.setdefault(name.casefold(), []).append(path)
@@ -328,30 +327,6 @@ def _by_name(recorded: Any) -> dict[str, list[str]]:
 
 def _weights_among(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if path.suffix[1:].lower() in SUFFIXES)
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """The files in a folder and those below it, links among them. InputError if it cannot be read.
-
-    Each folder is searched once, and links last, so that a folder proper is not found by a link to it alone,
-    and links in a circle come to an end.
-    """
-
-    def refuse(error: OSError) -> None:
-        if Path(error.filename) == folder:  # of those below it some may be for others only
-            raise error
-
-    starts, seen = [folder], set()
-    for start in starts:  # which grows
-        with user_file(start):
-            for place, folders, files in os.walk(start, onerror=refuse):
-                real = os.path.realpath(place)
-                if real in seen:
-                    folders.clear()
-                    continue
-                seen.add(real)
-                starts += [path for name in folders if (path := Path(place, name)).is_symlink()]
-                yield from (Path(place, name) for name in files)
 
 
 def _in_folder(folder: Path, name: str) -> Path | None:

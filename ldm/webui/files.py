@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from ldm.pipeline.request import ImageRequest
 from ldm.pipeline.settings.adapters import SUFFIXES
 from ldm.pipeline.settings.control import WEIGHT_FILES, Control
 from ldm.webui.command import LORA_FOLDER, near
+from ldm.weights.files import files_below
 from ldm.weights.loading import find
 
 EMBEDDINGS = (".pt", ".bin", ".safetensors")
@@ -33,12 +34,14 @@ class Files:
         embedding_folder: str | None = None,
         control_folder: str | None = None,
     ) -> Files:
-        """What lies in the folders, beside what came with this repository. InputError for a folder that is
-        given and is none.
+        """What lies in the folders, of LoRAs also below them, beside what came with this repository.
+
+        InputError for a folder that is given and is none.
         """
+        suffixes = [f".{one}" for one in SUFFIXES]
         return cls(
             {path.name: near(path) for path in bundled(BUNDLED_LORAS)}
-            | _inside("lora_folder", lora_folder, [f".{one}" for one in SUFFIXES], LORA_FOLDER),
+            | _inside("lora_folder", lora_folder, suffixes, LORA_FOLDER, below=True),
             _inside("embedding_folder", embedding_folder, EMBEDDINGS),
             {path.parent.name: near(path) for path in bundled(BUNDLED_CONTROLS)}
             | _inside("control_folder", control_folder, WEIGHT_FILES),
@@ -69,7 +72,11 @@ class Files:
 
     def check(self, request: ImageRequest) -> None:
         """InputError for a LoRA that the prompt names and that is not among these: it may not be a path."""
-        known = {name.casefold() for name in self.loras} | {Path(name).stem.casefold() for name in self.loras}
+        known = {
+            spelling.casefold()
+            for name in map(Path, self.loras)
+            for spelling in (str(name), str(name.with_suffix("")), name.name, name.stem)
+        }
         for lora in request.loras:
             if lora.file not in self.loras.values() and lora.file.casefold() not in known:
                 path_of("LoRA", lora.file, self.loras)
@@ -89,10 +96,14 @@ def path_of(what: str, name: str, known: Mapping[str, str]) -> str:
 
 
 def _inside(
-    option: str, given: str | None, suffixes: Iterable[str], default: str | None = None
+    option: str,
+    given: str | None,
+    suffixes: Collection[str],
+    default: str | None = None,
+    below: bool = False,
 ) -> dict[str, str]:
-    """The files with one of these suffixes, by their names, in the folder that an option gives or, if it is
-    there, in the default one.
+    """The files with one of these suffixes in the folder that an option gives or, if it is there, in the
+    default one, by their paths from there; with `below` those in its folders, too.
     """
     folder = given or default
     if folder is None:
@@ -103,8 +114,9 @@ def _inside(
             raise FieldError("{" + option + "} {folder} is no folder", folder=folder)
         return {}
     try:
-        paths = sorted(path for path in there.iterdir() if path.is_file() and path.suffix in set(suffixes))
+        paths = files_below(there) if below else there.iterdir()
+        found = sorted(path for path in paths if path.is_file() and path.suffix.lower() in suffixes)
     except OSError as error:
         why = f"it cannot be read: {error.strerror}"
         raise FieldError("{" + option + "} {folder}: {why}", folder=folder, why=why) from error
-    return {path.name: near(path) for path in paths}
+    return {str(path.relative_to(there)): near(path) for path in found}

@@ -1,5 +1,6 @@
 """The files that a user names: whether they are there, and InputError for what the system refuses."""
 
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,30 @@ def exists(path: Path) -> bool:
         except ABSENT:
             return False
         return True
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and those below it, links among them. InputError if it cannot be read.
+
+    Each folder is searched once, and links last, so that a folder proper is not found by a link to it alone,
+    and links in a circle come to an end.
+    """
+
+    def refuse(error: OSError) -> None:
+        if Path(error.filename) == folder:  # of those below it some may be for others only
+            raise error
+
+    starts, seen = [folder], set()
+    for start in starts:  # which grows
+        with user_file(start):
+            for place, folders, files in os.walk(start, onerror=refuse):
+                real = os.path.realpath(place)
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                starts += [path for name in folders if (path := Path(place, name)).is_symlink()]
+                yield from (Path(place, name) for name in files)
 
 
 def check_file(path: Path) -> None:

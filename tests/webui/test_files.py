@@ -66,6 +66,19 @@ def test_neither_can_a_prompt_name_it(files: Files) -> None:
             files.check(ImageRequest(f"a <lora:{path}:1>", prompt_syntax="a1111"))
 
 
+def test_loras_in_folders_below(files: Files, tmp_path: Path) -> None:
+    """The page offered none of them, and refused prompts that name them, which the commands find."""
+    (tmp_path / "loras/styles").mkdir()
+    (tmp_path / "loras/styles/Oil.safetensors").touch()
+    with pytest.raises(InputError, match="no LoRA 'oil'"):
+        files.check(ImageRequest("a <lora:oil:1>", prompt_syntax="a1111"))
+    found = Files.found("loras", "words", "nets")
+    assert found.loras["styles/Oil.safetensors"] == "loras/styles/Oil.safetensors"
+    assert found.lora_texts(["styles/Oil.safetensors"], "0.5") == ("loras/styles/Oil.safetensors:0.5",)
+    for name in ("oil", "OIL.safetensors", "styles/oil", "styles/Oil.safetensors"):
+        found.check(ImageRequest(f"a <lora:{name}:1>", prompt_syntax="a1111"))
+
+
 def test_a_folder_that_is_given_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^lora_folder .*missing is no folder$"):
         Files.found(lora_folder=str(tmp_path / "missing"))
