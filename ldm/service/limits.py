@@ -92,14 +92,14 @@ def check_files(request: ImageRequest, options: ServiceOptions) -> None:
 
 
 def check_inside(field: str, name: str, folder: str | None, by_name: bool = False) -> None:
-    """BadRequest unless a file is inside a folder, or with `by_name` a plain name, which is looked for there.
+    """BadRequest unless a file is inside a folder; with `by_name` its name or path from there is looked for.
 
     Whether there is such a file is not asked: the answer would show what else lies on the service's disk.
     """
     if folder is None:
         raise BadRequest(f"{field}: this service has none")
     path = Path(name)
-    is_plain = by_name and path.name == name and "\\" not in name
-    inside = ".." not in path.parts and path.absolute().is_relative_to(Path(folder).absolute())
-    if not (is_plain or inside):
+    is_name = by_name and not path.is_absolute() and not set("\\~") & set(name)
+    inside = path.absolute().is_relative_to(Path(folder).absolute())
+    if ".." in path.parts or not (is_name or inside):
         raise BadRequest(f"{field}: there is no {path.name!r} here")

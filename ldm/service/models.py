@@ -72,8 +72,8 @@ class Reader(Pipeline):
 
 
 class FolderAdapters(Adapters):
-    """LoRAs whose plain names are looked for in their folder, then among the files `beside` it, and never in
-    the working folder.
+    """LoRAs whose names are looked for in their folder, then among the files `beside` it, and never in the
+    working folder.
     """
 
     def __init__(self, folder: str | None, beside: Sequence[Path] = ()):
@@ -81,11 +81,13 @@ class FolderAdapters(Adapters):
         self.beside = beside
 
     def _find(self, name: str) -> Path:
-        if Path(name).name != name:
-            return super()._find(name)  # a path inside the folder: `limits.check_files` saw to that
         if found := self.names().get(name.casefold()):
             return found[0]
-        known = {each.casefold(): path for path in self.beside for each in (path.name, path.stem)}
+        path = Path(name).absolute()
+        is_beside = path in [one.absolute() for one in self.beside]
+        if "/" in name and (is_beside or path.is_relative_to(self.folder.absolute())):
+            return super()._find(name)
+        known = {each.casefold(): one for one in self.beside for each in (one.name, one.stem)}
         if found := known.get(name.casefold()):
             return found
         return file_of(name, "lora", [*files_in(str(self.folder), "lora"), *self.beside])

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import struct
 import subprocess
@@ -39,7 +40,7 @@ from ldm.service.engine import Engine
 from ldm.service.limits import check_files
 from ldm.service.models import NamedModel
 from ldm.service.options import ServiceOptions
-from ldm.webui.files import Files
+from ldm.webui.files import BUNDLED_LORAS, Files
 from ldm.webui.options import PageLimits, PageOptions
 from ldm.webui.server import (
     BESIDE_FILE,
@@ -51,6 +52,7 @@ from ldm.webui.server import (
     serve,
 )
 from ldm.weights.hashes import same_model
+from ldm.weights.loading import find
 
 ROOT = Path(__file__).parents[2]
 
@@ -459,6 +461,30 @@ def test_a_prompt_may_name_the_bundled_lora_beside_an_own_folder(tmp_path: Path)
     assert bundled.name == "few-steps.safetensors"
     (folder / "few-steps.safetensors").write_bytes(b"")  # an own one of the name goes first
     with pytest.raises(InputError, match="few-steps"):
+        engine.models.resolve("scenes-64", request)
+
+
+def test_a_prompt_may_name_a_lora_in_a_folder_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its path from the folder was refused, as if it were one from the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loras/styles").mkdir(parents=True)
+    (tmp_path / "styles").mkdir()
+    for name in ("loras/styles/few-steps.safetensors", "styles/other.safetensors"):
+        shutil.copy(find(BUNDLED_LORAS[0]), tmp_path / name)
+    named = [f"scenes-64={find('models/scenes-64/model.safetensors')}"]
+    options, runtime = PageLimits(lora_folder="loras"), RuntimeOptions(device="cpu")
+    engine, files = open_engine(named, options, runtime, safety="off")
+    for name in ("few-steps", "styles/few-steps", "styles/Few-Steps.safetensors"):
+        request = ImageRequest(f"a cube <lora:{name}:1>", prompt_syntax="a1111", sampler="tcd")
+        files.check(request)
+        check_files(request, engine.options)
+        engine.models.resolve("scenes-64", request)
+        (found,) = engine.models.reader("scenes-64").adapters.files
+        assert found == Path("loras/styles/few-steps.safetensors")
+    request = ImageRequest("a <lora:styles/other:1>", prompt_syntax="a1111")  # in the working folder
+    with pytest.raises(InputError, match="no LoRA"):
+        files.check(request)
+    with pytest.raises(InputError, match='there is no "styles/other"; this service has few-steps'):
         engine.models.resolve("scenes-64", request)
 
 
