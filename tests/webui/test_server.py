@@ -37,6 +37,7 @@ from ldm.pipeline.infotext import read_settings
 from ldm.pipeline.options import RuntimeOptions
 from ldm.pipeline.request import ImageRequest
 from ldm.service.engine import Engine
+from ldm.service.errors import BadRequest
 from ldm.service.limits import check_files
 from ldm.service.models import NamedModel
 from ldm.service.options import ServiceOptions
@@ -484,7 +485,7 @@ def test_a_prompt_may_name_a_lora_in_a_folder_below(tmp_path: Path, monkeypatch:
     request = ImageRequest("a <lora:styles/other:1>", prompt_syntax="a1111")  # in the working folder
     with pytest.raises(InputError, match="no LoRA"):
         files.check(request)
-    with pytest.raises(InputError, match='there is no "styles/other"; this service has few-steps'):
+    with pytest.raises(BadRequest, match='there is no "styles/other"; this service has few-steps'):
         engine.models.resolve("scenes-64", request)
 
 
