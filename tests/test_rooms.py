@@ -13,7 +13,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 ROOT = Path(__file__).parents[1]
 OURS = sorted((ROOT / "ldm").rglob("*.py"))
 ORDER = [  # a room may import those in the rows above it, and itself
-    {"errors", "fields", "log", "util", "cache", "ldm"},
+    {"errors", "fields", "log", "util", "cache", "machine", "ldm"},
     {"modules", "sampling", "images", "prompts"},
     {"models"},
     {"weights"},

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ldm.errors import InputError
 from ldm.log import one_line
-from ldm.pipeline.memory import host_memory
+from ldm.machine import host_memory
 from ldm.weights import loading
 from ldm.weights.families import FAMILIES
 from ldm.weights.loading import COMMANDS, LINKED, SAFETY_FOLDER, bundled_for, find, published_for

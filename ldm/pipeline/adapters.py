@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ldm.errors import FieldError, InputError
 from ldm.log import notice
+from ldm.machine import host_memory
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.openclip import SelfAttention
 from ldm.optimize.calls import call_states
 from ldm.optimize.replaced import Replaceable, State
-from ldm.pipeline.memory import host_memory
 from ldm.pipeline.request import ImageRequest
 from ldm.pipeline.settings.adapters import SUFFIXES, NamedLora
 from ldm.weights.files import exists, files_below, user_file

@@ -1,11 +1,7 @@
-"""Memory of the device and of this machine, and how many images at once it has room for.
-
-torch is imported where it is needed: the installation check reads the machine's memory without it.
-"""
+"""Memory of the device, what this process takes of it, and how many images at once it has room for."""
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,24 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.machine import host_memory
+
 if TYPE_CHECKING:
     import torch
 
 # the usable share of free memory: other processes take some of it, and some is in pieces too small to use
 MARGIN = 0.85
-
-
-def host_memory() -> tuple[float, float]:
-    """Bytes of RAM, all and available, within the container's limit if there is one."""
-    try:
-        rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-        kib = {row[0]: int(row[1]) for row in rows}
-        total, available = 1024 * kib["MemTotal:"], 1024 * kib["MemAvailable:"]
-    except FileNotFoundError:  # macOS has no figure for the available memory
-        total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    most = float(limit.read_text().replace("max", "inf")) if limit.exists() else float("inf")
-    return min(total, most), min(available, most)
 
 
 def peak_memory(device: torch.device) -> int:

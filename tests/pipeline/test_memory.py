@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.machine import host_memory
 from ldm.pipeline import memory
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def test_readings_of_this_machine() -> None:
     held = torch.ones(2**26)
     assert held.nbytes < memory.taken(CPU) < 2**45
     assert 0 < memory.left(CPU) < 2**50
-    total, available = memory.host_memory()
+    total, available = host_memory()
     assert held.nbytes < total < 2**50
     assert 0 < available <= total
 
@@ -42,6 +43,7 @@ def test_the_peak_of_this_process() -> None:
     """In a process of its own. Its peak began with that of the one that had started it: gigabytes here."""
     code = """
 import torch
+from ldm.machine import host_memory
 from ldm.pipeline import memory
 before = memory.peak_memory(torch.device("cpu"))
 memory.reset_peak_memory(torch.device("cpu"))
@@ -61,7 +63,7 @@ print(before, after)
 
 def test_the_memory_of_the_machine_is_read_without_torch() -> None:
     """The installation check works where torch does not."""
-    code = "import sys, ldm.pipeline.memory as m; m.host_memory(); assert 'torch' not in sys.modules"
+    code = "import sys, ldm.machine as m; m.host_memory(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
