@@ -1,4 +1,5 @@
 import functools
+import logging
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from golden_files import manifest, pseudo_state_dict
 from safetensors.torch import save_file
 
 from ldm.cli import entry
+from ldm.log import LOG
 from ldm.modules.encoders import modules as encoders
 
 CLIPTokenizer = functools.cache(encoders.CLIPTokenizer)  # it takes longer to make than a tiny image
@@ -40,6 +42,16 @@ def exit_is_seen() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "_exit", exit_elsewhere)
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """Each test leaves the log as it found it. One of them silenced all that came after it on its worker."""
+    before = LOG.handlers[:], LOG.propagate, LOG.level, LOG.disabled
+    yield
+    LOG.handlers[:], LOG.propagate, level, LOG.disabled = before
+    LOG.setLevel(level)
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True, scope="session")
